@@ -1,0 +1,191 @@
+"""Checkpoints: written whole or not at all, verified when loaded, the one before kept; and models out of them.
+
+An out_dir holds ckpt.pt (the latest state of the run), ckpt.prev.pt (the one before), best.pt (the best weights) and
+sums.json, the sha256 of what each of them may be. The order of a save: the new file under a temporary name; its sum
+into sums.json, beside the old ones; ckpt.pt becomes ckpt.prev.pt; the new file becomes ckpt.pt. After a crash between
+any two of these, every file that is there still verifies.
+"""
+import dataclasses
+import json
+import os
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+import dataset
+import files
+import models
+import tokenizer
+from model import GPT
+
+SUMS = 'sums.json'
+FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl')
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+def save(out_dir, name, state):
+    """Write `state` (plain types and tensors) as out_dir/name: ckpt.pt, whose predecessor is kept, or best.pt.
+
+    Raises OSError where the disk is full or can't be written to; what was there before is still there then.
+    """
+    folder = Path(out_dir)
+    fresh = folder / f'.{name}.new'
+    try:
+        with files.replacing(fresh) as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:   # torch's writer hides the cause
+                raise OSError(f"is the disk full? ({str(error).splitlines()[0][:80]})") from None
+        sums = _read_sums(folder)
+        sums[name] = [files.sha256(fresh), *sums.get(name, [])][:3]
+        with files.replacing(folder / SUMS) as file:
+            file.write(json.dumps(sums, indent=1).encode())
+        if name == 'ckpt.pt' and (folder / name).exists():
+            os.replace(folder / name, folder / 'ckpt.prev.pt')
+        os.replace(fresh, folder / name)
+    finally:
+        fresh.unlink(missing_ok=True)
+    files.sync_folder(folder)
+
+
+def set_aside(out_dir):
+    """Move an earlier run's files in out_dir to out_dir/earlier (one run is kept); returns whether there was one."""
+    folder = Path(out_dir)
+    if not (folder / 'ckpt.pt').exists() and not (folder / 'ckpt.prev.pt').exists():
+        return False
+    shutil.rmtree(folder / 'earlier', ignore_errors=True)
+    (folder / 'earlier').mkdir()
+    for name in FILES:
+        if (folder / name).exists():
+            os.replace(folder / name, folder / 'earlier' / name)
+    return True
+
+
+def make_out_dir(out_dir):
+    """Create out_dir and prove that it can be written to. Raises OSError."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with files.replacing(Path(out_dir) / 'probe'):
+            pass
+        (Path(out_dir) / 'probe').unlink()
+    except OSError as error:
+        raise OSError(f"out_dir={out_dir!r} can't be written to ({error.strerror or error}); take another --out_dir") from None
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def _read_sums(folder):
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+        return sums if isinstance(sums, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def read(path):
+    """A checkpoint file's content, verified. Raises ValueError where it is damaged, OSError where it can't be read.
+
+    Against sums.json where that knows the file; one from elsewhere (nanoGPT's) by the checksums inside it.
+    """
+    path = Path(path)
+    try:
+        sums = _read_sums(path.parent).get('best.pt' if path.name == 'best.pt' else 'ckpt.pt')
+        if sums and path.name in FILES:
+            if files.sha256(path) not in sums:
+                raise ValueError("it is not what was saved (its sha256 differs)")
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum inside it is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:      # zipfile's, pickle's and torch's errors: the file is not what it should be
+        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:160]}") from None
+    if not isinstance(state, dict) or 'model' not in state or 'model_args' not in state:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no 'model' and 'model_args'")
+    return state
+
+
+def read_latest(out_dir):
+    """The newest state in out_dir that verifies, saying what was passed over. Raises FileNotFoundError, ValueError."""
+    candidates = [p for p in (Path(out_dir) / 'ckpt.pt', Path(out_dir) / 'ckpt.prev.pt') if p.exists()]
+    if not candidates:
+        raise FileNotFoundError(f"out_dir={str(out_dir)!r} has no ckpt.pt to resume from")
+    return _first_good(candidates, 'resuming from')
+
+
+def _first_good(paths, doing):
+    problems = []
+    for path in paths:
+        try:
+            state = read(path)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        else:
+            if problems:
+                print(f"{'; '.join(problems)}; {doing} {path} instead", flush=True)
+            return state
+    raise ValueError('; '.join(problems))
+
+
+def restore(state, **overrides):
+    """(model, tokenizer description or None) of a checkpoint's content, on the CPU. nanoGPT's checkpoints work too.
+
+    overrides: Config fields that hold no weights, such as dropout; a model without such a field passes over it.
+    """
+    Model = models.architecture(state.get('model_name', 'gpt'))
+    weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
+    if 'model_name' not in state:       # nanoGPT's; on old torch versions it kept its causal mask among the weights
+        weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+    try:
+        known = {field.name for field in dataclasses.fields(Model.Config)}
+        model = Model(Model.Config(**state['model_args'] | {k: v for k, v in overrides.items() if k in known}))
+        model.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's weights and model_args are not a {Model.__name__}'s: "
+                         f"{' '.join(str(error).split())[:200]}") from None
+    description = state.get('tokenizer')
+    if not description and 'model_name' not in state:
+        folder = dataset.ROOT / state.get('config', {}).get('dataset', '')
+        description = dataset.read_meta(folder)[0]
+    return model, description
+
+
+def open_model(source, **overrides):
+    """(model, tokenizer description or None) from an out_dir, a checkpoint, a Hugging Face folder or an OpenAI name.
+
+    From an out_dir: the best weights, or the latest where its run had always_save_checkpoint. Raises ValueError, OSError.
+    """
+    path = Path(source)
+    if path.is_file():
+        return restore(read(path), **overrides)
+    names = [name for name in _preference(path) if (path / name).exists()]
+    if names:
+        return restore(_first_good([path / name for name in names], 'taking'), **overrides)
+    if path.is_dir() and not (path / 'config.json').exists():
+        raise FileNotFoundError(f"{source} holds neither a checkpoint (best.pt, ckpt.pt) nor a Hugging Face model")
+    model = GPT.from_pretrained(source, **overrides)
+    return model, dict(dataset.GPT2) if model.config.vocab_size == 50257 else None
+
+
+def _preference(folder):
+    try:
+        latest = json.loads((folder / 'config.json').read_text())['always_save_checkpoint']
+    except (OSError, ValueError, KeyError):
+        latest = False
+    return ('ckpt.pt', 'ckpt.prev.pt', 'best.pt') if latest else ('best.pt', 'ckpt.pt', 'ckpt.prev.pt')
+
+
+def load_model(source, device='cpu'):
+    """The model of `open_model` in eval mode on `device`, with its `tokenizer` where the source says which."""
+    model, description = open_model(source)
+    if description:
+        model.tokenizer = tokenizer.load(description)
+    return model.to(device).eval()

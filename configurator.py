@@ -1,0 +1,150 @@
+"""Settings: a script's module globals, which config files and the command line override.
+
+    python train.py config/train_gpt2.py --batch_size=8 --compile False learning_rate=1e-4
+
+A setting is a global of type bool, int, float or str. A config file is Python, run over those globals; what it assigns
+is checked like the command line: the key must exist, the type must fit. The command line is applied before the files,
+so that a file sees the wished device, and again after them, so that it wins. Settings whose default is 'auto' also take
+their real type; whoever resolves them checks the value.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import traceback
+import types
+from pathlib import Path
+
+PLAIN = (bool, int, float, str)
+
+
+class _Recorder(dict):
+    """A namespace for exec that remembers what was assigned, also where the value stayed the same."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.assigned = {}
+
+    def __setitem__(self, key, value):
+        self.assigned[key] = value
+        super().__setitem__(key, value)
+
+
+def configure(settings, argv, resolve_device=None, config_class=None):
+    """Override `settings`, a script's `globals()`, in place from `argv` (without the script's name).
+
+    resolve_device(str) -> str turns 'auto' into a device before a file is read. config_class(values) -> dataclass gives
+    the chosen model's Config once the files are read: its fields are settings too, except vocab_size, which the data
+    decides. Returns (config, given): every setting's final value; and for those that were set, where ("command line"
+    or the file). Raises ValueError or FileNotFoundError with one line for the user; exits after --help.
+    """
+    files, wishes, wants_help = _parse(argv)
+    defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in PLAIN}
+    values, given, later = dict(defaults), {}, {}
+
+    def assign(key, value, where):
+        if key not in defaults:
+            later[key] = (value, where)     # perhaps a field of a model that is not known yet
+        else:
+            values[key] = (_from_text if where == 'command line' else _checked)(key, value, defaults[key], where)
+            given[key] = where
+
+    def assign_command_line():
+        for key, text in wishes.items():
+            assign(key, text, 'command line')
+
+    assign_command_line()
+    if resolve_device and 'device' in values:
+        values['device'] = resolve_device(values['device'])
+    for path in files:
+        for key, value in _run_file(path, {**settings, **values}).items():
+            if not key.startswith('_') and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
+                assign(key, value, path)
+    assign_command_line()
+
+    Config = config_class(values) if config_class else None
+    if Config:
+        for field in dataclasses.fields(Config):
+            if field.name != 'vocab_size' and field.name not in defaults:
+                defaults[field.name] = values[field.name] = field.default
+    if wants_help:
+        _print_help(settings, defaults, Config)
+        sys.exit(0)
+    for key, (value, where) in later.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
+            raise ValueError(f"{where}: there is no setting {key!r}; the nearest is {near[0]!r} (--help lists all)")
+        assign(key, value, where)
+    settings.update(values)
+    return values, given
+
+
+def _parse(argv):
+    """Config files in order, {key: text} and whether help is wanted, out of command-line words."""
+    files, wishes, wants_help = [], {}, False
+    words = iter(argv)
+    for word in words:
+        if word in ('-h', '--help'):
+            wants_help = True
+        elif match := re.match(r'(?:--)?([A-Za-z_]\w*)=(.*)', word, re.DOTALL):
+            wishes[match[1]] = match[2]
+        elif word.startswith('--'):
+            text = next(words, None)
+            if text is None or text.startswith('--'):
+                raise ValueError(f"command line: {word} has no value; write {word}=VALUE")
+            wishes[word[2:]] = text
+        elif Path(word).is_file():
+            files.append(word)
+        else:
+            raise FileNotFoundError(f"command line: there is no config file {word!r} (settings are written --key=value)")
+    return files, wishes, wants_help
+
+
+def _run_file(path, namespace):
+    """{name: value} of what the config file at `path` assigns; OSError and ValueError name the file and the line."""
+    namespace = _Recorder({**namespace, '__file__': path})
+    try:
+        exec(compile(Path(path).read_bytes(), path, 'exec'), namespace)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, 'lineno', None) or _line_in(path, error)
+        raise ValueError(f"{path}, line {line}: {getattr(error, 'msg', error)}") from None
+    except Exception as error:
+        raise ValueError(f"{path}, line {_line_in(path, error)}: {type(error).__name__}: {error}") from None
+    return namespace.assigned
+
+
+def _line_in(path, error):
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return lines[-1] if lines else 1
+
+
+def _from_text(key, text, default, where):
+    """The value that the command line's `text` stands for: as it is for strings, a Python literal otherwise."""
+    if type(default) is str and default != 'auto':
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except Exception:       # not a literal: a bare word such as bfloat16
+        value = text
+    return _checked(key, value, default, where)
+
+
+def _checked(key, value, default, where):
+    if type(default) is float and type(value) is int:
+        value = float(value) if abs(value) < 1e300 else value
+    fits = type(value) is type(default) or (default in ('auto', None) and type(value) in PLAIN)
+    if not fits:
+        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}.get(type(default))
+        raise ValueError(f"{where}: {key} takes {kind}, not {value!r}")
+    return value
+
+
+def _print_help(settings, defaults, Config):
+    """Every setting with its default and the comment behind it in the source."""
+    source = Path(settings['__file__']).read_text(encoding='utf-8') + (inspect.getsource(Config) if Config else '')
+    comments = dict(re.findall(r'^ *(\w+)(?:: [^=\n]+)? = .*?  # (.*)$', source, re.MULTILINE))
+    print(f"{settings.get('__doc__') or ''}\nSettings, as --key=value:")
+    for key, value in defaults.items():
+        print(f"  --{f'{key}={value!r}':38} {comments.get(key, '')}")

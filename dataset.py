@@ -1,0 +1,206 @@
+"""Token bins: written once by data/NAME/prepare.py, read as memory maps; which windows a step trains and evaluates on.
+
+A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside it says which, by which tokenizer, and
+for each split its tokens, bytes of text and sha256. Windows are block_size tokens and the token after each.
+"""
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import files
+from tokenizer import describe_meta_pkl
+
+ROOT = Path(__file__).resolve().parent / 'data'
+GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
+SCAN_LIMIT = 100_000_000    # bins up to so many tokens are searched whole for ids beyond the vocabulary (< 0.1 s)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+class Dataset:
+    """The splits of data/NAME (or of any folder), and the batches that training and evaluation take from them.
+
+    tokenizer: its description; vocab_size: ids are below it.
+    Raises ValueError or OSError with what is missing or wrong.
+    """
+
+    def __init__(self, name, block_size, batch_size, batches_per_step=1, seed=1337):
+        self.name, self.block_size, self.batch_size = name, block_size, batch_size
+        self.batches_per_step, self.seed = batches_per_step, seed
+        self.folder = ROOT / name
+        self.tokenizer, self.vocab_size, self.dtype, self.meta = read_meta(self.folder)
+        self.tokens = {}        # split -> length
+        for split in ('train', 'val'):
+            path = self.folder / f'{split}.bin'
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: run `python data/{name}/prepare.py` first")
+            n = self.tokens[split] = path.stat().st_size // np.dtype(self.dtype).itemsize
+            if n < 2:
+                raise ValueError(f"{path} holds {n} token(s): too few to learn from; prepare it again")
+            if split == 'train' and n <= block_size:
+                raise ValueError(f"block_size={block_size} is larger than the train split of {name} ({n} tokens, of "
+                                 f"which {n - 1} can be a context); take a smaller --block_size")
+            if n <= SCAN_LIMIT:
+                self._check(split, self._map(split))
+        self.windows = max(1, (self.tokens['train'] - block_size) // block_size)    # per epoch
+        self.batch_tokens = batch_size * block_size
+
+    def _map(self, split):
+        # A map that stays open keeps every page it ever read in the process's memory, so none does.
+        return np.memmap(self.folder / f'{split}.bin', dtype=self.dtype, mode='r')
+
+    def _check(self, split, tokens):
+        if (top := int(tokens.max())) >= self.vocab_size:
+            raise ValueError(f"{self.folder / split}.bin holds the id {top}, but its vocabulary has {self.vocab_size} "
+                             "entries; prepare it again")
+
+    def _read(self, split, starts, length):
+        """(idx, targets), each (len(starts), length) int64: the windows at `starts`, and the same one token later.
+
+        What lies beyond the end of the split is 0 in idx and -1 in targets.
+        """
+        data = self._map(split)
+        rows = np.full((len(starts), length + 1), -1, np.int64)
+        for row, start in zip(rows, starts, strict=True):
+            piece = data[start:start + length + 1]
+            row[:len(piece)] = piece
+        self._check(split, rows)
+        return np.maximum(rows[:, :-1], 0), rows[:, 1:]
+
+    def train_batch(self, step, micro):
+        """(idx, targets, share) of micro-batch `micro` of `step`: a function of the seed alone, whoever asks.
+
+        share: the part of the step's targets that are in it, which weighs its loss. Every window comes once per
+        epoch, in a new order and from a new offset each time.
+        """
+        first = (step * self.batches_per_step + micro) * self.batch_size
+        epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.windows)
+        starts = np.empty(self.batch_size, np.int64)
+        for epoch in np.unique(epochs):
+            key = np.random.SeedSequence((self.seed, int(epoch))).generate_state(5, np.uint64)
+            slack = self.tokens['train'] - 1 - self.windows * self.block_size
+            offset = int(key[4] % np.uint64(min(slack, self.block_size - 1) + 1))
+            here = epochs == epoch
+            starts[here] = offset + permute(places[here], self.windows, key[:4]) * self.block_size
+        return *self._read('train', starts, self.block_size), 1 / self.batches_per_step
+
+    def epoch(self):
+        """(idx, targets) batches of one pass over the training windows, for models that count."""
+        for i in range(max(1, self.windows // self.batch_size)):
+            yield self.train_batch(i // self.batches_per_step, i % self.batches_per_step)[:2]
+
+    def eval_batches(self, split, limit=None):
+        """How many batches an evaluation of `split` has: the whole split, or at most `limit`."""
+        whole = -(-(self.tokens[split] - 1) // self.batch_tokens)
+        return whole if limit is None else min(limit, whole)
+
+    def eval_batch(self, split, i, limit=None):
+        """(idx, targets, valid): batch i of `eval_batches(split, limit)`, and its number of targets.
+
+        The whole split is its windows side by side, the last batch filled up with ignored targets, so that every token
+        but the first is predicted once; fewer batches are windows spread evenly over it. Always the same ones.
+        """
+        windows = -(-(self.tokens[split] - 1) // self.block_size)
+        places = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
+        if (batches := self.eval_batches(split, limit)) < self.eval_batches(split):
+            places = places * windows // (batches * self.batch_size)
+        idx, targets = self._read(split, places * self.block_size, self.block_size)
+        return idx, targets, int((targets >= 0).sum())
+
+    def bits_per_byte(self, split, loss):
+        """`loss` (nats per token) as bits per byte of text, or None where meta.json does not say the bytes."""
+        facts = self.meta.get('splits', {}).get(split)
+        return loss / np.log(2) * facts['tokens'] / facts['bytes'] if facts else None
+
+
+class RandomDataset(Dataset):
+    """Random ids in place of text, to measure speed where no data is prepared."""
+
+    def __init__(self, block_size, batch_size, batches_per_step=1, seed=1337, vocab_size=50257):
+        self.name, self.block_size, self.batch_size = 'random', block_size, batch_size
+        self.batches_per_step, self.seed = batches_per_step, seed
+        self.tokenizer, self.vocab_size, self.meta, self.folder = None, vocab_size, {}, Path('random')
+        ids = np.random.default_rng(seed).integers(vocab_size, size=max(1 << 20, 4 * block_size), dtype=np.uint32)
+        self._maps = {'train': ids, 'val': ids[:8 * block_size + 1]}
+        self.tokens = {split: len(ids) for split, ids in self._maps.items()}
+        self.windows = (len(ids) - block_size) // block_size
+        self.batch_tokens = batch_size * block_size
+
+    def _map(self, split):
+        return self._maps[split]
+
+
+def permute(places, n, keys):
+    """Where each of `places` (ints below n) goes in a shuffle of range(n) that needs no memory.
+
+    A Feistel network on the smallest even number of bits that hold n; what lands at n or beyond is sent through again.
+    """
+    half = max(1, (int(n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    x = places.astype(np.uint64)
+    todo = np.ones(len(x), bool)
+    while todo.any():
+        left, right = x[todo] >> np.uint64(half), x[todo] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)   # multiply and fold, twice: the top bits are mixed
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        x[todo] = (left << np.uint64(half)) | right
+        todo &= x >= n
+    return x.astype(np.int64)
+
+
+def read_meta(folder):
+    """(tokenizer description, vocab_size, dtype, meta) by meta.json or nanoGPT's meta.pkl; without either, GPT-2's."""
+    if (folder / 'meta.json').is_file():
+        try:
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{folder / 'meta.json'} cannot be read ({type(error).__name__}: {error})") from None
+    if (folder / 'meta.pkl').is_file():
+        description = describe_meta_pkl((folder / 'meta.pkl').read_bytes())
+        return description, len(description['chars']), 'uint16', {}
+    return dict(GPT2), 50257, 'uint16', {}
+
+
+def prepare_if_small(name):
+    """Run data/NAME/prepare.py where the bins are missing and it says that it downloads less than 100 MB."""
+    script = ROOT / name / 'prepare.py'
+    if (ROOT / name / 'train.bin').is_file() or not script.is_file():
+        return
+    size = re.search(r'^DOWNLOAD_MB = ([\d.]+)', script.read_text(encoding='utf-8'), re.MULTILINE)
+    if not size or float(size[1]) >= 100:
+        raise FileNotFoundError(f"data/{name} is not prepared, and it is large: run `python data/{name}/prepare.py` first")
+    print(f"data/{name} is not prepared yet: running data/{name}/prepare.py", flush=True)
+    done = subprocess.run([sys.executable, str(script)])
+    if done.returncode:
+        raise SystemExit(done.returncode)   # it has said why
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+def write_bins(folder, tokenizer, splits):
+    """Write FOLDER/{split}.bin and meta.json from {split: [texts]}, each file whole or not at all; returns the meta."""
+    dtype = 'uint16' if tokenizer.vocab_size <= 2 ** 16 else 'uint32'
+    meta = {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype, 'splits': {}}
+    for split, texts in splits.items():
+        digest, n_tokens, n_bytes = hashlib.sha256(), 0, 0
+        with files.replacing(Path(folder) / f'{split}.bin') as file:
+            for text in texts:
+                ids = np.array(tokenizer.encode(text), dtype=dtype).tobytes()
+                file.write(ids)
+                digest.update(ids)
+                n_tokens += len(ids) // np.dtype(dtype).itemsize
+                n_bytes += len(text.encode())
+        meta['splits'][split] = {'tokens': n_tokens, 'bytes': n_bytes, 'sha256': digest.hexdigest()}
+    with files.replacing(Path(folder) / 'meta.json') as file:
+        file.write(json.dumps(meta, indent=1).encode())
+    for split, facts in meta['splits'].items():
+        print(f"{split}: {facts['tokens']:,} tokens, {facts['bytes']:,} bytes, sha256 {facts['sha256']}")
+    return meta

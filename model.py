@@ -1,0 +1,266 @@
+"""What a language model is here (LanguageModel), and GPT-2's architecture (GPT), OpenAI's weights included.
+
+Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
+GPT-2: Radford et al. 2019, https://github.com/openai/gpt-2 (pre-LayerNorm, learned positions, scaled residual init).
+"""
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import generate
+import optimizer
+from layers import LayerNorm, causal_attention
+
+
+class LanguageModel(nn.Module):
+    """The contract between train.py, sample.py, bench.py and every architecture.
+
+    A model sets `Config`, a dataclass of only the fields it uses, among them block_size and vocab_size, and defines
+    forward(idx, targets=None, cache=None) -> (logits, loss): idx (B, T) int64; targets the same shape, -1 is ignored;
+    loss the mean cross-entropy in nats (in eval mode exactly that; training may add to it). With targets in eval mode
+    logits are (B, T, V), in training they may be None; without targets they are the last position's, (B, 1, V).
+    The rest has defaults to build on.
+    """
+
+    Config = None
+    fit = None                      # counted models: fit(batches of (idx, targets)) replaces the optimizer's steps
+    tokenizer = None                # set by checkpoint.load_model: what the ids stand for
+    gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def num_params(self):
+        """Parameters, each tied one counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def param_groups(self):
+        """{role: [parameters]} with the roles matrix, embedding, head and vector; each parameter in one of them."""
+        embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        groups = {'matrix': [], 'embedding': [], 'head': [], 'vector': []}
+        for name, p in self.named_parameters():
+            role = ('vector' if p.dim() < 2 else 'embedding' if id(p) in embeddings
+                    else 'head' if name.startswith('lm_head.') else 'matrix')
+            groups[role].append(p)
+        return groups
+
+    def after_step(self):
+        """Called after every optimizer step, for models that put their weights or buffers right then."""
+
+    def flops_per_token(self, T):
+        """FLOPs of forward and backward for one token of a T-token context (PaLM's estimate, attention left out)."""
+        return 6 * self.num_params()
+
+    def estimate_mfu(self, tokens_per_second, peak_flops):
+        """Model FLOPs utilisation: the share of `peak_flops` that training at this speed uses."""
+        return self.flops_per_token(self.config.block_size) * tokens_per_second / peak_flops
+
+    def crop_block_size(self, block_size):
+        """Shorten the longest context in place, for models that can."""
+        raise ValueError(f"{type(self).__name__} has block_size={self.config.block_size} and can't change it")
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW over `param_groups`, or None for a model without parameters to learn."""
+        return optimizer.adamw(self.param_groups(), weight_decay, learning_rate, betas, device_type)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx (B, T) -> (B, T + max_new_tokens): idx continued, one sampled token after the other."""
+        return torch.cat([idx, *generate.stream(self, idx, max_new_tokens, temperature, top_k)], dim=1)
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024      # longest context, in tokens
+    vocab_size: int = 50304     # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12           # blocks
+    n_head: int = 12            # attention heads per block
+    n_embd: int = 768           # channels (C)
+    dropout: float = 0.0        # probability, on embeddings, attention weights and both residual branches
+    bias: bool = True           # in Linears and LayerNorms, as GPT-2 has it; without is a bit better and faster
+    gelu: str = 'exact'         # 'exact' (nanoGPT's, with erf) or 'tanh' (OpenAI's approximation)
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a GPT needs at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: take a probability from 0 up to, not including, 1")
+        if self.gelu not in ('exact', 'tanh'):
+            raise ValueError(f"gelu={self.gelu!r} is unknown: take exact or tanh")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU('none' if config.gelu == 'exact' else 'tanh')
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(LanguageModel):
+    Config = GPTConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=LayerNorm(config.n_embd, config.bias)))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight   # tied
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):  # 2 per block write to the residual stream: keep its variance at 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None, cache=None):
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]     # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            recompute = self.gradient_checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None                            # (B, 1, V)
+        logits = self.lm_head(x)                                            # (B, T, V)
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def num_params(self, non_embedding=True):
+        """Parameters; by default without the position embeddings, as GPT-2's sizes are told."""
+        n = super().num_params()
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def flops_per_token(self, T):
+        """6 per parameter, and 12·C·T per layer for the attention products (PaLM, arXiv 2204.02311, appendix B)."""
+        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def crop_block_size(self, block_size):
+        """Shorten the longest context, in place; the position embeddings beyond it are gone."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size}: this model has {self.config.block_size} positions, no more")
+        self.config.block_size = block_size
+        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), freeze=False)
+
+    @classmethod
+    def from_pretrained(cls, name, **overrides):
+        """GPT-2 by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once) or from a Hugging Face folder.
+
+        overrides: Config fields that hold no weights, such as dropout. Raises ValueError or OSError where the folder
+        holds no GPT-2, a file is missing or the download fails.
+        """
+        folder = Path(name) if Path(name).is_dir() else _download(name)
+        hf = json.loads((folder / 'config.json').read_text())
+        if hf.get('model_type') != 'gpt2':
+            raise ValueError(f"{name} holds a {hf.get('model_type')!r} model, not gpt2")
+        gelus = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
+        activation = hf.get('activation_function', 'gelu_new')
+        usual = (hf.get('n_inner') in (None, 4 * hf['n_embd']) and hf.get('scale_attn_weights', True)
+                 and not hf.get('scale_attn_by_inverse_layer_idx') and hf.get('tie_word_embeddings', True))
+        if activation not in gelus or not usual:
+            raise ValueError(f"{name} is a GPT-2 whose activation, MLP width, attention scale or head differs from GPT's")
+        config = dict(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
+                      n_head=hf['n_head'], n_embd=hf['n_embd'], bias=True, gelu=gelus[activation])
+        model = cls(cls.Config(**{**config, **overrides}))
+        linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')      # stored (in, out) there: Conv1D
+        state = {}
+        for key, tensor in _hf_tensors(folder):
+            key = 'transformer.' + key.removeprefix('transformer.')
+            if key.endswith(('.attn.bias', '.attn.masked_bias')) or key == 'transformer.lm_head.weight':
+                continue                                                # masks, and the head, which is wte
+            state[key] = tensor.t() if key.endswith(linear) else tensor
+        state['lm_head.weight'] = state.get('transformer.wte.weight')
+        wrong = {k for k, p in model.state_dict().items() if k not in state or state[k].shape != p.shape} | (
+            state.keys() - model.state_dict().keys())
+        if wrong:
+            raise ValueError(f"{name}: {len(wrong)} weights are missing or don't fit its config.json, {min(wrong)} for one")
+        model.load_state_dict(state)
+        return model
+
+
+def _download(name):
+    """The folder with config.json and model.safetensors of an OpenAI size; NANOGPT_MIRROR may hold it as NAME/."""
+    if name not in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
+        raise ValueError(f"{name!r} is neither a folder nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    mirror = os.environ.get('NANOGPT_MIRROR', '')
+    if mirror and '://' not in mirror:
+        if not (Path(mirror) / name / 'config.json').is_file():
+            raise FileNotFoundError(f"NANOGPT_MIRROR={mirror} has no {name}/config.json")
+        return Path(mirror) / name
+    from huggingface_hub import hf_hub_download
+    try:
+        files = [hf_hub_download(f'openai-community/{name}', file, endpoint=mirror or None)
+                 for file in ('config.json', 'model.safetensors')]
+    except Exception as error:      # the library raises its own, requests' and httpx's errors
+        raise OSError(f"cannot download {name} ({type(error).__name__}): without a network, give --init_from a folder "
+                      "that holds its config.json and model.safetensors") from None
+    return Path(files[0]).parent
+
+
+def _hf_tensors(folder):
+    """(name, tensor) of all weights in a Hugging Face folder: safetensors or .bin, one file or shards."""
+    for pattern in ('model*.safetensors', 'pytorch_model*.bin'):
+        files = sorted(folder.glob(pattern))
+        for file in files:
+            if file.suffix == '.bin':
+                yield from torch.load(file, map_location='cpu', weights_only=True).items()
+            else:
+                from safetensors.torch import load_file
+                yield from load_file(file).items()
+        if files:
+            return
+    raise FileNotFoundError(f"{folder} has no model.safetensors or pytorch_model.bin")

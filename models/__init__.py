@@ -1,0 +1,25 @@
+"""Architectures by name: `gpt` is model.py, any other NAME is models/NAME.py, imported when it is asked for."""
+import difflib
+import importlib
+from pathlib import Path
+
+
+def architecture(name):
+    """The LanguageModel class called `name`. Raises ValueError, naming the nearest, where there is none."""
+    names = ['gpt', *sorted(p.stem for p in Path(__file__).parent.glob('[a-z]*.py'))]
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
+        raise ValueError(f"model={name!r} is unknown; the nearest is {near!r} (there are: {', '.join(names)})")
+    module = importlib.import_module('model' if name == 'gpt' else f'models.{name}')
+    base = importlib.import_module('model').LanguageModel
+    found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base)
+             and c.__module__ == module.__name__ and c.Config]
+    if not found:
+        raise ValueError(f"models/{name}.py defines no LanguageModel with a Config")
+    return found[-1]
+
+
+def build(name, **fields):
+    """A new model called `name` with these Config fields, as in build('gpt', n_layer=2). Raises ValueError."""
+    Model = architecture(name)
+    return Model(Model.Config(**fields))

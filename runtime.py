@@ -1,0 +1,267 @@
+"""The machine: device, number format, compilation, randomness, peak speed; and how a script ends on a user's mistake."""
+import contextlib
+import os
+import platform
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+def fail(message):
+    """End the script on a user's mistake: one line on stderr, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """The project's modules raise ValueError and OSError with a line for the user; inside this, that line ends the
+    script. Only around calls that check what a user gave."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+@contextlib.contextmanager
+def memory_errors(advice):
+    """Out of memory, on any device, ends the script with one line that ends in `advice`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'out of memory' in text or 'allocate memory' in text:
+            fail(f"out of memory: {advice}")
+        raise
+
+
+class StopRequest:
+    """SIGINT (Ctrl-C) and SIGTERM, received, so that a loop can stop where nothing is lost; a second one ends at once.
+
+    `signal` is the number of the one received, or None.
+    """
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        print(f"{signal.Signals(number).name}: saving after this step; once more ends without saving", file=sys.stderr)
+
+
+# ---- device and number format ----------------------------------------------------------------------------------------
+
+def resolve_device(device):
+    """'auto' | 'cpu' | 'cuda[:N]' | 'mps' -> a device that is there. Raises ValueError where it is not."""
+    if device == 'auto':
+        if torch.cuda.is_available():
+            missing = _missing_kernels()
+            if not missing:
+                return 'cuda'
+            print(f"{missing}; using the CPU", file=sys.stderr)
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, index = str(device).partition(':')
+    if kind not in ('cpu', 'cuda', 'mps') or (index and not index.isdigit()):
+        raise ValueError(f"device={device!r} is unknown: take auto, cpu, cuda, cuda:0, cuda:1, … or mps")
+    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
+    if not there[kind]:
+        raise ValueError(f"device={device!r} is not available here: take --device=auto, or install a torch built for it")
+    if kind == 'cuda' and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
+    if kind == 'cuda' and (missing := _missing_kernels()):
+        raise ValueError(f"{missing}; install an older torch or take --device=cpu")
+    return str(device)
+
+
+def _missing_kernels():
+    """Why the installed torch has no kernels for this GPU, or ''."""
+    major, minor = torch.cuda.get_device_capability()
+    built = [arch.split('_')[1].rstrip('af') for arch in torch.cuda.get_arch_list()]
+    if not built or any(int(b[:-1]) == major and int(b[-1]) <= minor for b in built):
+        return ''
+    newest_ptx = [a for a in torch.cuda.get_arch_list() if a.startswith('compute_')]
+    if newest_ptx and all(int(b[:-1]) <= major for b in built):
+        return ''
+    return f"this torch has no kernels for {torch.cuda.get_device_name()} (capability {major}.{minor})"
+
+
+def resolve_dtype(dtype, device):
+    """'auto' | 'float32' | 'bfloat16' | 'float16' -> the format to compute in. Raises ValueError where the device can't.
+
+    auto is bfloat16 where the chip has it in hardware; on CUDA otherwise float16; elsewhere float32.
+    """
+    kind = device.split(':')[0]
+    has_bf16 = {'cuda': kind == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 8,
+                'mps': False, 'cpu': cpu_has_bfloat16()}[kind]
+    if dtype == 'auto':
+        return 'bfloat16' if has_bf16 else 'float16' if kind == 'cuda' else 'float32'
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: take auto, float32, bfloat16 or float16")
+    if dtype == 'bfloat16' and not has_bf16 and kind != 'cpu':     # a CPU without it computes right, only slowly
+        raise ValueError(f"dtype='bfloat16': {device} has no bfloat16 in hardware; take --dtype=float16 or float32")
+    return dtype
+
+
+def cpu_has_bfloat16():
+    """Whether the CPU multiplies bfloat16 in hardware (x86: AVX-512 BF16 or AMX; Arm: the BF16 extension)."""
+    if platform.machine().lower() in ('x86_64', 'amd64'):
+        probes = (getattr(torch.cpu, name, None) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+        return any(probe() for probe in probes if probe)
+    try:
+        with open('/proc/cpuinfo') as cpuinfo:
+            return ' bf16' in cpuinfo.read()
+    except OSError:
+        return False
+
+
+def autocast(device, dtype):
+    """The context in which forward passes run: mixed precision, or nothing for float32."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.split(':')[0], DTYPES[dtype])
+
+
+def set_threads(threads):
+    """Use `threads` CPU threads, unless the user's OMP_NUM_THREADS says otherwise; returns the number in use.
+
+    Sums are split by thread: the same number gives the same bits.
+    """
+    if threads and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def to_device(device, *arrays):
+    """NumPy arrays as tensors on the device; towards a GPU the copy does not wait."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.startswith('cuda'):
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return [tensor.to(device) for tensor in tensors]
+
+
+def synchronize(device):
+    """Wait until the device has done what was asked of it, so that a clock tells the truth."""
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    elif device == 'mps':
+        torch.mps.synchronize()
+
+
+def peak_memory(device):
+    """The most bytes that tensors took on the GPU, or that the process took on a CPU; 0 where nobody counts."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    if device == 'mps':
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:     # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
+
+def seed_everything(*key):
+    """Make torch's random numbers, on every device, a function of `key` (non-negative integers) alone."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def be_deterministic():
+    """Bit-identical repeats on CUDA too, at some cost in speed; call before anything runs on the GPU."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+
+
+# ---- compilation -----------------------------------------------------------------------------------------------------
+
+def resolve_compile(wish, device):
+    """True | False | 'auto' -> whether to compile: auto does so on CUDA, where it pays after a minute."""
+    if wish not in (True, False, 'auto'):
+        raise ValueError(f"compile={wish!r} is unknown: take True, False or auto")
+    if wish == 'auto':
+        return device.startswith('cuda') and torch.cuda.get_device_capability(device)[0] >= 7
+    return wish
+
+
+def compile_model(model, try_step, insist):
+    """Compile `model` in place (its state-dict names stay clean) and prove it on `try_step()`.
+
+    Returns whether the model is compiled now. Where it can't be (no C compiler, an old GPU): ValueError if `insist`,
+    else one line, and the model stays as it was. Gradients and buffers that the trial changed are put back.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        model.compile()
+        try_step()
+    except Exception as error:      # the compiler's ways to fail are many and undocumented
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]})"
+        if insist:
+            raise ValueError(f"{reason}; take --compile=False") from None
+        print(f"{reason}; going on without it", file=sys.stderr)
+        model._compiled_call_impl = None
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    model.zero_grad(set_to_none=True)
+    return model._compiled_call_impl is not None
+
+
+def profiler(folder):
+    """A profiler that skips 5 steps, warms up for 5, and writes the next 5 as a trace into `folder`; call its step()."""
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=5, warmup=5, active=5, repeat=1),
+                                  on_trace_ready=torch.profiler.tensorboard_trace_handler(folder), record_shapes=True)
+
+
+# ---- peak speed ------------------------------------------------------------------------------------------------------
+
+# Dense TFLOP/s by the makers' data sheets: 16-bit formats with 32-bit sums, and float32 as TF32 where the chip has it.
+GPU_PEAKS = {       # part of the name: (16-bit, float32)
+    'B200': (2250, 1125), 'GB200': (2500, 1250), 'H200 NVL': (835, 417), 'H200': (989, 494), 'GH200': (989, 494),
+    'H100 PCIe': (756, 378), 'H100 NVL': (835, 417), 'H100': (989, 494), 'A100': (312, 156), 'A30': (165, 82), 'A40': (149.7, 74.8),
+    'A10G': (70, 35), 'A10': (125, 62.5), 'L40S': (362, 183), 'L40': (181, 90.5), 'L4': (121, 60),
+    'RTX 6000 Ada': (364, 182), 'RTX A6000': (154.8, 77.4), 'RTX 5090': (209.5, 104.8), 'RTX 4090': (165.2, 82.6),
+    'RTX 3090': (71, 35.6), 'V100': (125, 15.7), 'T4': (65, 8.1),
+}
+
+
+def gpu_peak_flops(name, dtype):
+    """Peak FLOP/s of the GPU called `name` in `dtype`, or None for one that the table does not know."""
+    words = name.replace('-', ' ').split()
+    if {'Laptop', 'Ti', 'SUPER', 'D', 'MIG'} & set(words):      # slower or faster relatives of the same name
+        return None
+    for known, (half, single) in GPU_PEAKS.items():
+        parts = known.split()
+        if any(words[i:i + len(parts)] == parts for i in range(len(words))):
+            return (single if dtype == 'float32' else half) * 1e12
+    return None
+
+
+def peak_flops(device, dtype):
+    """Peak FLOP/s of a device for MFU, or None where it is not known (also a T4 or V100 asked for bfloat16)."""
+    if not device.startswith('cuda'):
+        return None
+    return gpu_peak_flops(torch.cuda.get_device_name(device), dtype)
+
+
+def measured_peak_flops(dtype, size=2048, seconds=1.0):
+    """FLOP/s that a CPU reaches in one large square matrix product in `dtype`: the best of repeats within `seconds`."""
+    a = torch.randn(size, size).to(DTYPES[dtype])
+    best, end = float('inf'), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best

@@ -1,0 +1,326 @@
+"""Train a model on text: one process, or many with torchrun.
+
+    python train.py config/train_stdlib_char.py                               # a first run, no download
+    python train.py config/train_shakespeare_char.py --batch_size=32          # the command line wins
+    python train.py --init_from=resume --out_dir=out-shakespeare-char         # go on where a run stopped
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    # one node, 8 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 train.py config/train_gpt2.py
+"""
+import time
+
+_start = time.perf_counter()    # before the imports: they are part of what a user waits for
+
+import dataclasses
+import json
+import math
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import models
+import optimizer as optimizers
+import parallel
+import runtime
+from configurator import configure
+from dataset import Dataset, RandomDataset, prepare_if_small
+from generate import show_sample
+from layers import use_attention
+from metrics import Metrics, Stopwatch, short
+from runtime import fail, user_errors
+
+# ---- settings: the defaults train GPT-2 124M on OpenWebText ----------------------------------------------------------
+# the run
+out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
+init_from = 'scratch'  # scratch, resume, gpt2[-medium|-large|-xl], a Hugging Face folder, an out_dir or a checkpoint
+seed = 1337  # of initialisation, order of the data and dropout
+eval_interval = 2000  # steps between evaluations; each one saves a checkpoint
+eval_iters = 200  # batches per evaluation and split, or the whole split where that is less
+eval_only = False  # evaluate once and end
+log_interval = 1  # steps between lines of the log
+always_save_checkpoint = True  # sample.py takes the latest weights; False: those with the best validation loss
+save_minutes = 15.0  # also save after so many minutes without a save; 0: at evaluations only
+early_stop = 0  # end after so many evaluations in a row without a better validation loss; 0: never
+wandb_log = False  # also log to Weights & Biases
+wandb_project = 'owt'  # its project
+wandb_run_name = 'gpt2'  # and the name of the run there
+# data
+dataset = 'openwebtext'  # a folder in data/ (or a path) with train.bin and val.bin; random: random tokens
+gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all processes together
+batch_size = 12  # windows per micro-batch
+block_size = 1024  # tokens per window, the longest context
+# model
+model = 'gpt'  # gpt, or NAME for models/NAME.py; its Config's other fields are settings too
+n_layer = 12  # blocks
+n_head = 12  # attention heads
+n_embd = 768  # channels
+dropout = 0.0  # 0 for pretraining; for finetuning try 0.1
+bias = False  # in Linears and LayerNorms
+# AdamW and its learning rate
+learning_rate = 6e-4  # after the warm-up
+max_iters = 600000  # steps in all
+weight_decay = 1e-1  # of matrices and embeddings
+beta1 = 0.9  # decay rate of the gradient's average
+beta2 = 0.95  # decay rate of its square's
+grad_clip = 1.0  # longest gradient; 0: no limit
+decay_lr = True  # cosine after a linear warm-up; False: constant
+warmup_iters = 2000  # steps of the warm-up
+lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
+min_lr = 6e-5  # usually learning_rate / 10
+# the machine
+device = 'auto'  # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
+compile = 'auto'  # True, False, or auto: on CUDA
+backend = 'auto'  # between processes: auto, nccl, gloo
+attention = 'auto'  # auto (fastest here), sdpa, plain
+gradient_checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
+deterministic = False  # bit-identical repeats on CUDA too; slower
+profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or chrome://tracing
+# ----------------------------------------------------------------------------------------------------------------------
+
+with user_errors():
+    config, given = configure(globals(), sys.argv[1:], runtime.resolve_device,
+                              lambda values: models.architecture(values['model']).Config)
+stored = None
+if init_from == 'resume':
+    with user_errors():
+        stored = checkpoint.read_latest(out_dir)
+    kept = {'model': stored.get('model_name', 'gpt')} | stored['model_args']
+    for key in given.keys() & kept.keys() - {'dropout'}:
+        if config[key] != kept[key]:
+            fail(f"{out_dir} holds a run with {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out to "
+                 "go on with that run, or take another --out_dir")
+    config |= {k: v for k, v in (stored['config'] | kept).items() if k in config and k not in given and k != 'out_dir'}
+    globals().update(config)
+for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
+    if config[key] < 1:
+        fail(f"{key}={config[key]} must be at least 1")
+if gradient_accumulation_steps % parallel.WORLD_SIZE:
+    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches can't be shared evenly by "
+         f"{parallel.WORLD_SIZE} processes; take a multiple of {parallel.WORLD_SIZE}")
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+with user_errors():
+    if deterministic:
+        runtime.be_deterministic()
+    device = parallel.start(backend, runtime.resolve_device(device))
+    device_type = device.split(':')[0]
+    before = stored.get('resolved', {}) if stored else {}
+    before = before if before.get('device') == device_type else {}     # 'auto' is decided once per run
+    dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
+    compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
+    use_attention(attention)
+threads = runtime.set_threads(before.get('threads'))
+torch.set_float32_matmul_precision('high')      # TF32 where the chip has it
+ctx = runtime.autocast(device, dtype)
+
+# ---- data, model, optimizer ------------------------------------------------------------------------------------------
+with user_errors():
+    with parallel.master_first():
+        prepare_if_small(dataset)
+    Data = RandomDataset if dataset == 'random' else lambda *args: Dataset(dataset, *args)
+    data = Data(block_size, batch_size, gradient_accumulation_steps, seed)
+    runtime.seed_everything(seed)
+    if stored:
+        model, trained_on = checkpoint.restore(stored, dropout=dropout)
+    elif init_from == 'scratch':
+        Config = models.architecture(model).Config
+        vocab_size = data.vocab_size if data.vocab_size < 1000 else 64 * math.ceil(data.vocab_size / 64)    # for speed
+        fields = {f.name for f in dataclasses.fields(Config)} & config.keys()
+        model = models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields})
+        trained_on = data.tokenizer
+    else:
+        model, trained_on = checkpoint.open_model(init_from, dropout=dropout)
+        if block_size != model.config.block_size:
+            model.crop_block_size(block_size)
+    if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
+        fail(f"data/{dataset} was prepared with another tokenizer ({data.vocab_size} entries) than {init_from}'s model")
+    model.to(device)
+    model.gradient_checkpointing = gradient_checkpointing
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    if stored and optimizer:
+        optimizers.load(optimizer, stored['optimizer'])
+        if scaler.is_enabled() and stored.get('scaler'):
+            scaler.load_state_dict(stored['scaler'])
+stored_progress = (stored or {}).get('progress', {})
+iter_num = int(stored['iter_num']) if stored else 0
+best_val_loss = float(stored['best_val_loss']) if stored else math.inf
+evaluated = stored_progress.get('evaluated', -1)        # the step of the last evaluation
+bad_evals = stored_progress.get('bad_evals', 0)         # evaluations in a row that were not the best
+train_seconds = stored_progress.get('train_seconds', 0.0)
+_start -= stored_progress.get('wall_seconds', 0.0)
+del stored
+
+
+def micro_step(step, micro):
+    """Forward and backward of one micro-batch; returns its part of the step's loss."""
+    idx, targets, share = data.train_batch(step, micro)
+    runtime.seed_everything(seed, step, micro)
+    with ctx:
+        _, loss = wrapped(*runtime.to_device(device, idx, targets))
+    scaler.scale(loss * share * parallel.WORLD_SIZE).backward()     # DDP averages: its mean becomes the sum
+    return loss.detach() * share
+
+
+@torch.no_grad()
+def evaluate(split, limit=None):
+    """The mean loss (nats per token) over `limit` batches of the split, or all, which the processes share."""
+    model.eval()
+    losses = []
+    for i in range(parallel.RANK, data.eval_batches(split, limit), parallel.WORLD_SIZE):
+        idx, targets, valid = data.eval_batch(split, i, limit)
+        with ctx:
+            losses.append((model(*runtime.to_device(device, idx, targets))[1], valid))
+    model.train()
+    loss, tokens = parallel.total([sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)])
+    return loss / tokens
+
+
+def state():
+    """All that a resumed run needs, and what sample.py needs."""
+    progress = dict(evaluated=evaluated, bad_evals=bad_evals, train_seconds=watch.total,
+                    wall_seconds=time.perf_counter() - _start, wandb_id=metrics.wandb_id)
+    return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), scaler=scaler.state_dict(),
+                model_name=config['model'], model_args=dataclasses.asdict(model.config), tokenizer=data.tokenizer,
+                iter_num=iter_num, best_val_loss=best_val_loss, config=config, progress=progress,
+                resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
+                versions=dict(torch=str(torch.__version__), python=platform.python_version()))
+
+
+def save(name):
+    global saved_at
+    if parallel.IS_MASTER:
+        with user_errors():
+            checkpoint.save(out_dir, name, state() if name == 'ckpt.pt' else state() | dict(optimizer=None, scaler=None))
+    saved_at = time.monotonic()
+
+
+def check_finite(what, loss):
+    if not math.isfinite(loss):
+        fail(f"the {what} is {loss} at step {iter_num}: the run has diverged; the checkpoints in {out_dir} are from before. "
+             "Take a lower --learning_rate, or --dtype=float32")
+
+
+# ---- what will be done -----------------------------------------------------------------------------------------------
+say = print if parallel.IS_MASTER else lambda *args: None
+tokens_per_step = gradient_accumulation_steps * data.batch_tokens
+peak = runtime.peak_flops(device, dtype)
+say(f"model: {config['model']}, {short(model.num_params())} parameters, from {init_from}")
+say(f"data: {dataset}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on")
+say(f"steps: {max_iters - iter_num:,} of {tokens_per_step:,} tokens ({gradient_accumulation_steps} x {batch_size} x "
+    f"{block_size}), {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
+say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}{', compiled' if compile else ''}, {threads} threads")
+if eval_only:
+    losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
+    say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    parallel.stop()
+    sys.exit()
+if iter_num >= max_iters > 0 and init_from == 'resume':
+    say(f"{out_dir} holds the end of this run, step {iter_num}: give a larger --max_iters to go on")
+    sys.exit()
+with user_errors():
+    if parallel.IS_MASTER:
+        checkpoint.make_out_dir(out_dir)
+        if init_from != 'resume' and checkpoint.set_aside(out_dir):
+            say(f"{out_dir} held an earlier run: its files are in {out_dir}/earlier now")
+    metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
+facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
+             compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
+if parallel.IS_MASTER:
+    Path(out_dir, 'config.json').write_text(json.dumps(config | {'resolved': facts}, indent=1))
+if wandb_log:
+    metrics.start_wandb(wandb_project, wandb_run_name, config, stored_progress.get('wandb_id'))
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+wrapped = model     # until it is known whether it compiles
+micros = parallel.share(gradient_accumulation_steps)
+stop = runtime.StopRequest()
+profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
+advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
+          "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
+with runtime.memory_errors(advice):
+    if compile and not model.fit:
+        with user_errors():
+            compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), insist=config['compile'] is True)
+    wrapped = parallel.wrap(model, device)
+    watch = Stopwatch(device, train_seconds)
+    saved_at = time.monotonic()
+    while True:
+        # evaluate, and save
+        is_last = iter_num >= max_iters
+        if (iter_num % eval_interval == 0 or is_last) and evaluated != iter_num:
+            watch.pause()
+            losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
+            is_best = losses['val'] < best_val_loss     # over the same windows each time
+            evaluated, bad_evals, best_val_loss = iter_num, 0 if is_best else bad_evals + 1, min(losses['val'], best_val_loss)
+            is_last = is_last or 0 < early_stop <= bad_evals
+            if is_last:
+                losses['val'] = evaluate('val')
+            metrics.evaluation(dict(
+                iter=iter_num, tokens=iter_num * tokens_per_step, train_loss=losses['train'], val_loss=losses['val'],
+                val_bpb=data.bits_per_byte('val', losses['val']), train_seconds=watch.total,
+                wall_seconds=time.perf_counter() - _start))
+            check_finite('validation loss', losses['val'])
+            if iter_num > 0:
+                if is_best:
+                    save('best.pt')
+                save('ckpt.pt')
+            watch.go_on()
+        if is_last:
+            break
+        if parallel.anyone(bool(stop.signal)):
+            save('ckpt.pt')
+            metrics.say(f"saved at step {iter_num}; to go on: python train.py --init_from=resume --out_dir={out_dir}")
+            break
+        if model.fit:
+            model.fit(data.epoch())
+            iter_num = max_iters
+            continue
+
+        # one step
+        lr = learning_rate if not decay_lr else optimizers.cosine_schedule(
+            iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        loss = 0.0
+        for micro in micros:
+            parallel.exchange_gradients(wrapped, micro == micros[-1])
+            loss = loss + micro_step(iter_num, micro)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        model.after_step()
+        iter_num += 1
+        watch.step()
+
+        # log, and save by the clock
+        line = None
+        if (iter_num - 1) % log_interval == 0:
+            took = watch.lap()
+            loss, = parallel.total([loss.item()])
+            line = dict(iter=iter_num - 1, loss=loss, lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
+                        tokens_per_second=tokens_per_step / took, peak_memory=runtime.peak_memory(device),
+                        mfu=peak and model.estimate_mfu(tokens_per_step / took, peak * parallel.WORLD_SIZE))
+            check_finite('loss', loss)
+        metrics.step(line, max_iters - iter_num)
+        if profiler:
+            profiler.step()
+        if save_minutes and time.monotonic() - saved_at > 60 * save_minutes:
+            watch.pause()
+            save('ckpt.pt')
+            watch.go_on()
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+metrics.close()
+parallel.stop()
+if stop.signal:
+    sys.exit(128 + stop.signal)
+if parallel.IS_MASTER:
+    with ctx:
+        show_sample(model.eval(), data.tokenizer, device)
+    print(f"more: python sample.py --out_dir={out_dir}")
