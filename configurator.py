@@ -40,7 +40,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     decides. Returns (config, given): every setting's final value; and for those that were set, where ("command line"
     or the file). Raises ValueError or FileNotFoundError with one line for the user; exits after --help.
     """
-    files, wishes, wants_help = _parse(argv)
+    files, wishes, wants_help = parse(argv)
     defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in PLAIN}
     values, given, later = dict(defaults), {}, {}
 
@@ -81,7 +81,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     return values, given
 
 
-def _parse(argv):
+def parse(argv):
     """Config files in order, {key: text} and whether help is wanted, out of command-line words."""
     files, wishes, wants_help = [], {}, False
     words = iter(argv)

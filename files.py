@@ -3,7 +3,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def replacing(path):
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from None
         raise
 
 
@@ -59,16 +58,13 @@ def download(url, path, digest, mirrored_as):
     if mirror := os.environ.get('NANOGPT_MIRROR'):
         url = f'{mirror.rstrip("/")}/{mirrored_as}'
     try:
-        with replacing(path) as file:
-            if '://' not in url:
-                shutil.copyfileobj(open(url, 'rb'), file)
-            else:
-                with urllib.request.urlopen(url, timeout=60) as answer:
-                    shutil.copyfileobj(answer, file)
+        source = urllib.request.urlopen(url, timeout=60) if '://' in url else open(url, 'rb')
     except OSError as error:
-        reason = getattr(error, 'reason', None) or error
+        reason = getattr(error, 'reason', None) or error.strerror or error
         raise OSError(f"cannot download {url} ({reason}): put the file at {path} by hand, or set NANOGPT_MIRROR to a "
                       f"folder or URL that has {mirrored_as}") from None
+    with source, replacing(path) as file:
+        shutil.copyfileobj(source, file)
     if (found := sha256(path)) != digest:
         path.unlink()
         raise ValueError(f"{url} is not the expected file: its sha256 is {found}, not {digest}; nothing was kept")

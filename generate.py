@@ -1,9 +1,8 @@
 """Decoding: tokens from a model, one after the other."""
+import codecs
 import sys
 
 import torch
-
-import tokenizer as tokenizers
 
 
 def sample(logits, temperature, top_k, n_vocab=None):
@@ -37,27 +36,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None):
         idx = torch.cat([idx, token], dim=1)
 
 
-def show_sample(model, description, device, max_new_tokens=300):
-    """Print a short sample of what a model just trained; a line in its place where its tokenizer can't be loaded."""
-    try:
-        model.tokenizer = tokenizers.load(description) if description else None
-    except (OSError, ValueError) as error:
-        print(f"no sample: {error}")
-        return
-    if model.tokenizer:
-        start = torch.tensor([[model.tokenizer.start_id]], device=device)
-        print('-' * 20, 'a sample', '-' * 20)
-        write(model, start, model.tokenizer, max_new_tokens, temperature=0.8, top_k=200)
-        print('-' * 50)
-
-
-def write(model, idx, tokenizer, max_new_tokens, temperature, top_k, out=None):
-    """Write the continuation of idx (1, T) to `out` (stdout) as it is generated, whole characters at a time."""
-    out = out or sys.stdout
-    printable = tokenizers.streaming_decoder(tokenizer)
+def write(model, idx, max_new_tokens, temperature, top_k):
+    """Print the continuation of idx (1, T), on a terminal as it is generated, a whole character at a time."""
+    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
     for token in stream(model, idx, max_new_tokens, temperature, top_k):
-        out.write(printable(token[0].tolist()))
-        if out.isatty():
-            out.flush()
-    out.write(printable([], final=True) + '\n')
-    out.flush()
+        print(decoder.decode(model.tokenizer.decode_bytes([token.item()])), end='', flush=sys.stdout.isatty())
+    print(decoder.decode(b'', final=True), flush=True)

@@ -1,10 +1,8 @@
 """Text to token ids and back: characters, bytes, and tiktoken's encodings (GPT-2's among them).
 
-A tokenizer has encode(text) -> [ids], decode(ids) -> text, decode_bytes(ids) -> bytes, vocab_size, start_id (a
-token to begin a text with), and describe() ->
-the plain dict that meta.json and checkpoints keep and `load` turns back into the tokenizer.
+A tokenizer has encode(text) -> [ids], decode(ids) -> text, decode_bytes(ids) -> bytes, vocab_size, start_id (a token to
+begin a text with), and describe() -> the plain dict that meta.json and checkpoints keep and `load` turns back into it.
 """
-import codecs
 import io
 import pickle
 
@@ -119,9 +117,3 @@ def describe_meta_pkl(data):
         raise
     except Exception as error:
         raise ValueError(f"meta.pkl cannot be read as nanoGPT's ({type(error).__name__}: {error})") from None
-
-
-def streaming_decoder(tokenizer):
-    """A function ids -> text that can be printed now: bytes of an unfinished character wait for the rest of it."""
-    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    return lambda ids, final=False: decoder.decode(tokenizer.decode_bytes(ids), final)

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import generate
 import models
 import optimizer as optimizers
 import parallel
 import runtime
+import tokenizer
 from configurator import configure
 from dataset import Dataset, RandomDataset, prepare_if_small
-from generate import show_sample
 from layers import use_attention
 from metrics import Metrics, Stopwatch, short
 from runtime import fail, user_errors
@@ -36,7 +37,7 @@ from runtime import fail, user_errors
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
 init_from = 'scratch'  # scratch, resume, gpt2[-medium|-large|-xl], a Hugging Face folder, an out_dir or a checkpoint
 seed = 1337  # of initialisation, order of the data and dropout
-eval_interval = 2000  # steps between evaluations; each one saves a checkpoint
+eval_interval = 2000  # steps between evaluations; each one saves a checkpoint; 0: only at the end
 eval_iters = 200  # batches per evaluation and split, or the whole split where that is less
 eval_only = False  # evaluate once and end
 log_interval = 1  # steps between lines of the log
@@ -94,7 +95,7 @@ if init_from == 'resume':
                  "go on with that run, or take another --out_dir")
     config |= {k: v for k, v in (stored['config'] | kept).items() if k in config and k not in given and k != 'out_dir'}
     globals().update(config)
-for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
+for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_iters', 'log_interval'):
     if config[key] < 1:
         fail(f"{key}={config[key]} must be at least 1")
 if gradient_accumulation_steps % parallel.WORLD_SIZE:
@@ -251,7 +252,7 @@ with runtime.memory_errors(advice):
     while True:
         # evaluate, and save
         is_last = iter_num >= max_iters
-        if (iter_num % eval_interval == 0 or is_last) and evaluated != iter_num:
+        if (is_last or (eval_interval > 0 and iter_num % eval_interval == 0)) and evaluated != iter_num:
             watch.pause()
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
@@ -320,7 +321,9 @@ metrics.close()
 parallel.stop()
 if stop.signal:
     sys.exit(128 + stop.signal)
-if parallel.IS_MASTER:
-    with ctx:
-        show_sample(model.eval(), data.tokenizer, device)
-    print(f"more: python sample.py --out_dir={out_dir}")
+if parallel.IS_MASTER and data.tokenizer:
+    with user_errors(), ctx:
+        model.tokenizer = tokenizer.load(data.tokenizer)
+        print('-' * 20, f"a sample; for more: python sample.py --out_dir={out_dir}", '-' * 20)
+        start = torch.tensor([[model.tokenizer.start_id]], device=device)
+        generate.write(model.eval(), start, max_new_tokens=300, temperature=0.8, top_k=200)

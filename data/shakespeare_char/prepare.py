@@ -17,7 +17,8 @@ from runtime import user_errors
 from tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 1.1
-URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/'
+       'data/tinyshakespeare/input.txt')
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 if __name__ == '__main__':

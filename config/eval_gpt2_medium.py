@@ -1,0 +1,6 @@
+# python train.py config/eval_gpt2_medium.py: the loss of OpenAI's gpt2-medium (350M parameters) on OpenWebText
+init_from = 'gpt2-medium'
+eval_only = True
+batch_size = 8
+eval_iters = 500  # the more, the less noise
+wandb_log = False

@@ -1,0 +1,19 @@
+# python train.py config/train_shakespeare.py: tiny Shakespeare by GPT-2's tokens, from scratch
+out_dir = 'out-shakespeare'
+eval_interval = 100
+eval_iters = 20
+log_interval = 10
+always_save_checkpoint = False  # 300,000 tokens: it overfits soon
+wandb_project = 'shakespeare'
+wandb_run_name = 'bpe'
+dataset = 'shakespeare'
+gradient_accumulation_steps = 1
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 50
+if device == 'cpu':
+    batch_size, block_size, n_layer, n_head, n_embd, dropout, max_iters = 8, 128, 4, 4, 128, 0.1, 500
+else:
+    batch_size, block_size, n_layer, n_head, n_embd, dropout, max_iters = 32, 256, 6, 6, 384, 0.3, 1000
+lr_decay_iters = max_iters
