@@ -19,7 +19,7 @@ import dataset
 import files
 import models
 import tokenizer
-from model import GPT
+from model import GPT, OPENAI
 
 SUMS = 'sums.json'
 FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl')
@@ -169,8 +169,9 @@ def open_model(source, **overrides):
     names = [name for name in _preference(path) if (path / name).exists()]
     if names:
         return restore(_first_good([path / name for name in names], 'taking'), **overrides)
-    if path.is_dir() and not (path / 'config.json').exists():
-        raise FileNotFoundError(f"{source} holds neither a checkpoint (best.pt, ckpt.pt) nor a Hugging Face model")
+    if not (path / 'config.json').exists() and source not in OPENAI:
+        what = "holds neither a checkpoint (best.pt, ckpt.pt) nor a Hugging Face model" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{source} {what}; it can also be one of {', '.join(OPENAI)}")
     model = GPT.from_pretrained(source, **overrides)
     return model, dict(dataset.GPT2) if model.config.vocab_size == 50257 else None
 

@@ -6,7 +6,7 @@ GPT-2: Radford et al. 2019, https://github.com/openai/gpt-2 (pre-LayerNorm, lear
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,13 @@ from torch.utils.checkpoint import checkpoint
 import generate
 import optimizer
 from layers import LayerNorm, causal_attention
+
+
+# The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face Hub.
+OPENAI = {
+    'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e', 'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
+    'gpt2-large': '32b71b12589c2f8d625668d2335a01cac3249519', 'gpt2-xl': '15ea56dee5df4983c59b2538573817e1667135e2',
+}
 
 
 class LanguageModel(nn.Module):
@@ -234,8 +241,8 @@ class GPT(LanguageModel):
 
 def _download(name):
     """The folder with config.json and model.safetensors of an OpenAI size; NANOGPT_MIRROR may hold it as NAME/."""
-    if name not in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
-        raise ValueError(f"{name!r} is neither a folder nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    if name not in OPENAI:
+        raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(OPENAI)}")
     mirror = os.environ.get('NANOGPT_MIRROR', '')
     if mirror and '://' not in mirror:
         if not (Path(mirror) / name / 'config.json').is_file():
@@ -243,12 +250,12 @@ def _download(name):
         return Path(mirror) / name
     from huggingface_hub import hf_hub_download
     try:
-        files = [hf_hub_download(f'openai-community/{name}', file, endpoint=mirror or None)
-                 for file in ('config.json', 'model.safetensors')]
-    except Exception as error:      # the library raises its own, requests' and httpx's errors
-        raise OSError(f"cannot download {name} ({type(error).__name__}): without a network, give --init_from a folder "
-                      "that holds its config.json and model.safetensors") from None
-    return Path(files[0]).parent
+        for file in ('config.json', 'model.safetensors'):
+            path = hf_hub_download(f'openai-community/{name}', file, revision=OPENAI[name], endpoint=mirror or None)
+    except Exception as error:      # the library raises its own errors and those of two HTTP libraries
+        raise OSError(f"cannot download {name} ({type(error).__name__}): without a network, put its config.json and "
+                      "model.safetensors into a folder and give that as --init_from") from None
+    return Path(path).parent
 
 
 def _hf_tensors(folder):

@@ -77,5 +77,7 @@ def master_first():
 
 
 def stop():
+    """Leave the others, once all of them are done."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()

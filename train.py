@@ -123,7 +123,7 @@ with user_errors():
         prepare_if_small(dataset)
     Data = RandomDataset if dataset == 'random' else lambda *args: Dataset(dataset, *args)
     data = Data(block_size, batch_size, gradient_accumulation_steps, seed)
-    runtime.seed_everything(seed)
+    torch.manual_seed(seed)     # as nanoGPT does: the same seed gives its initial weights
     if stored:
         model, trained_on = checkpoint.restore(stored, dropout=dropout)
     elif init_from == 'scratch':
