@@ -1,4 +1,4 @@
-"""Token bins: written once by data/NAME/prepare.py, read as memory maps; which windows a step trains and evaluates on.
+"""Token bins: written once by data/NAME/prepare.py, read by windows; which windows a step trains and evaluates on.
 
 A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside it says which, by which tokenizer, and
 for each split its tokens, bytes of text and sha256. Windows are block_size tokens and the token after each.
@@ -34,7 +34,7 @@ class Dataset:
         self.batches_per_step, self.seed = batches_per_step, seed
         self.folder = ROOT / name
         self.tokenizer, self.vocab_size, self.dtype, self.meta = read_meta(self.folder)
-        self.tokens = {}        # split -> length
+        self.tokens, self._files = {}, {}       # by split: its length, its open file
         for split in ('train', 'val'):
             path = self.folder / f'{split}.bin'
             if not path.is_file():
@@ -45,14 +45,18 @@ class Dataset:
             if split == 'train' and n <= block_size:
                 raise ValueError(f"block_size={block_size} is larger than the train split of {name} ({n} tokens, of "
                                  f"which {n - 1} can be a context); take a smaller --block_size")
+            self._files[split] = open(path, 'rb', buffering=0)
             if n <= SCAN_LIMIT:
-                self._check(split, self._map(split))
+                self._check(split, self._tokens(split, 0, n))
         self.windows = max(1, (self.tokens['train'] - block_size) // block_size)    # per epoch
         self.batch_tokens = batch_size * block_size
 
-    def _map(self, split):
-        # A map that stays open keeps every page it ever read in the process's memory, so none does.
-        return np.memmap(self.folder / f'{split}.bin', dtype=self.dtype, mode='r')
+    def _tokens(self, split, start, n):
+        """Tokens start to start + n of a split, fewer at its end. Read, not mapped: that is faster for windows, and the
+        pages of a map would stay in the process's memory."""
+        file, size = self._files[split], np.dtype(self.dtype).itemsize
+        file.seek(int(start) * size)
+        return np.frombuffer(file.read(n * size), self.dtype)
 
     def _check(self, split, tokens):
         if (top := int(tokens.max())) >= self.vocab_size:
@@ -64,10 +68,9 @@ class Dataset:
 
         What lies beyond the end of the split is 0 in idx and -1 in targets.
         """
-        data = self._map(split)
         rows = np.full((len(starts), length + 1), -1, np.int64)
         for row, start in zip(rows, starts, strict=True):
-            piece = data[start:start + length + 1]
+            piece = self._tokens(split, start, length + 1)
             row[:len(piece)] = piece
         self._check(split, rows)
         return np.maximum(rows[:, :-1], 0), rows[:, 1:]
@@ -126,13 +129,13 @@ class RandomDataset(Dataset):
         self.batches_per_step, self.seed = batches_per_step, seed
         self.tokenizer, self.vocab_size, self.meta, self.folder = None, vocab_size, {}, Path('random')
         ids = np.random.default_rng(seed).integers(vocab_size, size=max(1 << 20, 4 * block_size), dtype=np.uint32)
-        self._maps = {'train': ids, 'val': ids[:8 * block_size + 1]}
-        self.tokens = {split: len(ids) for split, ids in self._maps.items()}
+        self._ids = {'train': ids, 'val': ids[:8 * block_size + 1]}
+        self.tokens = {split: len(ids) for split, ids in self._ids.items()}
         self.windows = (len(ids) - block_size) // block_size
         self.batch_tokens = batch_size * block_size
 
-    def _map(self, split):
-        return self._maps[split]
+    def _tokens(self, split, start, n):
+        return self._ids[split][start:start + n]
 
 
 def permute(places, n, keys):

@@ -114,6 +114,7 @@ with user_errors():
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
 threads = runtime.set_threads(before.get('threads'))
+runtime.keep_memory()
 torch.set_float32_matmul_precision('high')      # TF32 where the chip has it
 ctx = runtime.autocast(device, dtype)
 
@@ -270,6 +271,10 @@ with runtime.memory_errors(advice):
                     save('best.pt')
                 save('ckpt.pt')
             watch.go_on()
+        elif 0 < 60 * save_minutes < time.monotonic() - saved_at:
+            watch.pause()
+            save('ckpt.pt')
+            watch.go_on()
         if is_last:
             break
         if parallel.anyone(bool(stop.signal)):
@@ -299,7 +304,7 @@ with runtime.memory_errors(advice):
         iter_num += 1
         watch.step()
 
-        # log, and save by the clock
+        # log
         line = None
         if (iter_num - 1) % log_interval == 0:
             took = watch.lap()
@@ -311,10 +316,6 @@ with runtime.memory_errors(advice):
         metrics.step(line, max_iters - iter_num)
         if profiler:
             profiler.step()
-        if save_minutes and time.monotonic() - saved_at > 60 * save_minutes:
-            watch.pause()
-            save('ckpt.pt')
-            watch.go_on()
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
 metrics.close()
