@@ -1,5 +1,6 @@
 """Decoding: tokens from a model, one after the other."""
 import codecs
+import itertools
 import sys
 
 import torch
@@ -36,9 +37,12 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None):
         idx = torch.cat([idx, token], dim=1)
 
 
-def write(model, idx, max_new_tokens, temperature, top_k):
-    """Print the continuation of idx (1, T), on a terminal as it is generated, a whole character at a time."""
+def show(model, ids, max_new_tokens, temperature, top_k):
+    """Print the text of `ids` and its continuation, on a terminal as it is generated, a whole character at a time."""
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    for token in stream(model, idx, max_new_tokens, temperature, top_k):
-        print(decoder.decode(model.tokenizer.decode_bytes([token.item()])), end='', flush=sys.stdout.isatty())
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    idx = torch.tensor([ids], dtype=torch.long, device=device)
+    tokens = stream(model, idx, max_new_tokens, temperature, top_k)
+    for some in itertools.chain([ids], ([token.item()] for token in tokens)):
+        print(decoder.decode(model.tokenizer.decode_bytes(some)), end='', flush=sys.stdout.isatty())
     print(decoder.decode(b'', final=True), flush=True)

@@ -7,8 +7,6 @@
 import sys
 from pathlib import Path
 
-import torch
-
 import checkpoint
 import generate
 import runtime
@@ -41,12 +39,11 @@ with user_errors():
     model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from, device)
     if model.tokenizer is None:
         fail(f"{init_from} does not say which tokenizer its {model.config.vocab_size} ids belong to")
-    idx = torch.tensor([model.tokenizer.encode(text)], dtype=torch.long, device=device)
+    ids = model.tokenizer.encode(text)
     if compile:
         model.compile()
     runtime.seed_everything(seed)
     with runtime.memory_errors("take a smaller model, or another --device"), runtime.autocast(device, dtype):
         for _ in range(num_samples):
-            print(text, end='')
-            generate.write(model, idx, max_new_tokens, temperature, top_k or None)
+            generate.show(model, ids, max_new_tokens, temperature, top_k or None)
             print('-' * 15)

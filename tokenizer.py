@@ -1,7 +1,7 @@
 """Text to token ids and back: characters, bytes, and tiktoken's encodings (GPT-2's among them).
 
-A tokenizer has encode(text) -> [ids], decode(ids) -> text, decode_bytes(ids) -> bytes, vocab_size, start_id (a token to
-begin a text with), and describe() -> the plain dict that meta.json and checkpoints keep and `load` turns back into it.
+A tokenizer has encode(text) -> [ids], decode(ids) -> text, decode_bytes(ids) -> bytes, vocab_size, and describe() -> the
+plain dict that meta.json and checkpoints keep and `load` turns back into the tokenizer.
 """
 import io
 import pickle
@@ -13,7 +13,6 @@ class CharTokenizer:
     def __init__(self, chars):
         self.chars, self.vocab_size = list(chars), len(chars)
         self.ids = {c: i for i, c in enumerate(self.chars)}
-        self.start_id = self.ids.get('\n', 0)
 
     @classmethod
     def of(cls, text):
@@ -41,7 +40,7 @@ class CharTokenizer:
 class ByteTokenizer:
     """One id per byte of UTF-8."""
 
-    vocab_size, start_id = 256, ord('\n')
+    vocab_size = 256
 
     def encode(self, text):
         return list(text.encode())
@@ -69,7 +68,7 @@ class TiktokenTokenizer:
         except OSError as error:    # requests' errors are OSErrors
             raise OSError(f"tiktoken cannot download its encoding {name!r} ({type(error).__name__}): on a machine with a "
                           "network, load it once with TIKTOKEN_CACHE_DIR set, and take that folder along") from None
-        self.vocab_size, self.start_id = self.encoding.n_vocab, self.encoding.eot_token
+        self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special={'<|endoftext|>'})

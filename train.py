@@ -326,5 +326,4 @@ if parallel.IS_MASTER and data.tokenizer:
     with user_errors(), ctx:
         model.tokenizer = tokenizer.load(data.tokenizer)
         print('-' * 20, f"a sample; for more: python sample.py --out_dir={out_dir}", '-' * 20)
-        start = torch.tensor([[model.tokenizer.start_id]], device=device)
-        generate.write(model.eval(), start, max_new_tokens=300, temperature=0.8, top_k=200)
+        generate.show(model.eval(), data.first('val', 32).tolist(), max_new_tokens=400, temperature=0.8, top_k=200)
