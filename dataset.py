@@ -47,7 +47,9 @@ class Dataset:
         for split in ('train', 'val'):
             path = self.folder / f'{split}.bin'
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: run `python data/{name}/prepare.py` first")
+                script = self.folder / 'prepare.py'
+                raise FileNotFoundError(f"{path} is missing: " + (f"run `python {script}` first" if script.is_file() else
+                                        "dataset= takes a folder in data/, or a path, with train.bin and val.bin"))
             n = self.tokens[split] = path.stat().st_size // np.dtype(self.dtype).itemsize
             if n < 2:
                 raise ValueError(f"{path} holds {n} token(s): too few to learn from; prepare it again")
@@ -190,7 +192,7 @@ def prepare_if_small(name):
     script = ROOT / name / 'prepare.py'
     if (ROOT / name / 'train.bin').is_file() or not script.is_file():
         return
-    size = re.search(r'^DOWNLOAD_MB = ([\d.]+)', script.read_text(encoding='utf-8'), re.MULTILINE)
+    size = re.search(r'^DOWNLOAD_MB = ([\d._]+)', script.read_text(encoding='utf-8'), re.MULTILINE)
     if not size or float(size[1]) >= 100:
         raise FileNotFoundError(f"data/{name} is not prepared, and it is large: run `python data/{name}/prepare.py` first")
     print(f"data/{name} is not prepared yet: running data/{name}/prepare.py", flush=True)
@@ -211,7 +213,7 @@ def write_documents(folder, tokenizer, shards, pieces, read, num_proc=None):
     """Like write_bins, for documents that are too many for one process or one sitting.
 
     pieces(shard) -> a list; read(piece), in another process, -> (split, document) pairs. After each document comes the
-    tokenizer's start_id. A finished shard waits in FOLDER/parts, so that a killed run goes on with the next one; the
+    tokenizer's end-of-text token. A finished shard waits in FOLDER/parts, so that a killed run goes on with the next one; the
     bins depend neither on that nor on num_proc. Memory: a shard's tokens, twice, and in each process a piece's text.
     """
     folder = Path(folder)
@@ -247,7 +249,7 @@ def _encode_documents(tokenizer, read, piece):
     ids, n_bytes = {'train': [], 'val': []}, {'train': 0, 'val': 0}
     for split, document in read(piece):
         ids[split] += tokenizer.encode_ordinary(document)
-        ids[split].append(tokenizer.start_id)
+        ids[split].append(tokenizer.eot)
         n_bytes[split] += len(document.encode())
     return {**{split: np.array(ids[split], bin_dtype(tokenizer.vocab_size)) for split in ids},
             **{f'{split}_bytes': [n_bytes[split]] for split in ids}}

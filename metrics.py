@@ -1,6 +1,7 @@
 """What a run tells: console lines and a progress bar, metrics.jsonl, wandb. On the master process only."""
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -41,9 +42,9 @@ class Metrics:
             self.say("wandb is not installed (pip install wandb): going on without it; metrics.jsonl has everything")
             return
         mode = None
-        if not wandb.api.api_key and wandb.setup().settings.mode == 'online':
+        if 'WANDB_MODE' not in os.environ and not _has_login(wandb):
             mode = 'offline'
-            self.say("wandb has no login (wandb login): going on offline; `wandb sync` sends the run later")
+            self.say("wandb has no login (`wandb login` makes one): going on offline; `wandb sync` sends the run later")
         self.wandb = wandb.init(project=project, name=name, config=config, id=run_id, resume='allow', mode=mode)
         self.wandb_id = self.wandb.id
 
@@ -89,6 +90,15 @@ class Metrics:
             self.bar.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def _has_login(wandb):
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except TypeError:       # wandb < 0.30 has no prompt=
+        return bool(wandb.api.api_key)
+    except wandb.errors.Error:
+        return False
 
 
 class Stopwatch:

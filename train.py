@@ -147,14 +147,13 @@ with user_errors():
         optimizers.load(optimizer, stored['optimizer'])
         if scaler.is_enabled() and stored.get('scaler'):
             scaler.load_state_dict(stored['scaler'])
-stored_progress = (stored or {}).get('progress', {})
 iter_num = int(stored['iter_num']) if stored else 0
 best_val_loss = float(stored['best_val_loss']) if stored else math.inf
-evaluated = stored_progress.get('evaluated', -1)        # the step of the last evaluation
-bad_evals = stored_progress.get('bad_evals', 0)         # evaluations in a row that were not the best
-train_seconds = stored_progress.get('train_seconds', 0.0)
-_start -= stored_progress.get('wall_seconds', 0.0)
-del stored
+progress = stored.get('progress', {}) if stored else {}
+evaluated = progress.get('evaluated', -1)   # the step of the last evaluation
+bad_evals = progress.get('bad_evals', 0)    # evaluations in a row that were not the best
+_start -= progress.get('wall_seconds', 0.0)
+del stored      # its tensors are in the model and the optimizer now
 
 
 def micro_step(step, micro):
@@ -183,11 +182,11 @@ def evaluate(split, limit=None):
 
 def state():
     """All that a resumed run needs, and what sample.py needs."""
-    progress = dict(evaluated=evaluated, bad_evals=bad_evals, train_seconds=watch.total,
-                    wall_seconds=time.perf_counter() - _start, wandb_id=metrics.wandb_id)
     return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), scaler=scaler.state_dict(),
                 model_name=config['model'], model_args=dataclasses.asdict(model.config), tokenizer=data.tokenizer,
-                iter_num=iter_num, best_val_loss=best_val_loss, config=config, progress=progress,
+                iter_num=iter_num, best_val_loss=best_val_loss, config=config,
+                progress=dict(evaluated=evaluated, bad_evals=bad_evals, train_seconds=watch.total,
+                              wall_seconds=time.perf_counter() - _start, wandb_id=metrics.wandb_id),
                 resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
                 versions=dict(torch=str(torch.__version__), python=platform.python_version()))
 
@@ -202,8 +201,8 @@ def save(name):
 
 def check_finite(what, loss):
     if not math.isfinite(loss):
-        fail(f"the {what} is {loss} at step {iter_num}: the run has diverged; the checkpoints in {out_dir} are from before. "
-             "Take a lower --learning_rate, or --dtype=float32")
+        fail(f"the {what} is {loss} at step {iter_num}: the run has diverged; the checkpoints in {out_dir} are from before "
+             "that. Take a lower --learning_rate, or --dtype=float32")
 
 
 # ---- what will be done -----------------------------------------------------------------------------------------------
@@ -222,6 +221,7 @@ if eval_only:
     sys.exit()
 if iter_num >= max_iters > 0 and init_from == 'resume':
     say(f"{out_dir} holds the end of this run, step {iter_num}: give a larger --max_iters to go on")
+    parallel.stop()
     sys.exit()
 with user_errors():
     if parallel.IS_MASTER:
@@ -234,7 +234,7 @@ facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, devic
 if parallel.IS_MASTER:
     Path(out_dir, 'config.json').write_text(json.dumps(config | {'resolved': facts}, indent=1))
 if wandb_log:
-    metrics.start_wandb(wandb_project, wandb_run_name, config, stored_progress.get('wandb_id'))
+    metrics.start_wandb(wandb_project, wandb_run_name, config, progress.get('wandb_id'))
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 wrapped = model     # until it is known whether it compiles
@@ -248,7 +248,7 @@ with runtime.memory_errors(advice):
         with user_errors():
             compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), insist=config['compile'] is True)
     wrapped = parallel.wrap(model, device)
-    watch = Stopwatch(device, train_seconds)
+    watch = Stopwatch(device, progress.get('train_seconds', 0.0))
     saved_at = time.monotonic()
     while True:
         # evaluate, and save
@@ -257,7 +257,8 @@ with runtime.memory_errors(advice):
             watch.pause()
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
-            evaluated, bad_evals, best_val_loss = iter_num, 0 if is_best else bad_evals + 1, min(losses['val'], best_val_loss)
+            best_val_loss = min(losses['val'], best_val_loss)
+            evaluated, bad_evals = iter_num, 0 if is_best else bad_evals + 1
             is_last = is_last or 0 < early_stop <= bad_evals
             if is_last:
                 losses['val'] = evaluate('val')

@@ -1,0 +1,582 @@
+"""From text to batches: what data/NAME/prepare.py writes, which windows a step sees, and what goes wrong in words.
+
+Texts come from the standard library's own source, which is everywhere; Shakespeare and GPT-2's vocabulary join in where
+NANOGPT_MIRROR and TIKTOKEN_CACHE_DIR have them.
+"""
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import runpy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run, write_text
+
+import dataset
+import files
+from dataset import Dataset, RandomDataset, write_bins, write_documents
+from tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
+
+MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
+needs_shakespeare = pytest.mark.skipif(not (MIRROR / 'shakespeare/input.txt').is_file(), reason="NANOGPT_MIRROR has no Shakespeare")
+needs_gpt2 = pytest.mark.skipif(not os.environ.get('TIKTOKEN_CACHE_DIR'), reason="TIKTOKEN_CACHE_DIR has no vocabulary")
+
+
+def prepare(name, folder, *options, **env):
+    """Run data/NAME/prepare.py as if `folder` were the project's; returns its CompletedProcess."""
+    home = folder / 'data' / name
+    home.mkdir(parents=True, exist_ok=True)
+    (home / 'prepare.py').write_bytes((ROOT / 'data' / name / 'prepare.py').read_bytes())
+    return run(f'data/{name}/prepare.py', *options, cwd=folder, env={'PYTHONPATH': str(ROOT), **env})
+
+
+def prepared(name, folder, *options, **env):
+    """The folder with the bins that data/NAME/prepare.py makes."""
+    done = prepare(name, folder, *options, **env)
+    assert done.returncode == 0, done.stderr
+    return folder / 'data' / name
+
+
+def definitions(name):
+    """What data/NAME/prepare.py defines, without running it."""
+    return runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'))
+
+
+def bin_of(folder, split, dtype='uint16'):
+    return np.fromfile(folder / f'{split}.bin', dtype)
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in ('train.bin', 'val.bin', 'meta.json')}
+
+
+def assert_meta_is_true(folder, texts):
+    """meta.json against the bins and the {split: text} that they were made from."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    for split, text in texts.items():
+        content = (folder / f'{split}.bin').read_bytes()
+        assert meta['splits'][split] == {
+            'tokens': len(content) // np.dtype(meta['dtype']).itemsize,
+            'bytes': len(text.encode()),
+            'sha256': hashlib.sha256(content).hexdigest()}
+
+
+class Words:
+    """A tokenizer with more entries than uint16 can count: one id per character, its code point."""
+
+    vocab_size, start_id = sys.maxunicode + 1, 0
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    encode_ordinary = encode
+
+    def describe(self):
+        return {'kind': 'made up here'}
+
+
+# ---- preparing -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def stdlib(tmp_path_factory):
+    """(folder, {split: text}) of data/stdlib_char."""
+    folder = prepared('stdlib_char', tmp_path_factory.mktemp('stdlib'))
+    script = definitions('stdlib_char')
+    texts = {'train': '', 'val': ''}
+    for name, text in script['sources'](Path(os.__file__).parent):
+        texts['val' if script['in_val'](name) else 'train'] += text
+    return folder, texts
+
+
+def test_stdlib_char_is_a_plain_encoding_of_whole_files(stdlib):
+    folder, texts = stdlib
+    chars = sorted(set(texts['train'] + texts['val']))
+    id_of_byte = np.zeros(128, np.uint16)       # the corpus is ASCII: a character is its byte
+    id_of_byte[[ord(c) for c in chars]] = range(len(chars))
+    for split, text in texts.items():
+        assert np.array_equal(bin_of(folder, split), id_of_byte[np.frombuffer(text.encode(), np.uint8)])
+    assert json.loads((folder / 'meta.json').read_text())['tokenizer'] == {'kind': 'char', 'chars': ''.join(chars)}
+    assert_meta_is_true(folder, texts)
+
+
+def test_stdlib_char_validates_on_about_a_tenth_and_has_no_file_in_both(stdlib):
+    _, texts = stdlib
+    assert 0.05 < len(texts['val']) / len(texts['train'] + texts['val']) < 0.2
+    for module in ('argparse', 'json/decoder', 'os', 'pickle', 'subprocess', 'threading'):
+        text = Path(os.__file__).with_name('').joinpath(f'{module}.py').read_text(encoding='utf-8')
+        assert not text.isascii() or (text in texts['train']) != (text in texts['val'])
+
+
+def test_a_second_prepare_gives_the_same_bytes(stdlib, tmp_path):
+    # Another hash seed orders sets differently; what is written must not depend on it.
+    assert contents(prepared('stdlib_char', tmp_path, PYTHONHASHSEED='7')) == contents(stdlib[0])
+
+
+@needs_shakespeare
+def test_shakespeare_char_is_a_plain_encoding(tmp_path):
+    folder = prepared('shakespeare_char', tmp_path)
+    text = (MIRROR / 'shakespeare/input.txt').read_text(encoding='utf-8')
+    chars = sorted(set(text))
+    ids = np.array([chars.index(c) for c in text], np.uint16)
+    cut = int(0.9 * len(text))
+    assert np.array_equal(bin_of(folder, 'train'), ids[:cut]) and np.array_equal(bin_of(folder, 'val'), ids[cut:])
+    assert (len(bin_of(folder, 'train')), len(bin_of(folder, 'val')), len(chars)) == (1_003_854, 111_540, 65)
+    assert_meta_is_true(folder, {'train': text[:cut], 'val': text[cut:]})
+
+
+@needs_shakespeare
+@needs_gpt2
+def test_shakespeare_is_what_tiktoken_says(tmp_path):
+    import tiktoken
+    folder = prepared('shakespeare', tmp_path)
+    text = (MIRROR / 'shakespeare/input.txt').read_text(encoding='utf-8')
+    cut = int(0.9 * len(text))
+    for split, part in (('train', text[:cut]), ('val', text[cut:])):
+        assert bin_of(folder, split).tolist() == tiktoken.get_encoding('gpt2').encode_ordinary(part)
+    assert (len(bin_of(folder, 'train')), len(bin_of(folder, 'val'))) == (301_966, 36_059)
+    assert_meta_is_true(folder, {'train': text[:cut], 'val': text[cut:]})
+
+
+def test_bins_are_uint32_where_the_vocabulary_needs_it(tmp_path):
+    texts = {'train': 'plain', 'val': 'häßlich 🎉'}
+    assert write_bins(tmp_path, Words(), {split: [text] for split, text in texts.items()})['dtype'] == 'uint32'
+    assert bin_of(tmp_path, 'val', 'uint32').tolist() == [ord(c) for c in texts['val']]
+    assert_meta_is_true(tmp_path, texts)
+    assert Dataset(tmp_path, block_size=2, batch_size=1).eval_batch('val', 0)[0].tolist() == [[ord('h'), ord('ä')]]
+
+
+def test_several_texts_of_a_split_stand_one_after_the_other(tmp_path):
+    write_bins(tmp_path, ByteTokenizer(), {'train': ['to be, ', 'or not ', 'to be'], 'val': iter(['é', '!'])})
+    assert bytes(bin_of(tmp_path, 'train').tolist()) == b'to be, or not to be'
+    assert_meta_is_true(tmp_path, {'train': 'to be, or not to be', 'val': 'é!'})
+
+
+def test_a_prepare_that_fails_leaves_the_old_bins(tmp_path):
+    before = contents(write_text(tmp_path, 'the old text'))
+    with pytest.raises(ValueError, match="'X' at position 4"):
+        write_bins(tmp_path, CharTokenizer('abc'), {'train': ['abc', 'abcaX'], 'val': ['c']})
+    assert contents(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == len(before)
+
+
+def test_only_small_datasets_are_prepared_unasked(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(dataset, 'ROOT', tmp_path)
+    for name, size in (('small', 1.5), ('large', 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'prepare.py').write_text(
+            f"DOWNLOAD_MB = {size}\nimport pathlib\npathlib.Path(__file__).with_name('train.bin').touch()")
+    dataset.prepare_if_small('small')
+    assert (tmp_path / 'small/train.bin').exists() and 'running data/small/prepare.py' in capfd.readouterr().out
+    dataset.prepare_if_small('small')
+    assert capfd.readouterr().out == ''
+    with pytest.raises(FileNotFoundError, match='python data/large/prepare.py'):
+        dataset.prepare_if_small('large')
+    assert 'DOWNLOAD_MB = 24_193\n' in (ROOT / 'data/openwebtext/prepare.py').read_text()
+
+
+# ---- many documents --------------------------------------------------------------------------------------------------
+
+def pieces(shard):
+    return [f'{shard}, piece {i}' for i in range(5)]
+
+
+def documents(piece):
+    for i in range(7):
+        yield 'val' if i == 4 else 'train', f'Document {i} of {piece}: ü\n'
+
+
+def documents_up_to_the_second_shard(piece):
+    if 'second' in piece:
+        raise OSError(f"cannot read {piece}")
+    yield from documents(piece)
+
+
+def no_documents_of_the_first_shard(piece):
+    assert 'first' not in piece
+    yield from documents(piece)
+
+
+@pytest.fixture
+def expected(tmp_path):
+    """The bins of all documents, encoded one after the other."""
+    texts = {'train': [], 'val': []}
+    for piece in pieces('the first') + pieces('the second'):
+        for split, document in documents(piece):
+            texts[split].append(document)
+    write_bins(tmp_path, Words(), {split: [text + '\0' for text in texts[split]] for split in texts})   # 0 ends each
+    ids = contents(tmp_path)
+    assert_meta_is_true(tmp_path, {split: '\0'.join([*texts[split], '']) for split in texts})
+    meta = json.loads(ids['meta.json'])
+    for split in texts:
+        meta['splits'][split]['bytes'] -= len(texts[split])     # the ends are no text
+    return {**ids, 'meta.json': json.dumps(meta, indent=1).encode()}
+
+
+@pytest.mark.parametrize('num_proc', [1, 2])
+def test_documents_give_the_same_bins_for_any_number_of_processes(tmp_path, expected, num_proc):
+    write_documents(tmp_path, Words(), ['the first', 'the second'], pieces, documents, num_proc)
+    assert contents(tmp_path) == expected
+    assert not (tmp_path / 'parts').exists()
+
+
+def test_an_interrupted_encoding_goes_on_with_the_next_shard(tmp_path, expected):
+    shards, folder = ['the first', 'the second'], tmp_path / 'interrupted'
+    folder.mkdir()
+    with pytest.raises(OSError, match='cannot read the second'):
+        write_documents(folder, Words(), shards, pieces, documents_up_to_the_second_shard, num_proc=2)
+    assert [path.name for path in folder.rglob('*.*')] == ['the first.npz']
+    write_documents(folder, Words(), shards, pieces, no_documents_of_the_first_shard, num_proc=1)
+    assert contents(folder) == expected
+
+
+@pytest.fixture
+def openwebtext(tmp_path):
+    """(mirror, {split: [texts]}): OpenWebText's form with 60 documents in two shards, some of them awkward."""
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    source = Path(json.__file__).read_text(encoding='utf-8')
+    texts = [source[i * 100:i * 100 + 300] for i in range(56)] + ['<|endoftext|> as text', 'ünï 🎉', '', source]
+    chosen = (f'number {i}' for i in range(100_000)
+              if int(hashlib.sha256(f'1337/number {i}'.encode()).hexdigest(), 16) % 2000 == 0)
+    texts[3], texts[40] = val = [next(chosen), next(chosen)]
+    folder = tmp_path / 'mirror/openwebtext/plain_text'
+    folder.mkdir(parents=True)
+    for i in range(2):
+        parquet.write_table(pyarrow.table({'text': texts[30 * i:30 * i + 30]}), folder / f'train-{i:05d}-of-00080.parquet',
+                            row_group_size=7)
+    return folder, {'train': [text for text in texts if text not in val], 'val': val}
+
+
+@needs_gpt2
+def test_openwebtext_is_what_tiktoken_says_for_any_number_of_processes_and_after_a_stop(openwebtext, tmp_path):
+    import tiktoken
+    mirror, texts = openwebtext
+    gpt2 = tiktoken.get_encoding('gpt2')
+    env = {'NANOGPT_MIRROR': str(mirror.parents[1])}
+
+    folder = prepared('openwebtext', tmp_path / 'whole', '--num_proc=1', **env)
+    for split in texts:
+        ids = [i for text in texts[split] for i in [*gpt2.encode_ordinary(text), gpt2.eot_token]]
+        assert bin_of(folder, split).tolist() == ids
+    assert_meta_is_true(folder, {split: ''.join(texts[split]) for split in texts})
+
+    first, second = sorted(mirror.iterdir())
+    whole = second.read_bytes()
+    second.write_bytes(whole[:len(whole) // 2])
+    stopped = prepare('openwebtext', tmp_path / 'stopped', '--num_proc=2', **env)
+    assert stopped.returncode == 2 and stopped.stderr.count('\n') == 1, stopped.stderr
+    second.write_bytes(whole)
+    first.write_bytes(b'no longer needed')
+    assert contents(prepared('openwebtext', tmp_path / 'stopped', '--num_proc=2', **env)) == contents(folder)
+
+
+def test_openwebtext_without_pyarrow_or_network_is_one_line(monkeypatch, capsys):
+    def unreachable(*args, **kwargs):
+        raise RuntimeError("one of the Hub's many errors")
+    monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
+    if pytest.importorskip('pyarrow'):
+        monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
+        with pytest.raises(OSError, match='cannot download plain_text/train-00000.*NANOGPT_MIRROR'):
+            definitions('openwebtext')['row_groups']('train-00000-of-00080')
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)       # as if it were not installed
+    with pytest.raises(SystemExit) as end:
+        definitions('openwebtext')
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count('\n') == 1 and 'pip install pyarrow' in error
+
+
+# ---- nanoGPT's meta.pkl ----------------------------------------------------------------------------------------------
+
+def with_meta_pkl(folder, content):
+    write_text(folder, 'some text')
+    (folder / 'meta.json').unlink()
+    (folder / 'meta.pkl').write_bytes(content)
+    return folder
+
+
+def test_nanogpt_meta_pkl_is_read(tmp_path):
+    chars = sorted(set('some text'))
+    content = pickle.dumps({'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
+                            'stoi': {c: i for i, c in enumerate(chars)}})
+    data = Dataset(with_meta_pkl(tmp_path, content), block_size=4, batch_size=1)
+    assert data.tokenizer == {'kind': 'char', 'chars': ''.join(chars)} and data.vocab_size == len(chars)
+    assert data.bits_per_byte('val', 1.0) is None       # it doesn't say how many bytes
+
+
+def test_a_hostile_meta_pkl_is_refused_and_not_executed(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'executed'),)
+    content = pickle.dumps({'itos': {0: 'a'}, 'stoi': Hostile()})
+    with pytest.raises(ValueError, match='meta.pkl asks for .*mkdir'):
+        Dataset(with_meta_pkl(tmp_path / 'data', content), block_size=4, batch_size=1)
+    assert not (tmp_path / 'executed').exists()
+    pickle.loads(content)
+    assert (tmp_path / 'executed').exists()     # so it was a hostile one
+
+
+@pytest.mark.parametrize('content', [b'', b'not a pickle', pickle.dumps([]), pickle.dumps({'itos': {0: 'two'}}),
+                                     pickle.dumps({'itos': {1: 'a'}})])
+def test_a_meta_pkl_of_another_form_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match=r'meta\.pkl'):
+        Dataset(with_meta_pkl(tmp_path, content), block_size=4, batch_size=1)
+
+
+# ---- training batches ------------------------------------------------------------------------------------------------
+
+def write_ids(folder, train, val, vocab_size=1 << 20):
+    """Make `folder` a dataset of these token ids."""
+    folder.mkdir(exist_ok=True)
+    for split, ids in (('train', train), ('val', val)):
+        np.array(ids, np.uint32).tofile(folder / f'{split}.bin')
+    (folder / 'meta.json').write_text(json.dumps({'tokenizer': None, 'vocab_size': vocab_size, 'dtype': 'uint32'}))
+    return folder
+
+
+@pytest.fixture
+def positions(tmp_path):
+    """A dataset in which every token is its own position: a window's first token tells where it lies."""
+    return write_ids(tmp_path / 'positions', range(1003), range(203))
+
+
+@pytest.mark.parametrize('n', [*range(1, 70), 255, 256, 257, 1000, 65_537, 1_000_003])
+def test_permute_is_a_permutation(n):
+    keys = np.random.SeedSequence(n).generate_state(4, np.uint64)
+    order = dataset.permute(np.arange(n), n, keys)
+    assert np.array_equal(np.sort(order), np.arange(n))
+    if n > 20:
+        assert np.mean(np.diff(order) == 1) < 0.2       # and not nearly the identity
+
+
+def test_permute_depends_on_its_keys():
+    orders = {tuple(dataset.permute(np.arange(100), 100, np.random.SeedSequence(seed).generate_state(4, np.uint64)))
+              for seed in range(50)}
+    assert len(orders) == 50
+
+
+def test_every_window_comes_once_per_epoch_in_a_new_order_from_a_new_offset(positions):
+    data = Dataset(positions, block_size=8, batch_size=5)
+    batches = [data.train_batch(step, 0) for step in range(6 * data.windows // 5 + 1)]
+    starts = np.concatenate([idx[:, 0] for idx, _, _ in batches])
+    epochs = [starts[i * data.windows:(i + 1) * data.windows] for i in range(6)]
+    for epoch in epochs:
+        assert np.array_equal(np.sort(epoch), epoch.min() + 8 * np.arange(data.windows))
+        assert epoch.min() < 8 and epoch.max() + 8 < data.tokens['train']
+    assert len({epoch.min() for epoch in epochs}) > 1
+    assert len({tuple(epoch // 8) for epoch in epochs}) == 6
+
+
+def test_targets_are_the_next_tokens(positions):
+    idx, targets, share = Dataset(positions, block_size=8, batch_size=5, batches_per_step=2).train_batch(3, 1)
+    assert idx.shape == targets.shape == (5, 8) and idx.dtype == targets.dtype == np.int64
+    assert np.array_equal(idx, idx[:, :1] + np.arange(8)) and np.array_equal(targets, idx + 1)
+    assert share == 1 / 2
+
+
+@pytest.mark.parametrize('kind', ['positions', 'random'])
+def test_a_batch_is_a_function_of_seed_step_and_micro(positions, kind):
+    def batch(seed, step, micro):       # each from a new object, so that nothing can be remembered
+        make = RandomDataset if kind == 'random' else lambda *args: Dataset(positions, *args)
+        return make(8, 4, 3, seed).train_batch(step, micro)[0]
+    assert np.array_equal(batch(1, 50, 2), batch(1, 50, 2))
+    others = [batch(1, 50, 1), batch(1, 51, 2), batch(2, 50, 2)]
+    assert not any(np.array_equal(batch(1, 50, 2), other) for other in others)
+
+    data, asked_before = (Dataset(positions, 8, 4) for _ in range(2))
+    for step in (9, 2, 300):
+        asked_before.train_batch(step, 0)
+    assert np.array_equal(data.train_batch(5, 0)[0], asked_before.train_batch(5, 0)[0])
+
+
+def test_micro_batches_and_ranks_are_slices_of_the_same_global_batch(positions):
+    def global_batch(step, batch_size, batches_per_step):
+        data = Dataset(positions, 8, batch_size, batches_per_step)
+        parts = [data.train_batch(step, micro) for micro in range(batches_per_step)]
+        assert sum(share for _, _, share in parts) == pytest.approx(1)
+        return np.concatenate([np.concatenate([idx, targets], 1) for idx, targets, _ in parts])
+    for step in (0, 7, 20):     # 20 lies across the border of two epochs
+        whole = global_batch(step, 12, 1)
+        for batch_size, batches_per_step in ((6, 2), (4, 3), (1, 12)):
+            assert np.array_equal(global_batch(step, batch_size, batches_per_step), whole)
+
+
+# ---- evaluation batches ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('n', [2, 8, 9, 10, 64, 65, 66, 203])
+@pytest.mark.parametrize('batch_size', [1, 4])
+def test_a_whole_evaluation_predicts_every_token_but_the_first_once(tmp_path, n, batch_size):
+    data = Dataset(write_ids(tmp_path / 'data', range(100), range(n)), block_size=8, batch_size=batch_size)
+    batches = [data.eval_batch('val', i) for i in range(data.eval_batches('val'))]
+    predicted = np.concatenate([targets[targets >= 0] for _, targets, _ in batches])
+    assert np.array_equal(predicted, np.arange(1, n))
+    for idx, targets, valid in batches:
+        assert idx.shape == targets.shape == (batch_size, 8) and valid == (targets >= 0).sum() > 0
+        assert np.array_equal(idx[targets >= 0] + 1, targets[targets >= 0])
+
+
+def test_a_limited_evaluation_takes_fixed_windows_spread_evenly(positions):
+    data = Dataset(positions, block_size=4, batch_size=3)
+    assert data.eval_batches('train', limit=5) == 5 and data.eval_batches('val', limit=1000) == data.eval_batches('val')
+    starts = np.concatenate([data.eval_batch('train', i, limit=5)[0][:, 0] for i in range(5)])
+    gaps = np.diff([*starts, data.tokens['train']])
+    assert starts[0] == 0 and gaps.min() >= (even := 1003 / 15) - 4 and gaps.max() <= even + 4
+
+    other_seed = Dataset(positions, 4, 3, seed=7)
+    other_seed.train_batch(3, 0)
+    assert np.array_equal(other_seed.eval_batch('train', 2, limit=5)[0], data.eval_batch('train', 2, limit=5)[0])
+
+
+def test_bits_per_byte(tmp_path):
+    write_bins(tmp_path, CharTokenizer.of('aé'), {'train': ['aéa'], 'val': ['éé']})     # é is two bytes
+    data = Dataset(tmp_path, block_size=1, batch_size=1)
+    assert data.bits_per_byte('val', np.log(2)) == pytest.approx(1 / 2)
+    assert data.bits_per_byte('train', np.log(2)) == pytest.approx(3 / 4)
+
+
+# ---- what can be wrong with a dataset --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('train, val, message', [
+    ([], [1, 2, 3], r'train\.bin holds 0 token'),
+    ([1] * 20, [1], r'val\.bin holds 1 token'),
+    ([1] * 8, [1, 2], 'block_size=8 is larger than the train split'),
+    ([1] * 19 + [100], [1, 2], r'train\.bin holds the id 100, but its vocabulary has 100'),
+    ([1] * 20, [1, 2, 101], r'val\.bin holds the id 101')])
+def test_bins_that_cannot_be_used_are_named(tmp_path, train, val, message):
+    with pytest.raises(ValueError, match=message):
+        Dataset(write_ids(tmp_path, train, val, vocab_size=100), block_size=8, batch_size=2)
+
+
+def test_ids_beyond_the_vocabulary_are_found_when_a_bin_is_too_large_to_search(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, 'SCAN_LIMIT', 10)
+    data = Dataset(write_ids(tmp_path, [100] * 20, [1, 2], vocab_size=100), block_size=8, batch_size=2)
+    with pytest.raises(ValueError, match=r'train\.bin holds the id 100'):
+        data.train_batch(0, 0)
+
+
+@pytest.mark.parametrize('missing', ['train', 'val'])
+def test_missing_bins_are_named_with_the_command_that_makes_them(text_folder, tmp_path, missing):
+    there = {'train': 'val', 'val': 'train'}[missing]
+    for name in (f'{there}.bin', 'meta.json'):
+        (tmp_path / name).write_bytes((text_folder / name).read_bytes())
+    with pytest.raises(FileNotFoundError, match=rf'{missing}\.bin is missing: run .*prepare\.py'):
+        Dataset(tmp_path, block_size=8, batch_size=2)
+
+
+@pytest.mark.parametrize('content', [b'', b'{"vocab_size": 5}', b'\xff'])
+def test_a_broken_meta_json_is_named(text_folder, tmp_path, content):
+    for name in ('train.bin', 'val.bin'):
+        (tmp_path / name).write_bytes((text_folder / name).read_bytes())
+    (tmp_path / 'meta.json').write_bytes(content)
+    with pytest.raises(ValueError, match=r'meta\.json cannot be read'):
+        Dataset(tmp_path, block_size=8, batch_size=2)
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason="no /proc")
+def test_a_large_bin_does_not_fill_the_memory(tmp_path):
+    write_ids(tmp_path, [], [1, 2], vocab_size=10)
+    os.truncate(tmp_path / 'train.bin', 1 << 30)    # zeros that take no space
+    program = f"""if True:
+        import os
+        from dataset import Dataset
+        def resident():
+            return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+        data = Dataset({str(tmp_path)!r}, block_size=256, batch_size=16)
+        for step in range(1010):
+            data.train_batch(step, 0)
+            if step == 10:
+                before = resident()
+        print(resident() - before)"""
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 10 << 20
+
+
+# ---- downloads and atomic files --------------------------------------------------------------------------------------
+
+TEXT = b'What a piece of work is a man!\n'
+DIGEST = hashlib.sha256(TEXT).hexdigest()
+NOWHERE = 'http://127.0.0.1:9/file'         # nobody listens there
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    """A folder that has hamlet/input.txt."""
+    (tmp_path / 'mirror/hamlet').mkdir(parents=True)
+    (tmp_path / 'mirror/hamlet/input.txt').write_bytes(TEXT)
+    return tmp_path / 'mirror'
+
+
+@pytest.fixture
+def server(mirror):
+    """The URL of a local server of the mirror."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(mirror))
+
+        def log_message(self, *args):
+            pass
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+@pytest.mark.parametrize('kind', ['a folder as mirror', 'a server as mirror', 'the host itself'])
+def test_download(mirror, server, tmp_path, monkeypatch, kind):
+    monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
+    url = NOWHERE
+    if kind == 'the host itself':
+        url = f'{server}/hamlet/input.txt'
+    else:
+        monkeypatch.setenv('NANOGPT_MIRROR', str(mirror) if 'folder' in kind else f'{server}/')
+    path = files.download(url, tmp_path / 'input.txt', DIGEST, mirrored_as='hamlet/input.txt')
+    assert path.read_bytes() == TEXT
+    monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
+    assert files.download(NOWHERE, path, DIGEST, mirrored_as='hamlet/input.txt') == path    # it is there already
+
+
+def test_a_download_with_another_checksum_is_not_kept(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv('NANOGPT_MIRROR', str(mirror))
+    (tmp_path / 'here').mkdir()
+    with pytest.raises(ValueError, match='is not the expected file.*nothing was kept'):
+        files.download(NOWHERE, tmp_path / 'here/input.txt', '0' * 64, mirrored_as='hamlet/input.txt')
+    assert not list((tmp_path / 'here').iterdir())
+
+
+@pytest.mark.parametrize('value', [None, '/nowhere', 'http://127.0.0.1:9'])
+def test_no_network_is_said_with_what_to_do(tmp_path, monkeypatch, value):
+    monkeypatch.setenv('NANOGPT_MIRROR', value) if value else monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
+    with pytest.raises(OSError, match=r'cannot download .*put the file at .*input\.txt by hand, or set NANOGPT_MIRROR'):
+        files.download(NOWHERE, tmp_path / 'input.txt', DIGEST, mirrored_as='hamlet/input.txt')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prepare_without_network_ends_with_one_line(tmp_path):
+    done = prepare('shakespeare_char', tmp_path, NANOGPT_MIRROR='/nowhere')
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr.startswith('error: cannot download') and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, OSError])
+def test_atomic_writing_leaves_the_old_file_and_no_litter(tmp_path, error):
+    path = tmp_path / 'file'
+    for content in (b'old', None):
+        with pytest.raises(error), files.replacing(path) as file:
+            file.write(b'new, but not')
+            raise error('the disk is full, say')
+        assert list(tmp_path.iterdir()) == ([path] if content is None else [])
+        path.write_bytes(b'old')
+    assert path.read_bytes() == b'old'
+    with files.replacing(path) as file:
+        file.write(b'new')
+    assert path.read_bytes() == b'new' and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(OSError, match='cannot write .*no/file'), files.replacing(tmp_path / 'no/file'):
+        pass

@@ -1,0 +1,64 @@
+"""The project's own order: which module may know of which, how long a file may grow, what a text may not say."""
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = {'train', 'sample', 'bench'}
+KNOWS = {       # module: the project's modules that it may import
+    'configurator': set(), 'runtime': set(), 'files': set(), 'tokenizer': set(), 'layers': set(), 'optimizer': set(),
+    'generate': set(), 'parallel': set(),
+    'model': {'layers', 'optimizer', 'generate'},
+    'models': {'model', 'layers'},
+    'dataset': {'tokenizer', 'files'},
+    'metrics': {'runtime', 'files'},
+    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files'},
+}
+LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'configurator.py': 150}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split('.')[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split('.')[0]
+
+
+def modules():
+    return {path.stem: path for path in ROOT.glob('*.py')} | {'models': ROOT / 'models' / '__init__.py'}
+
+
+@pytest.mark.parametrize('name', sorted(modules()))
+def test_arrows_between_modules(name):
+    known = set(imports(modules()[name])) & set(modules())
+    allowed = set(KNOWS) if name in SCRIPTS else KNOWS[name]
+    assert known <= allowed
+
+
+@pytest.mark.parametrize('name', LINES)
+def test_a_root_script_stays_short(name):
+    assert len((ROOT / name).read_text().splitlines()) <= LINES[name]
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('config/*.py')), ids=lambda path: path.stem)
+def test_a_config_is_short_and_begins_with_its_command(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 24 and f'train.py config/{path.name}' in lines[0]
+
+
+def test_every_file_of_the_readmes_table_exists():
+    readme = (ROOT / 'README.md').read_text()
+    named = [line.split('`')[1] for line in readme.splitlines() if line.startswith('| `') and '.py`' in line]
+    assert len(named) >= len(modules()) - 1
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_data_that_was_prepared_is_not_committed():
+    if not (ROOT / '.git').exists():
+        pytest.skip("not a git checkout")
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not [name for name in tracked if Path(name).suffix in {'.bin', '.pt', '.pkl', '.txt'}
+                and not name.startswith('requirements')]
