@@ -80,9 +80,11 @@ def summary(lines, facts, peaks):
         peaks[device, dtype] = runtime.peak_flops(device, dtype) or (
             runtime.measured_peak_flops(dtype) if device == 'cpu' else None)
     peak = peaks[device, dtype]
-    mfu = f"mfu {facts['flops_per_token'] * speed / peak / facts['processes']:.1%} of {peak / 1e12:.3g} TFLOP/s" if peak else ''
-    memory = f"{lines[-1]['peak_memory'] / 2 ** 30:.2f} GiB"
-    return f"{median:9.2f} ms/step ({low:.2f} to {high:.2f})  {speed:10,.0f} tokens/s  {memory}  {device} {dtype} {mfu}", median
+    text = (f"{median:.2f} ms/step ({low:.2f} to {high:.2f}), {speed:,.0f} tokens/s, "
+            f"{lines[-1]['peak_memory'] / 2 ** 30:.2f} GiB, {device}, {dtype}")
+    if peak:
+        text += f", mfu {facts['flops_per_token'] * speed / peak / facts['processes']:.1%} of {peak / 1e12:.3g} TFLOP/s"
+    return text, median
 
 
 sides = {'A': []} | ({'B': shlex.split(versus)} if versus else {})
@@ -97,6 +99,6 @@ for i in range(rounds):
         print(f"{side} {i + 1}: {text}", flush=True)
 if versus:
     ratios = sorted(b / a for a, b in zip(medians['A'], medians['B'], strict=True))
-    print(f"A is {statistics.median(ratios):.2f} times as fast as B (median of {rounds}; {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(f"A is {statistics.median(ratios):.2f} times as fast as B ({rounds} rounds: {ratios[0]:.2f} to {ratios[-1]:.2f})")
 if profile:
     print("trace: out-bench/profile (tensorboard --logdir=out-bench/profile, or load it in chrome://tracing)")

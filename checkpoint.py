@@ -73,7 +73,8 @@ def make_out_dir(out_dir):
             pass
         (Path(out_dir) / 'probe').unlink()
     except OSError as error:
-        raise OSError(f"out_dir={out_dir!r} can't be written to ({error.strerror or error}); take another --out_dir") from None
+        reason = error.strerror or error
+        raise OSError(f"out_dir={out_dir!r} can't be written to ({reason}); take another --out_dir") from None
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -170,8 +171,8 @@ def open_model(source, **overrides):
     if names:
         return restore(_first_good([path / name for name in names], 'taking'), **overrides)
     if not (path / 'config.json').exists() and source not in OPENAI:
-        what = "holds neither a checkpoint (best.pt, ckpt.pt) nor a Hugging Face model" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{source} {what}; it can also be one of {', '.join(OPENAI)}")
+        what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{source} {what}; the names that need no folder are {', '.join(OPENAI)}")
     model = GPT.from_pretrained(source, **overrides)
     return model, dict(dataset.GPT2) if model.config.vocab_size == 50257 else None
 

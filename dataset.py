@@ -213,8 +213,8 @@ def write_documents(folder, tokenizer, shards, pieces, read, num_proc=None):
     """Like write_bins, for documents that are too many for one process or one sitting.
 
     pieces(shard) -> a list; read(piece), in another process, -> (split, document) pairs. After each document comes the
-    tokenizer's end-of-text token. A finished shard waits in FOLDER/parts, so that a killed run goes on with the next one; the
-    bins depend neither on that nor on num_proc. Memory: a shard's tokens, twice, and in each process a piece's text.
+    tokenizer's end-of-text token. A finished shard waits in FOLDER/parts, so that a killed run goes on with the next
+    one; the bins depend neither on that nor on num_proc. Memory: a shard's tokens, twice, and each process's piece.
     """
     folder = Path(folder)
     (folder / 'parts').mkdir(exist_ok=True)

@@ -18,7 +18,6 @@ import generate
 import optimizer
 from layers import LayerNorm, causal_attention
 
-
 # The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face Hub.
 OPENAI = {
     'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e', 'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',

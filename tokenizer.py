@@ -59,7 +59,8 @@ class TiktokenTokenizer:
     """An encoding of tiktoken: gpt2, p50k_base, cl100k_base, o200k_base. `<|endoftext|>` in the text is that token."""
 
     def __init__(self, name):
-        import tiktoken     # costs a second to load: only where it is used
+        import tiktoken  # costs a second to load: only where it is used
+
         self.name = name
         if name not in tiktoken.list_encoding_names():
             raise ValueError(f"tiktoken has no encoding {name!r}: take one of {', '.join(tiktoken.list_encoding_names())}")

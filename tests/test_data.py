@@ -21,11 +21,13 @@ from conftest import ROOT, run, write_text
 import dataset
 import files
 from dataset import Dataset, RandomDataset, write_bins, write_documents
-from tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
+from tokenizer import ByteTokenizer, CharTokenizer
 
 MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
-needs_shakespeare = pytest.mark.skipif(not (MIRROR / 'shakespeare/input.txt').is_file(), reason="NANOGPT_MIRROR has no Shakespeare")
-needs_gpt2 = pytest.mark.skipif(not os.environ.get('TIKTOKEN_CACHE_DIR'), reason="TIKTOKEN_CACHE_DIR has no vocabulary")
+VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or '/nowhere')
+needs_shakespeare = pytest.mark.skipif(not (MIRROR / 'shakespeare/input.txt').is_file(),
+                                       reason="NANOGPT_MIRROR has no Shakespeare")
+needs_gpt2 = pytest.mark.skipif(not VOCABULARY.is_dir(), reason="TIKTOKEN_CACHE_DIR has no vocabulary")
 
 
 def prepare(name, folder, *options, **env):
@@ -70,7 +72,7 @@ def assert_meta_is_true(folder, texts):
 class Words:
     """A tokenizer with more entries than uint16 can count: one id per character, its code point."""
 
-    vocab_size, start_id = sys.maxunicode + 1, 0
+    vocab_size, eot = sys.maxunicode + 1, 0
 
     def encode(self, text):
         return [ord(c) for c in text]
@@ -88,10 +90,10 @@ def stdlib(tmp_path_factory):
     """(folder, {split: text}) of data/stdlib_char."""
     folder = prepared('stdlib_char', tmp_path_factory.mktemp('stdlib'))
     script = definitions('stdlib_char')
-    texts = {'train': '', 'val': ''}
+    texts = {'train': [], 'val': []}
     for name, text in script['sources'](Path(os.__file__).parent):
-        texts['val' if script['in_val'](name) else 'train'] += text
-    return folder, texts
+        texts['val' if script['in_val'](name) else 'train'].append(text)
+    return folder, {split: ''.join(texts[split]) for split in texts}
 
 
 def test_stdlib_char_is_a_plain_encoding_of_whole_files(stdlib):
@@ -109,7 +111,7 @@ def test_stdlib_char_validates_on_about_a_tenth_and_has_no_file_in_both(stdlib):
     _, texts = stdlib
     assert 0.05 < len(texts['val']) / len(texts['train'] + texts['val']) < 0.2
     for module in ('argparse', 'json/decoder', 'os', 'pickle', 'subprocess', 'threading'):
-        text = Path(os.__file__).with_name('').joinpath(f'{module}.py').read_text(encoding='utf-8')
+        text = (Path(os.__file__).parent / f'{module}.py').read_text(encoding='utf-8')
         assert not text.isascii() or (text in texts['train']) != (text in texts['val'])
 
 
@@ -175,7 +177,7 @@ def test_only_small_datasets_are_prepared_unasked(tmp_path, monkeypatch, capfd):
     assert (tmp_path / 'small/train.bin').exists() and 'running data/small/prepare.py' in capfd.readouterr().out
     dataset.prepare_if_small('small')
     assert capfd.readouterr().out == ''
-    with pytest.raises(FileNotFoundError, match='python data/large/prepare.py'):
+    with pytest.raises(FileNotFoundError, match=r'python data/large/prepare\.py'):
         dataset.prepare_if_small('large')
     assert 'DOWNLOAD_MB = 24_193\n' in (ROOT / 'data/openwebtext/prepare.py').read_text()
 
@@ -202,37 +204,34 @@ def no_documents_of_the_first_shard(piece):
     yield from documents(piece)
 
 
-@pytest.fixture
-def expected(tmp_path):
-    """The bins of all documents, encoded one after the other."""
-    texts = {'train': [], 'val': []}
-    for piece in pieces('the first') + pieces('the second'):
+SHARDS = ['the first', 'the second']
+TEXTS = {'train': [], 'val': []}
+for shard in SHARDS:
+    for piece in pieces(shard):
         for split, document in documents(piece):
-            texts[split].append(document)
-    write_bins(tmp_path, Words(), {split: [text + '\0' for text in texts[split]] for split in texts})   # 0 ends each
-    ids = contents(tmp_path)
-    assert_meta_is_true(tmp_path, {split: '\0'.join([*texts[split], '']) for split in texts})
-    meta = json.loads(ids['meta.json'])
-    for split in texts:
-        meta['splits'][split]['bytes'] -= len(texts[split])     # the ends are no text
-    return {**ids, 'meta.json': json.dumps(meta, indent=1).encode()}
+            TEXTS[split].append(document)
+
+
+def assert_all_documents(folder):
+    """The bins hold all documents, each with the end of text behind it, which counts as no text."""
+    for split, texts in TEXTS.items():
+        assert ''.join(map(chr, bin_of(folder, split, 'uint32'))) == ''.join(text + '\0' for text in texts)
+    assert_meta_is_true(folder, {split: ''.join(TEXTS[split]) for split in TEXTS})
+    assert sorted(path.name for path in folder.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
 
 
 @pytest.mark.parametrize('num_proc', [1, 2])
-def test_documents_give_the_same_bins_for_any_number_of_processes(tmp_path, expected, num_proc):
-    write_documents(tmp_path, Words(), ['the first', 'the second'], pieces, documents, num_proc)
-    assert contents(tmp_path) == expected
-    assert not (tmp_path / 'parts').exists()
+def test_documents_give_the_same_bins_for_any_number_of_processes(tmp_path, num_proc):
+    write_documents(tmp_path, Words(), SHARDS, pieces, documents, num_proc)
+    assert_all_documents(tmp_path)
 
 
-def test_an_interrupted_encoding_goes_on_with_the_next_shard(tmp_path, expected):
-    shards, folder = ['the first', 'the second'], tmp_path / 'interrupted'
-    folder.mkdir()
+def test_an_interrupted_encoding_goes_on_with_the_next_shard(tmp_path):
     with pytest.raises(OSError, match='cannot read the second'):
-        write_documents(folder, Words(), shards, pieces, documents_up_to_the_second_shard, num_proc=2)
-    assert [path.name for path in folder.rglob('*.*')] == ['the first.npz']
-    write_documents(folder, Words(), shards, pieces, no_documents_of_the_first_shard, num_proc=1)
-    assert contents(folder) == expected
+        write_documents(tmp_path, Words(), SHARDS, pieces, documents_up_to_the_second_shard, num_proc=2)
+    assert [path.name for path in tmp_path.rglob('*.*')] == ['the first.npz']
+    write_documents(tmp_path, Words(), SHARDS, pieces, no_documents_of_the_first_shard, num_proc=1)
+    assert_all_documents(tmp_path)
 
 
 @pytest.fixture
@@ -253,26 +252,26 @@ def openwebtext(tmp_path):
 
 
 @needs_gpt2
-def test_openwebtext_is_what_tiktoken_says_for_any_number_of_processes_and_after_a_stop(openwebtext, tmp_path):
+def test_openwebtext_is_what_tiktoken_says_after_a_stop_too(openwebtext, tmp_path):
     import tiktoken
     mirror, texts = openwebtext
-    gpt2 = tiktoken.get_encoding('gpt2')
+    first, second = sorted(mirror.iterdir())
+    whole = second.read_bytes()
     env = {'NANOGPT_MIRROR': str(mirror.parents[1])}
 
-    folder = prepared('openwebtext', tmp_path / 'whole', '--num_proc=1', **env)
+    second.write_bytes(whole[:len(whole) // 2])
+    stopped = prepare('openwebtext', tmp_path, '--num_proc=2', **env)
+    assert stopped.returncode == 2 and stopped.stderr.count('\n') == 1, stopped.stderr
+    second.write_bytes(whole)
+    first.write_bytes(b'not read again')
+    folder = prepared('openwebtext', tmp_path, '--num_proc=1', **env)
+
+    gpt2 = tiktoken.get_encoding('gpt2')
     for split in texts:
         ids = [i for text in texts[split] for i in [*gpt2.encode_ordinary(text), gpt2.eot_token]]
         assert bin_of(folder, split).tolist() == ids
     assert_meta_is_true(folder, {split: ''.join(texts[split]) for split in texts})
-
-    first, second = sorted(mirror.iterdir())
-    whole = second.read_bytes()
-    second.write_bytes(whole[:len(whole) // 2])
-    stopped = prepare('openwebtext', tmp_path / 'stopped', '--num_proc=2', **env)
-    assert stopped.returncode == 2 and stopped.stderr.count('\n') == 1, stopped.stderr
-    second.write_bytes(whole)
-    first.write_bytes(b'no longer needed')
-    assert contents(prepared('openwebtext', tmp_path / 'stopped', '--num_proc=2', **env)) == contents(folder)
+    assert not (folder / 'parts').exists()
 
 
 def test_openwebtext_without_pyarrow_or_network_is_one_line(monkeypatch, capsys):
@@ -281,7 +280,7 @@ def test_openwebtext_without_pyarrow_or_network_is_one_line(monkeypatch, capsys)
     monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
     if pytest.importorskip('pyarrow'):
         monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
-        with pytest.raises(OSError, match='cannot download plain_text/train-00000.*NANOGPT_MIRROR'):
+        with pytest.raises(OSError, match=r'cannot download plain_text/train-00000.*NANOGPT_MIRROR'):
             definitions('openwebtext')['row_groups']('train-00000-of-00080')
     monkeypatch.setitem(sys.modules, 'pyarrow', None)       # as if it were not installed
     with pytest.raises(SystemExit) as end:
@@ -293,14 +292,14 @@ def test_openwebtext_without_pyarrow_or_network_is_one_line(monkeypatch, capsys)
 # ---- nanoGPT's meta.pkl ----------------------------------------------------------------------------------------------
 
 def with_meta_pkl(folder, content):
-    write_text(folder, 'some text')
+    write_text(folder, 'some text, written twice: some text')
     (folder / 'meta.json').unlink()
     (folder / 'meta.pkl').write_bytes(content)
     return folder
 
 
 def test_nanogpt_meta_pkl_is_read(tmp_path):
-    chars = sorted(set('some text'))
+    chars = sorted(set('some text, written twice: some text'))
     content = pickle.dumps({'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
                             'stoi': {c: i for i, c in enumerate(chars)}})
     data = Dataset(with_meta_pkl(tmp_path, content), block_size=4, batch_size=1)
@@ -313,7 +312,7 @@ def test_a_hostile_meta_pkl_is_refused_and_not_executed(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'executed'),)
     content = pickle.dumps({'itos': {0: 'a'}, 'stoi': Hostile()})
-    with pytest.raises(ValueError, match='meta.pkl asks for .*mkdir'):
+    with pytest.raises(ValueError, match=r'meta\.pkl asks for .*mkdir'):
         Dataset(with_meta_pkl(tmp_path / 'data', content), block_size=4, batch_size=1)
     assert not (tmp_path / 'executed').exists()
     pickle.loads(content)
@@ -459,11 +458,14 @@ def test_ids_beyond_the_vocabulary_are_found_when_a_bin_is_too_large_to_search(t
 
 
 @pytest.mark.parametrize('missing', ['train', 'val'])
-def test_missing_bins_are_named_with_the_command_that_makes_them(text_folder, tmp_path, missing):
+def test_missing_bins_are_named_with_what_to_do(text_folder, tmp_path, missing):
     there = {'train': 'val', 'val': 'train'}[missing]
     for name in (f'{there}.bin', 'meta.json'):
         (tmp_path / name).write_bytes((text_folder / name).read_bytes())
-    with pytest.raises(FileNotFoundError, match=rf'{missing}\.bin is missing: run .*prepare\.py'):
+    with pytest.raises(FileNotFoundError, match=rf'{missing}\.bin is missing: dataset= takes a folder'):
+        Dataset(tmp_path, block_size=8, batch_size=2)
+    (tmp_path / 'prepare.py').touch()
+    with pytest.raises(FileNotFoundError, match=rf'{missing}\.bin is missing: run `python .*prepare\.py`'):
         Dataset(tmp_path, block_size=8, batch_size=2)
 
 
@@ -543,7 +545,7 @@ def test_download(mirror, server, tmp_path, monkeypatch, kind):
 def test_a_download_with_another_checksum_is_not_kept(mirror, tmp_path, monkeypatch):
     monkeypatch.setenv('NANOGPT_MIRROR', str(mirror))
     (tmp_path / 'here').mkdir()
-    with pytest.raises(ValueError, match='is not the expected file.*nothing was kept'):
+    with pytest.raises(ValueError, match=r'is not the expected file.*nothing was kept'):
         files.download(NOWHERE, tmp_path / 'here/input.txt', '0' * 64, mirrored_as='hamlet/input.txt')
     assert not list((tmp_path / 'here').iterdir())
 
@@ -578,5 +580,5 @@ def test_atomic_writing_leaves_the_old_file_and_no_litter(tmp_path, error):
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(OSError, match='cannot write .*no/file'), files.replacing(tmp_path / 'no/file'):
+    with pytest.raises(OSError, match=r'cannot write .*no/file'), files.replacing(tmp_path / 'no/file'):
         pass

@@ -187,7 +187,8 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
 
 
 def test_exact_gelu_folder_and_shards_load_too(tmp_path):
-    theirs = save_hf(tmp_path / 'a', n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64, activation_function='gelu')
+    theirs = save_hf(tmp_path / 'a', n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64,
+                     activation_function='gelu')
     theirs.save_pretrained(tmp_path / 'b', max_shard_size='50KB')
     assert len(list((tmp_path / 'b').glob('model-*.safetensors'))) > 1
     idx = batch(B=2, T=32, V=64)[0]

@@ -215,8 +215,8 @@ def test_a_nanogpt_checkpoint_samples_and_resumes(text_folder, tmp_path, prefix)
     vocab_size = read_meta(text_folder)[1]
     args = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=vocab_size, dropout=0.0)
     model = GPT(GPTConfig(**args))
-    optimizer = torch.optim.AdamW([{'params': [p for p in model.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
-                                   {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}], lr=1e-3)
+    decay, keep = [p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=keep, weight_decay=0.0)], lr=1e-3)
     idx = torch.zeros(1, 4, dtype=torch.long)
     model(idx, idx)[1].backward()
     optimizer.step()
