@@ -23,7 +23,7 @@ def run(script, *arguments, processes=1, env=None, cwd=ROOT, timeout=120):
     environment = {**os.environ, 'PYTHONPATH': '', 'WANDB_MODE': 'offline', **(env or {})}
     if processes == 1:
         environment.setdefault('OMP_NUM_THREADS', '1')      # tiny tensors: threads only cost
-    return subprocess.run([*command, str(Path(cwd) / script), *map(str, arguments)], capture_output=True, text=True,
+    return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True,
                           env=environment, cwd=cwd, timeout=timeout)
 
 

@@ -1,0 +1,126 @@
+"""The machine's part: devices, formats, peaks, compilation and what stands in for it where it can't be had."""
+import math
+import sys
+
+import pytest
+import torch
+from conftest import TINY, run
+
+import optimizer
+import runtime
+from metrics import seconds, short
+
+
+def test_devices_and_formats():
+    assert runtime.resolve_device('cpu') == 'cpu'
+    assert runtime.resolve_dtype('auto', 'cpu') == ('bfloat16' if runtime.cpu_has_bfloat16() else 'float32')
+    for wrong in ('gpu', 'cuda:x', 'cpu1', 'tpu', ''):
+        with pytest.raises(ValueError, match='unknown'):
+            runtime.resolve_device(wrong)
+    with pytest.raises(ValueError, match='float8'):
+        runtime.resolve_dtype('float8', 'cpu')
+
+
+def test_an_old_gpu_gets_no_emulated_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5))
+    assert runtime.resolve_dtype('auto', 'cuda') == 'float16'
+    with pytest.raises(ValueError, match='float16'):
+        runtime.resolve_dtype('bfloat16', 'cuda')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (8, 0))
+    assert runtime.resolve_dtype('auto', 'cuda') == 'bfloat16'
+
+
+def test_a_gpu_that_the_wheel_has_no_kernels_for_is_passed_over(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: 'GeForce GTX 1080')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (6, 1))
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: ['sm_75', 'sm_80', 'sm_90', 'compute_90'])
+    assert runtime.resolve_device('auto') in ('cpu', 'mps') and '1080' in capsys.readouterr().err
+    with pytest.raises(ValueError, match='no kernels'):
+        runtime.resolve_device('cuda')
+    for capability in ((8, 6), (9, 0), (12, 0)):    # by a smaller minor version, exactly, by PTX
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None, c=capability: c)
+        assert runtime.resolve_device('auto') == 'cuda'
+
+
+@pytest.mark.parametrize('name, tflops', [
+    ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA H200', 989),
+    ('NVIDIA GeForce RTX 4090', 165.2), ('Tesla T4', 65), ('NVIDIA L4', 121), ('NVIDIA L40S', 362), ('NVIDIA A10G', 70)])
+def test_known_gpus_have_their_own_peak(name, tflops):
+    assert runtime.gpu_peak_flops(name, 'bfloat16') == tflops * 1e12
+
+
+@pytest.mark.parametrize('name', ['NVIDIA GeForce RTX 4090 Laptop GPU', 'NVIDIA GeForce RTX 3090 Ti', 'NVIDIA H1000',
+                                  'AMD Instinct MI300X', 'NVIDIA A100-SXM4-40GB MIG 1g.5gb', 'NVIDIA GeForce GTX 1080'])
+def test_an_unknown_gpu_has_none(name):
+    assert runtime.gpu_peak_flops(name, 'bfloat16') is None
+
+
+def test_out_of_memory_is_one_line_of_advice(capsys):
+    with pytest.raises(SystemExit) as end, runtime.memory_errors("halve it"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …\nmore")
+    assert end.value.code == 2 and capsys.readouterr().err == 'error: out of memory: halve it\n'
+    with pytest.raises(RuntimeError, match='another'), runtime.memory_errors("halve it"):
+        raise RuntimeError("another")
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="limits memory by RLIMIT_DATA")
+def test_out_of_memory_in_a_real_run(text_folder, tmp_path):
+    done = run('-c', LITTLE_MEMORY, *TINY, f'--dataset={text_folder}', f'--out_dir={tmp_path}', '--batch_size=100000')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert 'out of memory: halve --batch_size=100000 and double --gradient_accumulation_steps=2' in done.stderr
+
+
+LITTLE_MEMORY = '''
+import resource, runpy, sys
+sys.path.insert(0, '.')
+import runtime
+resource.setrlimit(resource.RLIMIT_DATA, (2 ** 30, 2 ** 30))
+runpy.run_path('train.py', run_name='__main__')
+'''
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason="the compiler is found differently")
+@pytest.mark.parametrize('wish, code', [('auto', 0), ('True', 2)])
+def test_without_a_compiler_a_run_goes_on_eagerly_unless_told_to_compile(text_folder, tmp_path, wish, code):
+    done = run('-c', COMPILE_ALWAYS, *TINY, f'--dataset={text_folder}', f'--out_dir={tmp_path}', f'--compile={wish}',
+               env={'CXX': '/nowhere/c++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')})
+    assert done.returncode == code, done.stderr
+    assert 'torch.compile does not work here' in done.stderr and 'Traceback' not in done.stderr
+
+
+# `auto` compiles on CUDA only; this run takes it to compile everywhere.
+COMPILE_ALWAYS = '''
+import runpy, sys
+sys.path.insert(0, '.')
+import runtime
+runtime.resolve_compile = lambda wish, device: wish in (True, 'auto')
+runpy.run_path('train.py', run_name='__main__')
+'''
+
+
+def test_cosine_schedule():
+    def lr(step):
+        return optimizer.cosine_schedule(step, peak=1.0, floor=0.1, warmup_steps=10, decay_steps=110)
+    assert lr(0) == pytest.approx(1 / 11) and lr(9) == pytest.approx(10 / 11) and lr(10) == 1.0
+    assert lr(60) == pytest.approx(0.55) and lr(110) == lr(10 ** 6) == 0.1
+    assert all(lr(i) >= lr(i + 1) for i in range(10, 120))
+
+
+def test_seeds_are_functions_of_all_their_parts():
+    def draw(*key):
+        runtime.seed_everything(*key)
+        return torch.rand(4).tolist()
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({tuple(draw(*key)) for key in ((1, 2, 3), (1, 3, 2), (2, 2, 3), (1, 2), (0, 1, 2, 3))}) == 5
+
+
+def test_measured_peak_is_a_speed():
+    assert 1e9 < runtime.measured_peak_flops('float32', size=256, seconds=0.05) < 1e15 and math.isfinite(
+        runtime.measured_peak_flops('bfloat16', size=256, seconds=0.05))
+
+
+def test_numbers_for_people():
+    assert [seconds(t) for t in (41, 205, 25380)] == ['41 s', '3:25 min', '7:03 h']
+    assert [short(n) for n in (950, 12345, 1.24e6, 3.1e9)] == ['950', '12.3k', '1.24M', '3.1B']
