@@ -8,7 +8,9 @@ any two of these, every file that is there still verifies.
 import dataclasses
 import json
 import os
+import pickle
 import shutil
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -82,8 +84,8 @@ def make_out_dir(out_dir):
 def _read_sums(folder):
     try:
         sums = json.loads((folder / SUMS).read_text())
-        return sums if isinstance(sums, dict) else {}
-    except (OSError, ValueError):
+        return {name: known for name, known in sums.items() if isinstance(known, list)}
+    except (OSError, ValueError, AttributeError):   # not there, or damaged: checkpoints have checksums inside too
         return {}
 
 
@@ -107,10 +109,31 @@ def read(path):
             state = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise OSError(f"{path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds something other than tensors and plain types, which might run code: not loaded"
+                         ) from None
     except Exception as error:      # zipfile's, pickle's and torch's errors: the file is not what it should be
-        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:160]}") from None
-    if not isinstance(state, dict) or 'model' not in state or 'model_args' not in state:
+        raise ValueError(f"{path} is damaged or no checkpoint: {' '.join(str(error).split())[:160] or type(error).__name__}"
+                         ) from None
+    if not (_has(state, {'model': dict, 'model_args': dict})
+            and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state['model'].items())):
         raise ValueError(f"{path} is no checkpoint of a run: it has no 'model' and 'model_args'")
+    return state
+
+
+def _has(state, types):
+    """Whether `state` is a dict with these keys, each of its type."""
+    return isinstance(state, dict) and all(isinstance(state.get(key, ...), kind) for key, kind in types.items())
+
+
+def _read_resumable(path):
+    """Like `read`, of a state that a run can go on from."""
+    state = read(path)
+    if not _has(state, {'config': dict, 'iter_num': int, 'best_val_loss': (int, float, torch.Tensor),
+                        'optimizer': (dict, types.NoneType)}) or state['iter_num'] < 0:
+        raise ValueError(f"{path} has weights only, not the state of a run: start from it with --init_from={path}")
+    if not _has({'progress': {}, 'resolved': {}, **state}, {'progress': dict, 'resolved': dict}):
+        raise ValueError(f"{path} is damaged: its 'progress' or 'resolved' is not what a run saves")
     return state
 
 
@@ -119,10 +142,10 @@ def read_latest(out_dir):
     candidates = [p for p in (Path(out_dir) / 'ckpt.pt', Path(out_dir) / 'ckpt.prev.pt') if p.exists()]
     if not candidates:
         raise FileNotFoundError(f"out_dir={str(out_dir)!r} has no ckpt.pt to resume from")
-    return _first_good(candidates, 'resuming from')
+    return _first_good(candidates, 'resuming from', _read_resumable)
 
 
-def _first_good(paths, doing):
+def _first_good(paths, doing, read=read):
     problems = []
     for path in paths:
         try:
@@ -154,7 +177,8 @@ def restore(state, **overrides):
                          f"{' '.join(str(error).split())[:200]}") from None
     description = state.get('tokenizer')
     if not description and 'model_name' not in state:
-        folder = dataset.ROOT / state.get('config', {}).get('dataset', '')
+        config = state.get('config')
+        folder = dataset.ROOT / str(config.get('dataset', '') if isinstance(config, dict) else '')
         description = dataset.read_meta(folder)[0]
     return model, description
 
@@ -172,7 +196,7 @@ def open_model(source, **overrides):
         return restore(_first_good([path / name for name in names], 'taking'), **overrides)
     if not (path / 'config.json').exists() and source not in OPENAI:
         what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{source} {what}; the names that need no folder are {', '.join(OPENAI)}")
+        raise FileNotFoundError(f"{source!r} {what}; the names that need no folder are {', '.join(OPENAI)}")
     model = GPT.from_pretrained(source, **overrides)
     return model, dict(dataset.GPT2) if model.config.vocab_size == 50257 else None
 
@@ -180,7 +204,7 @@ def open_model(source, **overrides):
 def _preference(folder):
     try:
         latest = json.loads((folder / 'config.json').read_text())['always_save_checkpoint']
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         latest = False
     return ('ckpt.pt', 'ckpt.prev.pt', 'best.pt') if latest else ('best.pt', 'ckpt.pt', 'ckpt.prev.pt')
 

@@ -11,10 +11,13 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
+import os
 import re
 import sys
 import traceback
 import types
+import warnings
 from pathlib import Path
 
 PLAIN = (bool, int, float, str)
@@ -30,6 +33,10 @@ class _Recorder(dict):
     def __setitem__(self, key, value):
         self.assigned[key] = value
         super().__setitem__(key, value)
+
+    def __delitem__(self, key):
+        self.assigned.pop(key, None)
+        super().__delitem__(key)
 
 
 def configure(settings, argv, resolve_device=None, config_class=None):
@@ -59,8 +66,11 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     if resolve_device and 'device' in values:
         values['device'] = resolve_device(values['device'])
     for path in files:
+        if os.path.realpath(path) == os.path.realpath(settings.get('__file__', '')):
+            raise ValueError(f"command line: {path} is the script, not a config file")
         for key, value in _run_file(path, {**settings, **values}).items():
-            if not key.startswith('_') and not isinstance(value, (types.ModuleType, types.FunctionType, type)):
+            is_tool = isinstance(value, types.ModuleType) or callable(value)
+            if not key.startswith('_') and not (is_tool and key not in defaults):
                 assign(key, value, path)
     assign_command_line()
 
@@ -75,7 +85,8 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     for key, (value, where) in later.items():
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
-            raise ValueError(f"{where}: there is no setting {key!r}; the nearest is {near[0]!r} (--help lists all)")
+            hint = '--help lists all' if where == 'command line' else 'names of the file\'s own begin with _'
+            raise ValueError(f"{where}: there is no setting {key!r}; the nearest is {near[0]!r} ({hint})")
         assign(key, value, where)
     settings.update(values)
     return values, given
@@ -90,29 +101,34 @@ def parse(argv):
             wants_help = True
         elif match := re.match(r'(?:--)?([A-Za-z_]\w*)=(.*)', word, re.DOTALL):
             wishes[match[1]] = match[2]
-        elif word.startswith('--'):
+        elif re.fullmatch(r'--[A-Za-z_]\w*', word):
             text = next(words, None)
             if text is None or text.startswith('--'):
                 raise ValueError(f"command line: {word} has no value; write {word}=VALUE")
             wishes[word[2:]] = text
-        elif Path(word).is_file():
+        elif word.startswith('-'):
+            raise ValueError(f"command line: {_show(word)} is no setting; they are written --key=value, with _ in the key")
+        elif os.path.isfile(word):
             files.append(word)
         else:
-            raise FileNotFoundError(f"command line: there is no config file {word!r} (settings are written --key=value)")
+            raise FileNotFoundError(
+                f"command line: there is no config file {_show(word)} (settings are written --key=value)")
     return files, wishes, wants_help
 
 
 def _run_file(path, namespace):
-    """{name: value} of what the config file at `path` assigns; OSError and ValueError name the file and the line."""
-    namespace = _Recorder({**namespace, '__file__': path})
+    """{name: value} of what the config file at `path` assigns. Raises ValueError, which names the file and the line."""
+    before = {**namespace, '__file__': path}
+    namespace = _Recorder(before)
     try:
         exec(compile(Path(path).read_bytes(), path, 'exec'), namespace)
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, 'lineno', None) or _line_in(path, error)
-        raise ValueError(f"{path}, line {line}: {getattr(error, 'msg', error)}") from None
-    except Exception as error:
-        raise ValueError(f"{path}, line {_line_in(path, error)}: {type(error).__name__}: {error}") from None
-    return namespace.assigned
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno or 1}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        what = ' '.join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}, line {_line_in(path, error)}: {what}") from None
+    # what a function assigns to its globals passes the recorder by
+    return {k: v for k, v in namespace.items() if k not in before or before[k] is not v} | namespace.assigned
 
 
 def _line_in(path, error):
@@ -125,20 +141,30 @@ def _from_text(key, text, default, where):
     if type(default) is str and default != 'auto':
         return text
     try:
-        value = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            value = ast.literal_eval(text)
     except Exception:       # not a literal: a bare word such as bfloat16
         value = text
     return _checked(key, value, default, where)
 
 
 def _checked(key, value, default, where):
-    if type(default) is float and type(value) is int:
-        value = float(value) if abs(value) < 1e300 else value
+    """`value`, where it is of the default's type; an int also for a float."""
+    if type(default) is float and type(value) is int and abs(value) < 1e300:
+        value = float(value)
     fits = type(value) is type(default) or (default in ('auto', None) and type(value) in PLAIN)
-    if not fits:
-        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}.get(type(default))
-        raise ValueError(f"{where}: {key} takes {kind}, not {value!r}")
+    if not fits or (type(value) is float and not math.isfinite(value)) or (type(value) is int and abs(value) >= 2 ** 63):
+        kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', type(None): 'a plain value'}
+        kind = 'auto or a plain value' if default == 'auto' else kinds[type(default)]
+        raise ValueError(f"{where}: {key} takes {kind}, not {_show(value)}")
     return value
+
+
+def _show(value):
+    """A value in one line of an error, however large it is."""
+    text = ' '.join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:90]}…{text[-1]}"
 
 
 def _print_help(settings, defaults, Config):

@@ -33,9 +33,14 @@ with user_errors():
     device = runtime.resolve_device(device)
     dtype = runtime.resolve_dtype(dtype, device)
     compile = runtime.resolve_compile(compile, device)
+    if num_samples < 1 or seed < 0:
+        fail(f"num_samples={num_samples} must be at least 1, and seed={seed} at least 0")
     text = prompt or start
     if text.startswith('FILE:'):
-        text = Path(text.removeprefix('FILE:')).read_text(encoding='utf-8')
+        try:
+            text = Path(text.removeprefix('FILE:')).read_text(encoding='utf-8')
+        except (OSError, ValueError) as error:
+            fail(f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
     model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from, device)
     if model.tokenizer is None:
         fail(f"{init_from} does not say which tokenizer its {model.config.vocab_size} ids belong to")

@@ -90,14 +90,15 @@ class TiktokenTokenizer:
 
 def load(description):
     """The tokenizer that a description stands for. Raises ValueError or OSError."""
-    kind = description.get('kind')
-    if kind == 'char':
-        return CharTokenizer(description['chars'])
-    if kind == 'byte':
-        return ByteTokenizer()
-    if kind == 'tiktoken':
-        return TiktokenTokenizer(description['name'])
-    raise ValueError(f"unknown tokenizer kind {kind!r}: take char, byte or tiktoken")
+    match description:
+        case {'kind': 'char', 'chars': str(chars)}:
+            return CharTokenizer(chars)
+        case {'kind': 'byte'}:
+            return ByteTokenizer()
+        case {'kind': 'tiktoken', 'name': str(name)}:
+            return TiktokenTokenizer(name)
+    raise ValueError(f"unknown tokenizer {str(description)[:80]}: its kind must be char (with chars), byte or "
+                     "tiktoken (with a name)")
 
 
 class _NoCode(pickle.Unpickler):

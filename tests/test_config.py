@@ -1,0 +1,386 @@
+"""Settings: what the command line and config files may say, who wins, and that nothing is coerced in silence."""
+import dataclasses
+import os
+import re
+
+import pytest
+from conftest import ROOT, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import configurator
+import models
+from configurator import configure
+
+SCRIPT = dict(out_dir='out', batch_size=12, learning_rate=6e-4, bias=False, device='auto', compile='auto', model='gpt',
+              n_layer=12, dropout=0.0, always_save_checkpoint=True)
+
+
+def of(*argv, config_class=None, script=SCRIPT):
+    """The settings that a script with these defaults ends up with."""
+    return configure(dict(script), [str(word) for word in argv], lambda wish: 'cpu' if wish == 'auto' else wish,
+                     config_class)[0]
+
+
+def gpt(values):
+    return models.architecture(values['model']).Config
+
+
+@pytest.fixture
+def file(tmp_path):
+    """file(text, name='config.py') -> the path of a config file with this text."""
+    def write(text, name='config.py'):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+    return write
+
+
+# ---- the forms -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('words', [['--batch_size=8'], ['--batch_size', '8'], ['batch_size=8']])
+def test_three_ways_to_set_one_key(words):
+    assert of(*words) == {**of(), 'batch_size': 8}
+
+
+@pytest.mark.parametrize('words, key, value', [
+    (['--out_dir=a=b'], 'out_dir', 'a=b'),                              # everything behind the first = is the value
+    (['--out_dir', 'a=b'], 'out_dir', 'a=b'),
+    (['--out_dir='], 'out_dir', ''),
+    (['--out_dir=two\nlines'], 'out_dir', 'two\nlines'),
+    (['--out_dir=123'], 'out_dir', '123'),                              # strings stay strings
+    (['--out_dir=True'], 'out_dir', 'True'),
+    (["--out_dir='quoted'"], 'out_dir', "'quoted'"),
+    (['--learning_rate=1'], 'learning_rate', 1.0),                      # ints become floats
+    (['--learning_rate=1e-4'], 'learning_rate', 1e-4),
+    (['--learning_rate', '-1'], 'learning_rate', -1.0),
+    (['--batch_size=1_000'], 'batch_size', 1000),
+    (['--bias', 'True'], 'bias', True),
+    (['--compile=False'], 'compile', False),                            # auto settings take their real type too
+    (['--compile=auto'], 'compile', 'auto'),
+    (['--device=cuda:1'], 'device', 'cuda:1'),
+    (['--batch_size=3', '--batch_size=4'], 'batch_size', 4),            # the last one counts
+])
+def test_values(words, key, value):
+    result = of(*words)[key]
+    assert result == value and type(result) is type(value)
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--batch_size=4.0'], 'batch_size takes a whole number, not 4.0'),
+    (['--batch_size=1e3'], 'batch_size takes a whole number, not 1000.0'),
+    (['--batch_size=True'], 'batch_size takes a whole number, not True'),
+    (['--batch_size=four'], "batch_size takes a whole number, not 'four'"),
+    (['--batch_size='], "batch_size takes a whole number, not ''"),
+    (['--batch_size=9999999999999999999'], 'batch_size takes a whole number, not 9999999999999999999'),
+    (['--bias=1'], 'bias takes True or False, not 1'),
+    (['--bias=true'], "bias takes True or False, not 'true'"),
+    (['--learning_rate=True'], 'learning_rate takes a number, not True'),
+    (['--learning_rate=fast'], "learning_rate takes a number, not 'fast'"),
+    (['--learning_rate=nan'], "learning_rate takes a number, not 'nan'"),
+    (['--learning_rate=1e999'], 'learning_rate takes a number, not inf'),
+    (['--compile=[1]'], 'compile takes auto or a plain value, not [1]'),
+    (['--learnin_rate=1'], "there is no setting 'learnin_rate'; the nearest is 'learning_rate'"),
+    (['--batch_size'], '--batch_size has no value; write --batch_size=VALUE'),
+    (['--bias', '--batch_size=4'], '--bias has no value'),
+    (['--learning-rate=1'], "'--learning-rate=1' is no setting; they are written --key=value, with _ in the key"),
+    (['-batch_size=4'], "'-batch_size=4' is no setting"),
+    (['--', 'x'], "'--' is no setting"),
+    (['--batch_size=', '4'], "there is no config file '4'"),
+    (['--configure=1'], "there is no setting 'configure'"),
+    (['--__name__=1'], "there is no setting '__name__'"),
+])
+def test_mistakes_on_the_command_line(words, message):
+    with pytest.raises((ValueError, FileNotFoundError), match='^command line: ' + re.escape(message)):
+        of(*words)
+
+
+# ---- config files ----------------------------------------------------------------------------------------------------
+
+def test_files_apply_in_order_and_the_command_line_wins(file):
+    one, two = file('batch_size = 1; n_layer = 1; dropout = 1', 'one.py'), file('batch_size = 2; n_layer = 2', 'two.py')
+    result = of('--n_layer=9', one, two)
+    assert (result['batch_size'], result['n_layer'], result['dropout']) == (2, 9, 1.0)
+    assert type(result['dropout']) is float
+    assert of(two, one)['batch_size'] == 1
+
+
+def test_who_set_what_is_known(file):
+    path = file('batch_size = 12\nn_layer = 3')
+    given = configure(dict(SCRIPT), [path, '--n_layer=3'])[1]
+    assert given == {'batch_size': path, 'n_layer': 'command line'}     # also where the value is the default
+
+
+def test_a_file_sees_the_device_the_command_line_and_earlier_files(file):
+    path = file("n_layer = batch_size\nout_dir = 'out-' + device")
+    assert of(path, '--batch_size=5')['n_layer'] == 5
+    assert of(file('batch_size = 6', 'first.py'), path)['n_layer'] == 6
+    assert of(path)['out_dir'] == 'out-cpu'
+    assert of(path, '--device=cuda')['out_dir'] == 'out-cuda'
+
+
+@pytest.mark.parametrize('text, changed', [
+    ('import time\nout_dir = f"out-{type(time).__name__}"', {'out_dir': 'out-module'}),
+    ('from math import sqrt\nfrom pathlib import Path\nbatch_size = int(sqrt(16))', {'batch_size': 4}),
+    ('def double(n):\n    return 2 * n\nclass Sizes:\n    b = 8\nbatch_size = double(Sizes.b)', {'batch_size': 16}),
+    ('_base = 3\nbatch_size = _base ** 2', {'batch_size': 9}),
+    ('for i in range(3):\n    batch_size = i\ndel i', {'batch_size': 2}),
+    ('batch_size += 1', {'batch_size': 13}),
+    ('batch_size: int = 4', {'batch_size': 4}),
+    ('globals()["batch_size"] = 5', {'batch_size': 5}),
+    ('globals().update(batch_size=6)', {'batch_size': 6}),
+    ('def set_it():\n    global batch_size\n    batch_size = 7\nset_it()', {'batch_size': 7}),
+    ('from os import path\nn_layer = len(path.basename(__file__))', {'n_layer': len('config.py')}),
+    ('', {}),
+])
+def test_a_file_is_python(file, text, changed):
+    assert of(file(text)) == {**of(), **changed}
+
+
+@pytest.mark.parametrize('text, message', [
+    ('batch_sise = 4',
+     "there is no setting 'batch_sise'; the nearest is 'batch_size' (names of the file's own begin with _)"),
+    ('batch_size = "8"', "batch_size takes a whole number, not '8'"),
+    ('batch_size = True', 'batch_size takes a whole number, not True'),
+    ('batch_size = None', 'batch_size takes a whole number, not None'),
+    ('batch_size = max', 'batch_size takes a whole number, not <built-in function max>'),
+    ('out_dir = 123', 'out_dir takes text, not 123'),
+    ('bias = 0', 'bias takes True or False, not 0'),
+    ('import numpy\nbatch_size = numpy.zeros((2, 2))', 'batch_size takes a whole number, not array([[0., 0.], [0., 0.]])'),
+    ('learning_rate = float("nan")', 'learning_rate takes a number, not nan'),
+    ('def f():\n    global batch_size\n    batch_size = 1.5\nf()', 'batch_size takes a whole number, not 1.5'),
+    ('batch_size = 4\nn_layer = = 3', 'line 2: invalid syntax'),
+    ('batch_size = 4\n  n_layer = 3', 'line 2: unexpected indent'),
+    ('\nimport os\nx = os.environ["NOT_SET"]', "line 3: KeyError: 'NOT_SET'"),
+    ('def f():\n    raise RuntimeError("one\\ntwo")\nf()', 'line 2: RuntimeError: one two'),
+    ('import nowhere', "line 1: ModuleNotFoundError: No module named 'nowhere'"),
+    ('import sys\nsys.exit("done")', 'line 2: SystemExit: done'),
+    ('a = 1\x00', 'line 1: '),
+    ('gelu = 3', 'gelu takes text, not 3'),
+])
+def test_mistakes_in_a_file_name_it(file, text, message):
+    path = file(text)
+    with pytest.raises(ValueError, match=re.escape(path) + '(:|,) ' + re.escape(message)) as caught:
+        of(path, config_class=gpt)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_mistake_changes_nothing(file):
+    script = dict(SCRIPT)
+    with pytest.raises(ValueError):
+        configure(script, ['--batch_size=3', file('n_layer = 3\nnope = 1')])
+    assert script == SCRIPT
+
+
+@pytest.mark.parametrize('name', ['nope.py', 'config/nope.py', '.', ''])
+def test_a_missing_file(name):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"command line: there is no config file {name!r}")):
+        of(name)
+
+
+@pytest.mark.parametrize('path', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_every_config_of_the_project_fits_train(path, device):
+    script = train_settings()
+    values = of(ROOT / 'config' / path, f'--device={device}', config_class=gpt, script=script)
+    assert values != script and (not values['decay_lr'] or values['min_lr'] <= values['learning_rate'])
+
+
+NANOGPT_STYLE = '''
+# fine-tune on Shakespeare; a file as nanoGPT's users write them
+import time
+
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False # feel free to turn on
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+
+dataset = 'shakespeare'
+init_from = 'gpt2-xl' # the largest
+
+always_save_checkpoint = False
+
+# 1 batch_size * 32 grad_accum * 1024 tokens = 32,768 tokens/iter
+batch_size = 1
+gradient_accumulation_steps = 5 * 8
+max_iters = 20
+
+learning_rate = 3e-5
+decay_lr = False
+weight_decay = 1e-1
+backend = 'nccl'
+device = 'cpu'
+compile = False
+'''
+
+
+def train_settings():
+    """The defaults of train.py, without running it."""
+    text = (ROOT / 'train.py').read_text()
+    head = text[text.index('out_dir ='):text.index('# ----', text.index('profile ='))]
+    values = {}
+    exec(head, values)
+    return {k: v for k, v in values.items() if not k.startswith('_')}
+
+
+def test_nanogpts_config_files_run_unchanged(file):
+    values = of(file(NANOGPT_STYLE), '--batch_size=2', '--compile=True', script=train_settings())
+    assert values['init_from'] == 'gpt2-xl' and values['wandb_run_name'].startswith('ft-') and values['max_iters'] == 20
+    assert (values['batch_size'], values['compile'], values['gradient_accumulation_steps']) == (2, True, 40)
+
+
+def test_nanogpts_command_line_runs_unchanged():
+    values = of(ROOT / 'config' / 'train_shakespeare_char.py', '--device=cpu', '--compile=False', '--eval_iters=20',
+                '--log_interval=1', '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128',
+                '--max_iters=2000', '--lr_decay_iters=2000', '--dropout=0.0', script=train_settings())
+    assert values['n_embd'] == 128 and values['max_iters'] == 2000 and values['dropout'] == 0.0
+
+
+# ---- the model's own fields ------------------------------------------------------------------------------------------
+
+def test_a_models_fields_are_flat_keys(file):
+    assert of(config_class=gpt)['gelu'] == 'exact'
+    assert of('--gelu=tanh', config_class=gpt)['gelu'] == 'tanh'
+    assert of(file("gelu = 'tanh'"), config_class=gpt)['gelu'] == 'tanh'
+    assert of(file("gelu = 'tanh'"), '--gelu=exact', config_class=gpt)['gelu'] == 'exact'
+    assert of(config_class=gpt)['bias'] is False        # where the script has the key too, its default counts
+
+
+@dataclasses.dataclass
+class MoEConfig:
+    n_expert: int = 8
+    vocab_size: int = 1
+    capacity: float = 1.25
+
+
+def test_another_models_fields():
+    assert of('--n_expert=4', '--capacity=2', config_class=lambda values: MoEConfig)['n_expert'] == 4
+    assert type(of('--capacity=2', config_class=lambda values: MoEConfig)['capacity']) is float
+    with pytest.raises(ValueError, match='n_expert takes a whole number, not 1.5'):
+        of('--n_expert=1.5', config_class=lambda values: MoEConfig)
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--n_expert=8'], "there is no setting 'n_expert'; the nearest is"),
+    (['--vocab_size=100'], "there is no setting 'vocab_size'"),         # the data decides it
+    (['--model=mamba9'], "model='mamba9' is unknown; the nearest is"),
+    (['--model='], "model='' is unknown"),
+    (['--model=../model'], "model='../model' is unknown"),
+    (['--model=__init__'], "model='__init__' is unknown"),
+])
+def test_mistakes_with_a_models_fields(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        of(*words, config_class=gpt)
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+def test_help_lists_every_key_with_default_and_comment():
+    done = run('train.py', '--help', '--batch_size=3')
+    assert done.returncode == 0 and done.stderr == ''
+    lines = {match[1]: match for match in re.finditer(r'^  --(\w+)=(.*?)  +(\S.*)$', done.stdout, re.MULTILINE)}
+    for key, value in train_settings().items():
+        assert lines[key][2] == repr(value) and lines[key][3], key
+    assert lines['gelu'][2] == "'exact'" and 'tanh' in lines['gelu'][3]
+
+
+@pytest.mark.parametrize('script', ['sample.py', pytest.param('bench.py', marks=pytest.mark.xfail(
+    strict=True, reason="bench.py's own wants_help is listed as a setting: its name needs a leading _"))])
+def test_help_of_the_other_scripts(script):
+    done = run(script, '-h')
+    assert done.returncode == 0 and not done.stderr
+    assert not [line for line in done.stdout.splitlines() if re.fullmatch(r'  --\w+=\S+ *', line)]      # all have comments
+
+
+# ---- fuzz ------------------------------------------------------------------------------------------------------------
+
+KEYS = st.sampled_from([
+    *SCRIPT, 'batch_sise', 'gelu', 'block_size', 'vocab_size', '_x', '__builtins__', 'learning-rate', ''])
+TEXTS = st.one_of(
+    st.text(max_size=12), st.integers().map(str), st.floats().map(str), st.booleans().map(str),
+    st.sampled_from(['auto', 'None', '[]', '(1,)', '{}', '1e999', '-0', '0x1F', '1_0', "'8'", 'cpu', '((((', '1if 1', '\\d',
+                     '4' * 5000, '-' * 3000 + '1']))
+WORDS = st.one_of(
+    st.tuples(st.sampled_from(['--', '', '-']), KEYS, TEXTS).map(lambda t: f'{t[0]}{t[1]}={t[2]}'),
+    KEYS.map('--{}'.format), TEXTS, st.just('FILE'), st.just('FILE'))
+VALUES = st.one_of(
+    TEXTS.map(repr), st.integers().map(str), st.floats(allow_nan=False, allow_infinity=False).map(str),
+    st.booleans().map(str), st.sampled_from([
+        'None', '[1]', '{}', 'b"x"', '1j', 'float("nan")', 'lambda: 1', 'int', 'print', 'object()', '1 / 0', 'undefined',
+        'batch_size + 1', 'device', '10 ** 400', '10 ** 5000', '"a\\nb"', '(yield)', '"\\ud800"', 'exit(3)']))
+STATEMENTS = st.one_of(
+    st.tuples(KEYS, VALUES).map(lambda t: f'{t[0]} = {t[1]}'),
+    st.sampled_from(['import time', 'from math import *', 'def f():\n    global bias\n    bias = 3', 'f()', '_x = 1',
+                     'del bias', 'raise ValueError("one\\ntwo")', 'raise SystemExit', 'globals().update(n_layer=2)',
+                     'if', '\t', '# é',
+                     'assert False', 'class A: pass', 'del __builtins__', 'globals().clear()']),
+    st.text(max_size=10))
+
+
+FIELDS = {field.name: field.default for field in dataclasses.fields(models.architecture('gpt').Config)
+          if field.name not in ('vocab_size', *SCRIPT)}
+
+
+def check_one(path, words, body):
+    """Accepted with every type kept, or one line for the user."""
+    path.write_text('\n'.join(body), encoding='utf-8', errors='surrogateescape')
+    script = {**SCRIPT, '__doc__': ''}
+    before = dict(script)
+    try:
+        values, given = configure(script, [str(path) if word == 'FILE' else word for word in words],
+                                  lambda wish: 'cpu' if wish == 'auto' else str(wish),
+                                  lambda values: models.architecture('gpt').Config)
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        assert text.strip() and len(text.splitlines()) == 1 and len(text) < 6000
+        assert text.startswith(('command line: ', str(path)))
+        assert script == before
+        return
+    for key, default in {**SCRIPT, **FIELDS}.items():
+        plain = configurator.PLAIN if default == 'auto' else (type(default),)
+        assert type(values[key]) in plain
+        if key not in given and key != 'device':
+            assert values[key] == default and type(values[key]) is type(default)
+    assert values.keys() == {*SCRIPT, *FIELDS}
+    assert {k: script[k] for k in values} == values
+
+
+FUZZ = dict(deadline=None, database=None, derandomize=True,
+            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+LINES = st.lists(WORDS.filter(lambda word: word not in ('-h', '--help') and '\0' not in word), max_size=4)
+BODIES = st.lists(STATEMENTS, max_size=4)
+
+
+@settings(max_examples=400, **FUZZ)
+@given(words=LINES, body=BODIES)
+def test_fuzz(tmp_path, words, body):
+    check_one(tmp_path / 'fuzz.py', words, body)
+
+
+@pytest.mark.campaign
+@settings(max_examples=10_000, **FUZZ)
+@given(words=LINES, body=BODIES)
+def test_fuzz_campaign(tmp_path, words, body):
+    check_one(tmp_path / 'fuzz.py', [*words, 'FILE'] if 'FILE' not in words else words, body)
+
+
+@settings(max_examples=300, **FUZZ)
+@given(key=st.sampled_from([*SCRIPT]), text=TEXTS)
+def test_fuzz_one_key(key, text):
+    """One key alone: its text is taken as it is, as the literal it is, or not at all."""
+    try:
+        value = of(f'--{key}={text}')[key]
+    except ValueError as error:
+        assert str(error).startswith(f'command line: {key} takes ')
+        return
+    if type(SCRIPT[key]) is str and SCRIPT[key] != 'auto':
+        assert value == text
+    elif type(value) is not str:
+        assert value == eval(text, {}) and (type(value) is type(SCRIPT[key]) or SCRIPT[key] == 'auto')
+
+
+def test_words_too_long_to_be_a_path():
+    with pytest.raises(FileNotFoundError, match='there is no config file'):
+        of('x' * 100_000)
+    assert not os.path.exists('x')
