@@ -96,6 +96,10 @@ def read(path):
     """
     path = Path(path)
     try:
+        open(path, 'rb').close()
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from None
+    try:
         sums = _read_sums(path.parent).get('best.pt' if path.name == 'best.pt' else 'ckpt.pt')
         if sums and path.name in FILES:
             if files.sha256(path) not in sums:
@@ -107,8 +111,6 @@ def read(path):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror or error}") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds something other than tensors and plain types, which might run code: not loaded"
                          ) from None

@@ -163,7 +163,10 @@ def _checked(key, value, default, where):
 
 def _show(value):
     """A value in one line of an error, however large it is."""
-    text = ' '.join(repr(value).split())
+    try:
+        text = ' '.join(repr(value).split())
+    except Exception:       # an int of thousands of digits
+        text = f"this {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:90]}…{text[-1]}"
 
 

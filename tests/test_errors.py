@@ -1,0 +1,630 @@
+"""A user's mistakes: one line on stderr that says what, where and what to do; exit code 2; nothing lost.
+
+The scripts run as a user runs them, but forked from a process that has torch loaded already (`warm`).
+"""
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, run, same
+
+import checkpoint
+import files
+import models
+import runtime
+import tokenizer
+from dataset import Dataset
+
+SERVER = r"""
+import json, os, runpy, signal, sys, tempfile, traceback
+import checkpoint, configurator, dataset, generate, metrics, models, optimizer, runtime, torch
+for line in sys.stdin:
+    script, *arguments = json.loads(line)
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        for file, number in ((open(os.devnull), 0), (out, 1), (err, 2)):
+            os.dup2(file.fileno(), number)
+        sys.argv, code = [script, *arguments], 0
+        try:
+            runpy.run_path(script, run_name='__main__')
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [file.seek(0) or file.read().decode(errors='replace') for file in (out, err)]
+    print(json.dumps(dict(returncode=code, stdout=texts[0], stderr=texts[1])), flush=True)
+"""
+
+
+@pytest.fixture(scope='module')
+def warm(tmp_path_factory):
+    """warm('train.py', '--seed=1') -> what conftest.run gives, in a tenth of the time. There is no network."""
+    environment = {**os.environ, 'PYTHONPATH': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1',
+                   'HF_HOME': str(tmp_path_factory.mktemp('hf')), 'TIKTOKEN_CACHE_DIR': str(tmp_path_factory.mktemp('bpe')),
+                   'HTTPS_PROXY': 'http://127.0.0.1:9', 'NANOGPT_MIRROR': ''}
+    server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              cwd=ROOT, env=environment)
+
+    def request(*words):
+        server.stdin.write(json.dumps([*map(str, words)]) + '\n')
+        server.stdin.flush()
+        return SimpleNamespace(**json.loads(server.stdout.readline()))
+    yield request
+    server.stdin.close()
+    server.wait(60)
+
+
+def check(done, *parts):
+    """`done` ended on a user's mistake, with these parts in its one line."""
+    assert done.returncode == 2, done.stdout[-500:] + done.stderr
+    line, = done.stderr.splitlines()
+    assert line.startswith('error: ') and len(line) < 500
+    for part in parts:
+        assert part in line
+    return line
+
+
+def broken(reason):
+    """A mistake that is not caught well yet, and what its owner has to do."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+def changed(folder, name, content):
+    """`folder` with one file's content replaced; None deletes it."""
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def copy(text_folder, trained, tmp_path):
+    """copy('text') or copy('run') -> a copy of the dataset, or of the run, to be damaged."""
+    def make(what):
+        return shutil.copytree({'text': text_folder, 'run': trained}[what], tmp_path / what)
+    return make
+
+
+@pytest.fixture
+def train(warm, text_folder, tmp_path):
+    """train(*arguments) -> a tiny run of train.py; a mistake is noticed before there is an out_dir."""
+    def go(*arguments):
+        done = warm('train.py', *TINY, '--max_iters=1', f'--dataset={text_folder}', f'--out_dir={tmp_path / "out"}',
+                    *arguments)
+        assert done.returncode == 0 or not (tmp_path / 'out').exists(), done.stderr
+        return done
+    return go
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+SETTINGS = [
+    ('--learnin_rate=1', "command line: there is no setting 'learnin_rate'; the nearest is 'learning_rate'"),
+    ('--learning-rate=1', 'written --key=value, with _ in the key'),
+    ('--batch_size', '--batch_size has no value; write --batch_size=VALUE'),
+    ('--batch_size=4.0', 'batch_size takes a whole number, not 4.0'),
+    ('--learning_rate=fast', "learning_rate takes a number, not 'fast'"),
+    ('--bias=1', 'bias takes True or False, not 1'),
+    ('--n_expert=8', "there is no setting 'n_expert'"),
+    ('--gelu=relu', "gelu='relu' is unknown: take exact or tanh"),
+    ('config/nope.py', "there is no config file 'config/nope.py'"),
+    ('train.py', 'train.py is the script, not a config file'),
+    ('--batch_size=0', 'batch_size=0 must be at least 1'),
+    ('--block_size=-1', 'block_size=-1 must be at least 1'),
+    ('--eval_iters=0', 'eval_iters=0 must be at least 1'),
+    ('--log_interval=0', 'log_interval=0 must be at least 1'),
+    ('--gradient_accumulation_steps=0', 'gradient_accumulation_steps=0 must be at least 1'),
+    ('--n_embd=17', 'n_embd=17 is not divisible by n_head=2'),
+    ('--n_head=0', 'n_head=0: a GPT needs at least 1'),
+    ('--dropout=1', 'dropout=1.0: take a probability from 0 up to'),
+    ('--dropout=-0.1', 'dropout=-0.1'),
+    ('--learning_rate=-1', 'learning rate: -1'),
+    ('--beta2=1', '1.0'),
+    ('--model=mamba9', "model='mamba9' is unknown; the nearest is"),
+    ('--device=gpu', "device='gpu' is unknown: take auto, cpu, cuda"),
+    ('--dtype=fp16', "dtype='fp16' is unknown: take auto, float32, bfloat16 or float16"),
+    ('--compile=maybe', "compile='maybe' is unknown: take True, False or auto"),
+    ('--attention=flash', "attention='flash' is unknown: take auto, sdpa or plain"),
+    *[pytest.param(word, word[2:].split('=')[0], marks=broken('train.py checks only five settings for their range'))
+      for word in ('--max_iters=-1', '--seed=-1', '--grad_clip=-1', '--weight_decay=-1', '--min_lr=-1', '--warmup_iters=-1',
+                   '--eval_interval=-1', '--save_minutes=-1', '--early_stop=-1')],
+    pytest.param('--backend=mpi', "backend='mpi' is unknown", marks=broken('parallel.start checks it only under torchrun')),
+    pytest.param('--compile=0', 'compile=0 is unknown', marks=broken('runtime.resolve_compile: 0 == False and 1 == True')),
+    pytest.param(f'--n_embd={2 ** 40}', 'out of memory', marks=broken('train.py builds the model outside memory_errors')),
+]
+
+
+@pytest.mark.parametrize('word, message', SETTINGS)
+def test_a_wrong_setting(train, word, message):
+    check(train(word), message)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('batch_sise = 4', "there is no setting 'batch_sise'; the nearest is 'batch_size'"),
+    ('batch_size = "4"', "batch_size takes a whole number, not '4'"),
+    ('batch_size = 4\nn_layer = = 3', ', line 2: invalid syntax'),
+    ('import os\nout_dir = os.environ["NOT_SET"]', ", line 2: KeyError: 'NOT_SET'"),
+    ('raise RuntimeError("one\\ntwo")', ', line 1: RuntimeError: one two'),
+])
+def test_a_wrong_config_file_is_named(train, tmp_path, text, message):
+    (tmp_path / 'my.py').write_text(text)
+    check(train(tmp_path / 'my.py'), f'{tmp_path / "my.py"}', message)
+
+
+def test_one_mistake_without_the_fork():
+    check(run('train.py', '--learnin_rate=1'), "the nearest is 'learning_rate'")
+
+
+def test_processes_share_the_micro_batches_evenly(text_folder):
+    done = run('train.py', *TINY, f'--dataset={text_folder}', env={'WORLD_SIZE': '4', 'RANK': '0'})
+    check(done, 'gradient_accumulation_steps=2', '4 processes; take a multiple of 4')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none():
+    for device in ('cuda', 'cuda:1'):
+        with pytest.raises(ValueError, match=f"device='{device}' is not available here: take --device=auto"):
+            runtime.resolve_device(device)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
+def test_mps_where_there_is_none():
+    with pytest.raises(ValueError, match="device='mps' is not available here: take --device=auto"):
+        runtime.resolve_device('mps')
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: runtime.resolve_device('cuda:x'), "device='cuda:x' is unknown"),
+    (lambda: runtime.resolve_device(0), 'device=0 is unknown'),
+    (lambda: runtime.resolve_dtype('float64', 'cpu'), "dtype='float64' is unknown"),
+    (lambda: runtime.resolve_dtype(16, 'cpu'), 'dtype=16 is unknown'),
+    (lambda: runtime.resolve_dtype('bfloat16', 'mps'), 'mps has no bfloat16 in hardware; take --dtype=float16'),
+    (lambda: models.build('nope'), "model='nope' is unknown"),
+    (lambda: tokenizer.load({'kind': 'bpe'}), 'its kind must be char'),
+    (lambda: tokenizer.load({'kind': 'char'}), 'its kind must be char (with chars)'),
+    (lambda: tokenizer.load('char'), 'unknown tokenizer char'),
+    (lambda: tokenizer.load({'kind': 'tiktoken', 'name': 'gpt5'}), "tiktoken has no encoding 'gpt5': take one of gpt2"),
+    (lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {0: 'ab'}})), 'something other than single characters'),
+    (lambda: tokenizer.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
+])
+def test_values_that_a_module_does_not_know(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def ids(*values):
+    return np.array(values, np.uint16).tobytes()
+
+
+def meta(**change):
+    whole = {'tokenizer': {'kind': 'byte'}, 'vocab_size': 256, 'dtype': 'uint16', 'splits': {}}
+    return json.dumps({**whole, **change}).encode()
+
+
+STRICT_META = broken("dataset.read_meta: check that `splits` is a dict and that tokenizer.load knows the tokenizer")
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('train.bin', None, 'train.bin is missing'),
+    ('val.bin', None, 'val.bin is missing'),
+    ('train.bin', b'', 'train.bin holds 0 token(s)'),
+    ('train.bin', ids(1), 'train.bin holds 1 token(s): too few'),
+    ('val.bin', ids(1), 'val.bin holds 1 token(s)'),
+    ('train.bin', ids(*range(8)), 'block_size=16 is larger than the train split'),
+    ('train.bin', ids(*range(16)), 'block_size=16 is larger than the train split'),
+    ('train.bin', ids(*range(40), 60000), 'train.bin holds the id 60000, but its vocabulary has'),
+    ('val.bin', ids(1, 60000), 'val.bin holds the id 60000'),
+    pytest.param('train.bin', ids(*range(40)), 'meta.json', marks=broken(
+        "dataset.Dataset: a bin with fewer tokens than meta.json says was cut short")),
+    ('train.bin', bytes(7201), 'train.bin is not a whole number of uint16 ids'),
+    ('meta.json', b'', 'meta.json cannot be read'),
+    ('meta.json', b'{', 'meta.json cannot be read'),
+    ('meta.json', b'\xff{}', 'meta.json cannot be read'),
+    ('meta.json', b'{}', 'meta.json cannot be read'),
+    ('meta.json', b'[]', 'meta.json cannot be read'),
+    ('meta.json', meta(dtype='int99'), 'meta.json cannot be read'),
+    ('meta.json', meta(dtype='object'), 'meta.json cannot be read'),
+    ('meta.json', meta(dtype='float32'), 'meta.json cannot be read'),
+    ('meta.json', meta(vocab_size='256'), 'meta.json cannot be read'),
+    pytest.param('meta.json', meta(tokenizer={'kind': 'bpe'}), 'meta.json', marks=STRICT_META),
+    pytest.param('meta.json', meta(tokenizer='byte'), 'meta.json', marks=STRICT_META),
+    pytest.param('meta.json', meta(splits=[]), 'meta.json', marks=STRICT_META),
+], ids=lambda value: value if isinstance(value, str) else repr(value)[:30])
+def test_wrong_data(copy, name, content, message):
+    folder = changed(copy('text'), name, content)
+    with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
+        Dataset(str(folder), block_size=16, batch_size=4)
+    assert str(folder) in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('word, message', [
+    ('--dataset=nope', 'data/nope/train.bin is missing'),
+    ('--dataset=', 'train.bin is missing'),
+    ('--block_size=4000', 'block_size=4000 is larger than the train split'),
+])
+def test_wrong_data_ends_train(train, word, message):
+    check(train(word), message)
+
+
+def test_a_hostile_meta_pkl_does_nothing(copy, tmp_path):
+    folder = changed(copy('text'), 'meta.json', None)
+    changed(folder, 'meta.pkl', pickle.dumps({'itos': Payload(tmp_path / 'pwned')}))
+    with pytest.raises(ValueError, match='meta.pkl asks for posix.system; it may hold only'):
+        Dataset(str(folder), 16, 4)
+    assert not (tmp_path / 'pwned').exists()
+
+
+def test_a_download_is_what_was_expected_or_not_there(tmp_path, monkeypatch):
+    (tmp_path / 'mirror').mkdir()
+    monkeypatch.setenv('NANOGPT_MIRROR', str(tmp_path / 'mirror'))
+    with pytest.raises(OSError, match='cannot download .*No such file.* put the file at .*here.txt by hand'):
+        files.download('https://example.com/a.txt', tmp_path / 'here.txt', '0' * 64, 'a.txt')
+    (tmp_path / 'mirror' / 'a.txt').write_text('something else')
+    with pytest.raises(ValueError, match='is not the expected file: its sha256 is .*, not 0000'):
+        files.download('https://example.com/a.txt', tmp_path / 'here.txt', '0' * 64, 'a.txt')
+    assert os.listdir(tmp_path) == ['mirror']
+
+
+@broken("train.py: the sample at the end is a courtesy; without its tokenizer say so, and end with 0")
+def test_a_run_whose_tokenizer_cannot_be_downloaded_succeeded(copy, warm, tmp_path):
+    folder = changed(copy('text'), 'meta.json', None)       # so its ids are GPT-2's
+    done = warm('train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path / "run2"}')
+    assert (tmp_path / 'run2' / 'ckpt.pt').exists() and done.returncode == 0 and 'TIKTOKEN_CACHE_DIR' in done.stdout
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+class Payload:
+    """What unpickles to a shell command that leaves a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.marker}',)
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def foreign_zip(data):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w') as archive:
+        archive.writestr('../../evil.txt', 'text')
+    return buffer.getvalue()
+
+
+def flipped(at):
+    def flip(data):
+        i = int(at * (len(data) - 1))
+        return data[:i] + bytes([data[i] ^ 1]) + data[i + 1:]
+    return flip
+
+
+def without(key):
+    return lambda data: saved({k: v for k, v in torch.load(io.BytesIO(data), weights_only=True).items() if k != key})
+
+
+DAMAGE = {
+    'no bytes': lambda data: b'',
+    'one byte': lambda data: b'P',
+    'half': lambda data: data[:len(data) // 2],
+    'all but one byte': lambda data: data[:-1],
+    'the second half': lambda data: data[len(data) // 2:],
+    'a flipped bit': flipped(0.5),
+    'zeros in the middle': lambda data: data[:10_000] + bytes(10_000) + data[20_000:],
+    'text': lambda data: b'not a checkpoint\n',
+    'a foreign zip': foreign_zip,
+    'a tensor': lambda data: saved(torch.ones(3)),
+    'a list': lambda data: saved([1, 2]),
+    'a state dict': lambda data: saved({'wte': torch.ones(3)}),
+    'no weights': without('model'),
+    'no model_args': without('model_args'),
+    'weights that are none': lambda data: saved({'model': [1], 'model_args': {}}),
+    'a pickled object': lambda data: saved({'model': SimpleNamespace(), 'model_args': {}}),
+}
+
+
+@pytest.mark.parametrize('manifest', ['sums.json', 'no sums.json', 'a damaged sums.json'])
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(copy, damage, manifest, capsys):
+    run = copy('run')
+    path = run / 'ckpt.pt'
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    if manifest != 'sums.json':
+        changed(run, 'sums.json', None if manifest == 'no sums.json' else b'{"ckpt.pt": 3}')
+    before = torch.load(run / 'ckpt.prev.pt', weights_only=True)
+    assert same(checkpoint.read_latest(run), before)
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 1 and f'{path} ' in said and f'resuming from {run / "ckpt.prev.pt"} instead' in said
+
+    (run / 'ckpt.prev.pt').unlink()
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        checkpoint.read_latest(run)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize('at', [0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1])
+def test_a_flipped_bit_without_sums_is_found_or_harmless(copy, at):
+    run = changed(copy('run'), 'sums.json', None)
+    whole = checkpoint.read(run / 'ckpt.pt')
+    changed(run, 'ckpt.pt', flipped(at)((run / 'ckpt.pt').read_bytes()))
+    try:
+        assert same(checkpoint.read(run / 'ckpt.pt'), whole)
+    except ValueError as error:
+        assert 'is damaged or no checkpoint' in str(error) or 'might run code' in str(error)
+
+
+@pytest.mark.parametrize('wrap', [lambda p: saved({'model': p, 'model_args': {}}), pickle.dumps,
+                                  lambda p: saved({'model': {}, 'model_args': {}, 'config': p})])
+def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
+    run = changed(copy('run'), 'sums.json', None)
+    changed(run, 'ckpt.pt', wrap(Payload(tmp_path / 'pwned')))
+    for name in ('ckpt.prev.pt', 'best.pt'):
+        (run / name).unlink()
+    for read in (checkpoint.read_latest, checkpoint.open_model, checkpoint.load_model):
+        with pytest.raises(ValueError, match=r'ckpt\.pt (is damaged or no checkpoint|.*might run code)'):
+            read(run)
+    assert not (tmp_path / 'pwned').exists()
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(model_name='nope'), "model='nope' is unknown"),
+    (dict(model_name=3), 'model=3 is unknown'),
+    (dict(model_args={'n_layer': 2}), "not a GPT's"),
+    (dict(model_args={'zzz': 1}), "not a GPT's"),
+    (dict(model_args={'n_layer': 'x'}), "not a GPT's"),
+    (dict(model={}), "not a GPT's"),
+])
+def test_weights_that_do_not_fit(trained, change, message):
+    state = checkpoint.read(trained / 'ckpt.pt')
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.restore({**state, **change})
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('change', [
+    dict(iter_num=-1), dict(iter_num='x'), dict(config=[]), dict(best_val_loss=None), dict(optimizer='x'),
+    dict(progress=[]), dict(resolved=3)])
+def test_a_state_that_no_run_can_go_on_from(copy, change):
+    run = changed(copy('run'), 'sums.json', None)
+    changed(run, 'ckpt.pt', saved({**checkpoint.read(run / 'ckpt.pt'), **change}))
+    (run / 'ckpt.prev.pt').unlink()
+    with pytest.raises(ValueError, match=re.escape(str(run / 'ckpt.pt'))):
+        checkpoint.read_latest(run)
+
+
+@pytest.mark.parametrize('words, parts', [
+    (['--n_layer=2'], ['holds a run with n_layer=1, command line asks for 2', 'take another --out_dir']),
+    (['--gelu=tanh'], ["holds a run with gelu='exact', command line asks for 'tanh'"]),
+    (['--block_size=8'], ['holds a run with block_size=16']),
+    (['--model=mamba9'], ["model='mamba9' is unknown"]),
+    (['--dropout=2'], ['dropout=2.0']),
+    (['--batch_size=0'], ['batch_size=0 must be at least 1']),
+])
+def test_resuming_another_run_than_asked_for(warm, trained, words, parts):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    check(warm('train.py', '--init_from=resume', f'--out_dir={trained}', '--max_iters=9', *words), *parts)
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+def test_resuming_a_model_of_another_name(copy, warm):
+    run = changed(copy('run'), 'sums.json', None)
+    changed(run, 'ckpt.pt', saved({**checkpoint.read(run / 'ckpt.pt'), 'model_name': 'other'}))
+    check(warm('train.py', '--init_from=resume', f'--out_dir={run}', '--model=gpt'), "holds a run with model='other'")
+
+
+@pytest.mark.parametrize('name', ['nothing', 'a file', ''])
+def test_resuming_where_there_is_no_run(warm, tmp_path, name):
+    (tmp_path / 'a file').write_text('x')
+    out_dir = tmp_path / name if name else ''
+    done = warm('train.py', '--init_from=resume', f'--out_dir={out_dir}')
+    check(done, f"out_dir='{out_dir}' has no ckpt.pt to resume from")
+
+
+def test_a_damaged_checkpoint_and_the_scripts(copy, warm):
+    run = copy('run')
+    changed(run, 'ckpt.pt', flipped(0.5)((run / 'ckpt.pt').read_bytes()))
+    done = warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=7')
+    assert done.returncode == 0 and not done.stderr and 'resuming from' in done.stdout and 'iter 6:' in done.stdout
+    changed(run, 'ckpt.pt', flipped(0.5)((run / 'ckpt.pt').read_bytes()))
+    changed(run, 'ckpt.prev.pt', b'')
+    changed(run, 'best.pt', b'')
+    check(warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=8'), 'ckpt.pt', 'its sha256 differs')
+    check(warm('sample.py', f'--out_dir={run}'), 'best.pt', 'its sha256 differs')
+
+
+@broken("optimizer.load or train.py: a checkpoint without an optimizer's state, where the model has one")
+def test_resuming_from_weights_alone(copy, warm):
+    run = changed(copy('run'), 'sums.json', None)
+    changed(run, 'ckpt.pt', (run / 'best.pt').read_bytes())
+    check(warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=9'), 'optimizer')
+
+
+@broken("metrics.Metrics._lines: read with errors='replace'; such a line is not of this run and is dropped")
+def test_a_damaged_metrics_file(copy, warm):
+    run = copy('run')
+    with open(run / 'metrics.jsonl', 'ab') as file:
+        file.write(b'\xff\xfe')
+    done = warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=7')
+    assert done.returncode == 0, done.stderr
+
+
+# ---- models from elsewhere -------------------------------------------------------------------------------------------
+
+def hugging_face(folder, config, **content):
+    folder.mkdir()
+    (folder / 'config.json').write_text(config if isinstance(config, str) else json.dumps(config))
+    for name, data in content.items():
+        (folder / name.replace('_bin', '.bin').replace('_safetensors', '.safetensors')).write_bytes(data)
+    return folder
+
+
+SMALL = dict(model_type='gpt2', n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=65)
+STRICT_HF = broken("GPT.from_pretrained: name the folder or file whatever way it can't be read")
+
+
+@pytest.mark.parametrize('config, content, message', [
+    ({'model_type': 'llama'}, {}, "holds a 'llama' model, not gpt2"),
+    ({}, {}, 'holds a None model, not gpt2'),
+    (SMALL, {}, 'has no model.safetensors or pytorch_model.bin'),
+    (SMALL, {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})}, "weights are missing or don't fit"),
+    ({**SMALL, 'activation_function': 'relu'}, {}, 'a GPT-2 whose activation'),
+    pytest.param('', {}, 'hf/config.json', marks=STRICT_HF),
+    pytest.param('[]', {}, 'hf', marks=STRICT_HF),
+    pytest.param({'model_type': 'gpt2'}, {}, 'hf', marks=STRICT_HF),
+    pytest.param(SMALL, {'pytorch_model_bin': b''}, 'pytorch_model.bin', marks=STRICT_HF),
+    pytest.param(SMALL, {'pytorch_model_bin': 'hostile'}, 'pytorch_model.bin', marks=STRICT_HF),
+    pytest.param(SMALL, {'model_safetensors': b'\xff' * 100}, 'model.safetensors', marks=STRICT_HF),
+])
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
+    hostile = pickle.dumps(Payload(tmp_path / 'pwned'))
+    folder = hugging_face(tmp_path / 'hf', config, **{k: hostile if v == 'hostile' else v for k, v in content.items()})
+    with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
+        checkpoint.open_model(str(folder))
+    assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
+    assert not (tmp_path / 'pwned').exists()
+
+
+@pytest.mark.parametrize('init_from, message', [
+    ('gpt2', 'cannot download gpt2 (LocalEntryNotFoundError): without a network, put its config.json'),
+    ('gpt3', "'gpt3' does not exist; the names that need no folder are gpt2, gpt2-medium"),
+    ('', 'no Hugging Face model'),
+    ('resumee', "'resumee' does not exist"),
+    ('train.py', 'train.py is damaged or no checkpoint'),
+])
+def test_training_from_what_is_not_there(train, init_from, message):
+    check(train(f'--init_from={init_from}'), message)
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_a_folder_of_another_model_type(warm, tmp_path, text_folder, script):
+    folder = hugging_face(tmp_path / 'hf', {'model_type': 'llama'})
+    words = [f'--dataset={text_folder}', *TINY] if script == 'train.py' else []
+    check(warm(script, f'--init_from={folder}', *words), f"{folder} holds a 'llama' model, not gpt2")
+
+
+def test_a_longer_context_than_the_pretrained_model_has(train, trained):
+    check(train(f'--init_from={trained}', '--block_size=32'), 'block_size=32: this model has 16 positions, no more')
+
+
+@broken("train.py: a shape that was given and is not the model's must be an error, as it is when resuming")
+def test_another_shape_than_the_pretrained_model_has(train, trained):
+    check(train(f'--init_from={trained}', '--n_layer=3'), 'n_layer')
+
+
+def test_the_data_was_encoded_for_another_model(train, trained, tmp_path):
+    from conftest import write_text
+    other = write_text(tmp_path / 'other', 'abc def ' * 100)
+    check(train(f'--init_from={trained}', f'--dataset={other}'), 'was prepared with another tokenizer')
+
+
+# ---- where results go ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['a file', 'a file/below', ''])
+def test_an_out_dir_that_cannot_be_written(train, tmp_path, name):
+    (tmp_path / 'a file').write_text('precious')
+    out_dir = tmp_path / name if name else ''
+    check(train(f'--out_dir={out_dir}'), f"out_dir='{out_dir}' can't be written to", 'take another --out_dir')
+    assert (tmp_path / 'a file').read_text() == 'precious'
+
+
+@pytest.mark.parametrize('limit', [0, 1, 100, 4096, 10_000, 20_000, 30_000, 40_000])
+def test_a_full_disk_leaves_the_checkpoint_before(copy, limit):
+    run = copy('run')
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    state = checkpoint.read(run / 'ckpt.pt')
+    assert limit < len(before['ckpt.pt']) / 1.2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match='cannot write .*ckpt') as caught:
+            checkpoint.save(run, 'ckpt.pt', {**state, 'iter_num': 99})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(str(caught.value).splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert checkpoint.read_latest(run)['iter_num'] == state['iter_num']
+
+
+@pytest.mark.parametrize('fills', ['ckpt.pt', pytest.param('metrics.jsonl', marks=broken(
+    "metrics.Metrics.log: a line of metrics.jsonl can meet a full disk too; so can config.json in train.py"))])
+def test_a_full_disk_ends_the_run_and_it_can_be_resumed(copy, fills):
+    run = copy('run')
+    limit = 20_000 if fills == 'ckpt.pt' else (run / fills).stat().st_size + 100
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    done = subprocess.run([sys.executable, 'train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=8'], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    check(done, 'cannot write')
+    assert {path.name for path in run.iterdir()} == set(before)
+    for name in ('ckpt.pt', 'ckpt.prev.pt', 'best.pt'):
+        assert (run / name).read_bytes() == before[name]
+    assert checkpoint.read_latest(run)['iter_num'] == 6
+
+
+# ---- sample.py and bench.py ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('word, message', [
+    ('--start=ß', "the character 'ß' at position 0 is not among the"),
+    ('--start=', 'the prompt is empty'),
+    ('--start=FILE:nope.txt', "FILE:nope.txt can't be read as UTF-8 text (No such file or directory)"),
+    ('--start=FILE:', "FILE: can't be read"),
+    ('--start=FILE:/bin/sh', "FILE:/bin/sh can't be read as UTF-8 text"),
+    ('--temperature=-1', 'temperature=-1.0 must be at least 0'),
+    ('--temperature=hot', "temperature takes a number, not 'hot'"),
+    ('--top_k=-1', 'top_k=-1'),
+    ('--top_k=0.5', 'top_k takes a whole number, not 0.5'),
+    ('--max_new_tokens=-1', 'max_new_tokens=-1'),
+    ('--num_samples=0', 'num_samples=0 must be at least 1'),
+    ('--seed=-1', 'seed=-1'),
+    ('--device=gpu', "device='gpu' is unknown"),
+    ('--dtype=float64', "dtype='float64' is unknown"),
+    ('--compile=auto', "compile takes True or False, not 'auto'"),
+    ('--top_p=0.9', "there is no setting 'top_p'; the nearest is 'top_k'"),
+    ('--out_dir=nowhere', "'nowhere' does not exist"),
+    ('--out_dir=data', "'data' holds no checkpoint"),
+    ('--init_from=train.py', 'train.py is damaged or no checkpoint'),
+    ('--init_from=gpt2', 'cannot download gpt2'),
+])
+def test_sampling(warm, trained, word, message):
+    check(warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', word), message)
+
+
+@broken("generate.sample: a temperature below 1e-6 or so divides to infinities; take the likeliest token there too")
+def test_sampling_next_to_temperature_zero(warm, trained):
+    done = warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', '--temperature=1e-300')
+    assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.parametrize('word, message', [
+    ('--steps=0', 'steps=0'),
+    ('--profile=1', 'profile takes True or False, not 1'),
+    ('nope.py', "there is no config file 'nope.py'"),
+    pytest.param("--versus='unclosed", 'versus', marks=broken("bench.py: shlex.split outside user_errors")),
+])
+def test_benching(warm, word, message):
+    check(warm('bench.py', word), message)
