@@ -50,7 +50,10 @@ class Dataset:
                 script = self.folder / 'prepare.py'
                 raise FileNotFoundError(f"{path} is missing: " + (f"run `python {script}` first" if script.is_file() else
                                         "dataset= takes a folder in data/, or a path, with train.bin and val.bin"))
-            n = self.tokens[split] = path.stat().st_size // np.dtype(self.dtype).itemsize
+            n, rest = divmod(path.stat().st_size, np.dtype(self.dtype).itemsize)
+            if rest:
+                raise ValueError(f"{path} is not a whole number of {self.dtype} ids long: it was cut off; prepare it again")
+            self.tokens[split] = n
             if n < 2:
                 raise ValueError(f"{path} holds {n} token(s): too few to learn from; prepare it again")
             if split == 'train' and n <= block_size:
@@ -178,8 +181,10 @@ def read_meta(folder):
     if (folder / 'meta.json').is_file():
         try:
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            if meta['dtype'] not in ('uint16', 'uint32') or type(meta['vocab_size']) is not int:
+                raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
             return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / 'meta.json'} cannot be read ({type(error).__name__}: {error})") from None
     if (folder / 'meta.pkl').is_file():
         description = describe_meta_pkl((folder / 'meta.pkl').read_bytes())

@@ -1,8 +1,8 @@
 """Files that are whole or not there: atomic writing, checksums, downloads."""
 import contextlib
 import hashlib
+import http.client
 import os
-import shutil
 import urllib.request
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def replacing(path):
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from None
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from None
         raise
 
 
@@ -47,7 +47,7 @@ def sha256(path):
 
 
 def download(url, path, digest, mirrored_as):
-    """Fetch `url` to `path`, unless a file with this sha256 is there; returns `path`.
+    """Fetch `url`, of a size that fits into memory, to `path`, unless a file with this sha256 is there; returns `path`.
 
     NANOGPT_MIRROR, a folder or a URL prefix, takes the place of the host: `mirrored_as` is the file's name in it.
     Raises OSError without a network, ValueError where the content is not the expected one.
@@ -58,14 +58,14 @@ def download(url, path, digest, mirrored_as):
     if mirror := os.environ.get('NANOGPT_MIRROR'):
         url = f'{mirror.rstrip("/")}/{mirrored_as}'
     try:
-        source = urllib.request.urlopen(url, timeout=60) if '://' in url else open(url, 'rb')
-    except OSError as error:
-        reason = getattr(error, 'reason', None) or error.strerror or error
+        with urllib.request.urlopen(url, timeout=60) if '://' in url else open(url, 'rb') as source:
+            content = source.read()
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, 'reason', None) or getattr(error, 'strerror', None) or error
         raise OSError(f"cannot download {url} ({reason}): put the file at {path} by hand, or set NANOGPT_MIRROR to a "
                       f"folder or URL that has {mirrored_as}") from None
-    with source, replacing(path) as file:
-        shutil.copyfileobj(source, file)
-    if (found := sha256(path)) != digest:
-        path.unlink()
+    if (found := hashlib.sha256(content).hexdigest()) != digest:
         raise ValueError(f"{url} is not the expected file: its sha256 is {found}, not {digest}; nothing was kept")
+    with replacing(path) as file:
+        file.write(content)
     return path

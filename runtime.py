@@ -28,7 +28,10 @@ def user_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(error)
+        fail(f"{error.filename}: {error.strerror}" if getattr(error, 'filename', None) else error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 @contextlib.contextmanager
