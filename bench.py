@@ -24,7 +24,7 @@ from runtime import fail, user_errors
 # ---- settings --------------------------------------------------------------------------------------------------------
 steps = 20  # timed steps of each run
 warmup = 10  # steps before them
-seconds = 120.0  # end a run earlier after so long, with at least three timed steps
+seconds = 120.0  # end a run earlier after so long, with at least three timed steps; its --max_iters plays no part
 rounds = 1  # runs of each side
 versus = ''  # settings of a second side to compare with, in quotes
 real_data = 'auto'  # False: random tokens; auto: random tokens where no config file says the data
@@ -32,11 +32,18 @@ profile = False  # also write a trace into out-bench/profile
 # ----------------------------------------------------------------------------------------------------------------------
 
 with user_errors():
-    files, wishes, wants_help = parse(sys.argv[1:])
+    files, wishes, _wants_help = parse(sys.argv[1:])
     own = {k: v for k, v in wishes.items() if k in globals() and not k.startswith('_')}
-    configure(globals(), [f'--{k}={v}' for k, v in own.items()] + ['--help'] * wants_help)
-if min(steps, warmup, rounds) < 1:
-    fail(f"steps={steps}, warmup={warmup} and rounds={rounds} must be at least 1")
+    configure(globals(), [f'--{k}={v}' for k, v in own.items()] + ['--help'] * _wants_help)
+    try:
+        sides = {'A': []} | ({'B': shlex.split(versus)} if versus else {})
+    except ValueError as error:
+        fail(f"versus={versus!r}: {error}")
+for key in ('steps', 'warmup', 'rounds', 'seconds'):
+    if globals()[key] < 1:
+        fail(f"{key}={globals()[key]} must be at least 1")
+if real_data not in (True, False, 'auto'):
+    fail(f"real_data={real_data!r} is unknown: take True, False or auto")
 arguments = [*files, *(f'--{k}={v}' for k, v in wishes.items() if k not in own)]
 if not files and 'gradient_accumulation_steps' not in wishes:
     arguments.append('--gradient_accumulation_steps=1')
@@ -52,21 +59,22 @@ def measure(extra, out_dir):
     log = Path(out_dir, 'train.log')
     with open(log, 'w') as output:
         run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    enough = warmup + min(steps, 3)
     try:
         started, lines = None, []
-        while len(lines) < warmup + steps and run.poll() is None:
+        while len(lines) <= warmup + steps and run.poll() is None:      # the last line may be half written
             time.sleep(0.2)
             if Path(out_dir, 'metrics.jsonl').exists():
                 lines = Path(out_dir, 'metrics.jsonl').read_text().splitlines()
                 started = started or time.monotonic()
-                if len(lines) >= warmup + 3 and time.monotonic() - started > seconds:
+                if len(lines) > enough and time.monotonic() - started > seconds:
                     break
     finally:
         run.kill()
         run.wait()
-    if len(lines) < warmup + 3:
-        fail(f"train.py ended before it had taken {warmup + 3} steps: {log.read_text().strip().splitlines()[-1]}")
-    lines = [json.loads(line) for line in lines[:-1]][warmup:]      # the last one may be half written
+    if len(lines) <= enough:
+        fail(f"train.py ended before it had taken {enough} steps: {(log.read_text().splitlines() or [''])[-1]}")
+    lines = [json.loads(line) for line in lines[warmup:-1]]
     return lines, json.loads(Path(out_dir, 'config.json').read_text())['resolved']
 
 
@@ -87,7 +95,6 @@ def summary(lines, facts, peaks):
     return text, median
 
 
-sides = {'A': []} | ({'B': shlex.split(versus)} if versus else {})
 print(f"A: train.py {' '.join(arguments)}" + (f"\nB: the same with {versus}" if versus else ''))
 medians, peaks = {side: [] for side in sides}, {}
 for i in range(rounds):

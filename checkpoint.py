@@ -68,15 +68,22 @@ def set_aside(out_dir):
 
 
 def make_out_dir(out_dir):
-    """Create out_dir and prove that it can be written to. Raises OSError."""
+    """Create out_dir, prove that it can be written to, and lock it against a second run, while the file that this returns
+    is open. Raises OSError."""
     try:
         os.makedirs(out_dir, exist_ok=True)
-        with files.replacing(Path(out_dir) / 'probe'):
-            pass
-        (Path(out_dir) / 'probe').unlink()
+        lock = open(Path(out_dir) / '.lock', 'w')
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"out_dir={out_dir!r} can't be written to ({reason}); take another --out_dir") from None
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:     # Windows
+        pass
+    except OSError:
+        raise OSError(f"another run is writing to out_dir={out_dir!r}; take another --out_dir") from None
+    return lock
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import files
-from tokenizer import describe_meta_pkl
+from tokenizer import check_description, describe_meta_pkl
 
 ROOT = Path(__file__).resolve().parent / 'data'
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
@@ -62,6 +62,9 @@ class Dataset:
             self._files[split] = open(path, 'rb', buffering=0)
             if n <= SCAN_LIMIT:
                 self._check(split, self._tokens(split, 0, n))
+            facts = self.meta.get('splits', {}).get(split, {})
+            if n != facts.get('tokens', n):
+                raise ValueError(f"{path} holds {n} tokens, meta.json says {facts['tokens']}; prepare it again")
         self.windows = max(1, (self.tokens['train'] - block_size) // block_size)    # per epoch
         self.batch_tokens = batch_size * block_size
 
@@ -183,11 +186,17 @@ def read_meta(folder):
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
             if meta['dtype'] not in ('uint16', 'uint32') or type(meta['vocab_size']) is not int:
                 raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
+            if not all(type(facts['tokens']) is int and facts['bytes'] > 0 for facts in meta.get('splits', {}).values()):
+                raise ValueError("splits")
+            check_description(meta['tokenizer'])
             return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / 'meta.json'} cannot be read ({type(error).__name__}: {error})") from None
     if (folder / 'meta.pkl').is_file():
-        description = describe_meta_pkl((folder / 'meta.pkl').read_bytes())
+        try:
+            description = describe_meta_pkl((folder / 'meta.pkl').read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         return description, len(description['chars']), 'uint16', {}
     return dict(GPT2), 50257, 'uint16', {}
 

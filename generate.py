@@ -10,7 +10,7 @@ def sample(logits, temperature, top_k, n_vocab=None):
     """One token per row of logits (B, V) -> (B, 1). n_vocab: ids from there on are padding, never drawn."""
     if n_vocab is not None:
         logits = logits[:, :n_vocab]
-    if temperature == 0:
+    if temperature < 1e-6:      # logits over so little overflow
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):
@@ -24,9 +24,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None):
 
     temperature 0 takes the likeliest token; top_k None draws from the whole vocabulary. Raises ValueError.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or max_new_tokens < 0:
-        raise ValueError(f"temperature={temperature} must be at least 0, top_k={top_k} at least 1 "
-                         f"and max_new_tokens={max_new_tokens} at least 0")
+    for name, value, least in (('temperature', temperature, 0), ('top_k', top_k, 1), ('max_new_tokens', max_new_tokens, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
     if idx.size(1) == 0:
         raise ValueError("the prompt is empty: generation needs at least one token to start from")
     n_vocab = model.tokenizer.vocab_size if model.tokenizer else None

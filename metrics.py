@@ -30,7 +30,7 @@ class Metrics:
             self.bar = tqdm(total=max_iters, initial=start_iter, unit='it', dynamic_ncols=True, smoothing=0.05)
 
     def _lines(self):
-        return self.path.read_text(encoding='utf-8').splitlines() if self.path.exists() else []
+        return self.path.read_text(encoding='utf-8', errors='replace').splitlines() if self.path.exists() else []
 
     def start_wandb(self, project, name, config, run_id=None):
         """Log to Weights & Biases too; without a login offline, without the package not at all: each is said."""
@@ -58,8 +58,11 @@ class Metrics:
         if not self.on:
             return
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(record) + '\n')
+        try:
+            with open(self.path, 'a', encoding='utf-8') as file:
+                file.write(json.dumps(record) + '\n')
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}") from None
         if self.wandb:
             self.wandb.log({k: v for k, v in record.items() if v is not None}, step=record['iter'])
 

@@ -210,18 +210,21 @@ class GPT(LanguageModel):
         holds no GPT-2, a file is missing or the download fails.
         """
         folder = Path(name) if Path(name).is_dir() else _download(name)
-        hf = json.loads((folder / 'config.json').read_text())
-        if hf.get('model_type') != 'gpt2':
-            raise ValueError(f"{name} holds a {hf.get('model_type')!r} model, not gpt2")
+        try:
+            hf = json.loads((folder / 'config.json').read_text())
+            if hf.get('model_type') != 'gpt2':
+                raise ValueError(f"the folder holds a {hf.get('model_type')!r} model, not gpt2")
+            config = dict(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
+                          n_head=hf['n_head'], n_embd=hf['n_embd'], bias=True)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'config.json'} is not a GPT-2's ({type(error).__name__}: {error})") from None
         gelus = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
         activation = hf.get('activation_function', 'gelu_new')
         usual = (hf.get('n_inner') in (None, 4 * hf['n_embd']) and hf.get('scale_attn_weights', True)
                  and not hf.get('scale_attn_by_inverse_layer_idx') and hf.get('tie_word_embeddings', True))
         if activation not in gelus or not usual:
             raise ValueError(f"{name} is a GPT-2 whose activation, MLP width, attention scale or head differs from GPT's")
-        config = dict(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
-                      n_head=hf['n_head'], n_embd=hf['n_embd'], bias=True, gelu=gelus[activation])
-        model = cls(cls.Config(**{**config, **overrides}))
+        model = cls(cls.Config(**{**config, 'gelu': gelus[activation], **overrides}))
         linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')      # stored (in, out) there: Conv1D
         state = {}
         for key, tensor in _hf_tensors(folder):
@@ -259,14 +262,17 @@ def _download(name):
 
 def _hf_tensors(folder):
     """(name, tensor) of all weights in a Hugging Face folder: safetensors or .bin, one file or shards."""
-    for pattern in ('model*.safetensors', 'pytorch_model*.bin'):
-        files = sorted(folder.glob(pattern))
-        for file in files:
-            if file.suffix == '.bin':
-                yield from torch.load(file, map_location='cpu', weights_only=True).items()
+    paths = sorted(folder.glob('model*.safetensors')) or sorted(folder.glob('pytorch_model*.bin'))
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no model.safetensors or pytorch_model.bin")
+    for path in paths:
+        try:
+            if path.suffix == '.bin':
+                tensors = torch.load(path, map_location='cpu', weights_only=True)
             else:
                 from safetensors.torch import load_file
-                yield from load_file(file).items()
-        if files:
-            return
-    raise FileNotFoundError(f"{folder} has no model.safetensors or pytorch_model.bin")
+                tensors = load_file(path)
+        except Exception as error:      # each format's own errors
+            reason = ' '.join(str(error).split())[:120]
+            raise ValueError(f"{path} is damaged or not plain weights ({type(error).__name__}: {reason})") from None
+        yield from tensors.items()

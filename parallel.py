@@ -16,10 +16,10 @@ def start(backend, device):
 
     backend: 'nccl', 'gloo', or 'auto', which is nccl on CUDA and gloo elsewhere.
     """
-    if WORLD_SIZE == 1 and 'RANK' not in os.environ:
-        return device
     if backend not in ('auto', 'nccl', 'gloo'):
         raise ValueError(f"backend={backend!r} is unknown: take auto, nccl or gloo")
+    if WORLD_SIZE == 1 and 'RANK' not in os.environ:
+        return device
     kind = device.split(':')[0]
     if kind == 'mps':
         raise ValueError("several processes cannot share an MPS device: leave torchrun out, or take --device=cpu")

@@ -75,7 +75,7 @@ def resolve_device(device):
             print(f"{missing}; using the CPU", file=sys.stderr)
         return 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind, _, index = str(device).partition(':')
-    if kind not in ('cpu', 'cuda', 'mps') or (index and not index.isdigit()):
+    if kind not in ('cpu', 'cuda', 'mps') or (index and not (kind == 'cuda' and index.isdigit())):
         raise ValueError(f"device={device!r} is unknown: take auto, cpu, cuda, cuda:0, cuda:1, … or mps")
     there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if not there[kind]:
@@ -199,7 +199,7 @@ def be_deterministic():
 
 def resolve_compile(wish, device):
     """True | False | 'auto' -> whether to compile: auto does so on CUDA, where it pays after a minute."""
-    if wish not in (True, False, 'auto'):
+    if str(wish) not in ('True', 'False', 'auto'):
         raise ValueError(f"compile={wish!r} is unknown: take True, False or auto")
     if wish == 'auto':
         return device.startswith('cuda') and torch.cuda.get_device_capability(device)[0] >= 7

@@ -90,13 +90,16 @@ class TiktokenTokenizer:
 
 def load(description):
     """The tokenizer that a description stands for. Raises ValueError or OSError."""
+    check_description(description)
+    kinds = {'char': CharTokenizer, 'byte': ByteTokenizer, 'tiktoken': TiktokenTokenizer}
+    return kinds[description['kind']](*(value for key, value in description.items() if key in ('chars', 'name')))
+
+
+def check_description(description):
+    """ValueError unless `load` could take it, without loading anything."""
     match description:
-        case {'kind': 'char', 'chars': str(chars)}:
-            return CharTokenizer(chars)
-        case {'kind': 'byte'}:
-            return ByteTokenizer()
-        case {'kind': 'tiktoken', 'name': str(name)}:
-            return TiktokenTokenizer(name)
+        case {'kind': 'char', 'chars': str()} | {'kind': 'byte'} | {'kind': 'tiktoken', 'name': str()}:
+            return
     raise ValueError(f"unknown tokenizer {str(description)[:80]}: its kind must be char (with chars), byte or "
                      "tiktoken (with a name)")
 

@@ -15,11 +15,11 @@ import json
 import math
 import platform
 import sys
-from pathlib import Path
 
 import torch
 
 import checkpoint
+import files
 import generate
 import models
 import optimizer as optimizers
@@ -95,9 +95,12 @@ if init_from == 'resume':
                  "go on with that run, or take another --out_dir")
     config |= {k: v for k, v in (stored['config'] | kept).items() if k in config and k not in given and k != 'out_dir'}
     globals().update(config)
-for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_iters', 'log_interval'):
-    if config[key] < 1:
-        fail(f"{key}={config[key]} must be at least 1")
+at_least = dict.fromkeys(('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_iters', 'log_interval'), 1) | (
+    dict.fromkeys(('seed', 'eval_interval', 'save_minutes', 'early_stop', 'learning_rate', 'max_iters', 'weight_decay',
+                   'grad_clip', 'warmup_iters', 'lr_decay_iters', 'min_lr'), 0))
+for key, least in at_least.items():
+    if config[key] < least:
+        fail(f"{key}={config[key]} must be at least {least}")
 if gradient_accumulation_steps % parallel.WORLD_SIZE:
     fail(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches can't be shared evenly by "
          f"{parallel.WORLD_SIZE} processes; take a multiple of {parallel.WORLD_SIZE}")
@@ -119,12 +122,12 @@ torch.set_float32_matmul_precision('high')      # TF32 where the chip has it
 ctx = runtime.autocast(device, dtype)
 
 # ---- data, model, optimizer ------------------------------------------------------------------------------------------
-with user_errors():
+with user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
     with parallel.master_first():
         prepare_if_small(dataset)
     Data = RandomDataset if dataset == 'random' else lambda *args: Dataset(dataset, *args)
     data = Data(block_size, batch_size, gradient_accumulation_steps, seed)
-    torch.manual_seed(seed)     # as nanoGPT does: the same seed gives its initial weights
+    runtime.seed_everything(seed, 1)
     if stored:
         model, trained_on = checkpoint.restore(stored, dropout=dropout)
     elif init_from == 'scratch':
@@ -135,15 +138,21 @@ with user_errors():
         trained_on = data.tokenizer
     else:
         model, trained_on = checkpoint.open_model(init_from, dropout=dropout)
+        for key, value in dataclasses.asdict(model.config).items():
+            if key in given and config[key] != value and key not in ('dropout', 'block_size'):
+                fail(f"{init_from} has {key}={value!r}, {given[key]} asks for {config[key]!r}: leave it out")
         if block_size != model.config.block_size:
             model.crop_block_size(block_size)
     if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
-        fail(f"data/{dataset} was prepared with another tokenizer ({data.vocab_size} entries) than {init_from}'s model")
+        fail(f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
+             f"{out_dir if stored else init_from}")
     model.to(device)
     model.gradient_checkpointing = gradient_checkpointing
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if stored and optimizer:
+        if not stored['optimizer']:
+            fail(f"{out_dir} holds weights only, not the state of a run: start from them with --init_from={out_dir}")
         optimizers.load(optimizer, stored['optimizer'])
         if scaler.is_enabled() and stored.get('scaler'):
             scaler.load_state_dict(stored['scaler'])
@@ -194,8 +203,7 @@ def state():
 def save(name):
     global saved_at
     if parallel.IS_MASTER:
-        with user_errors():
-            checkpoint.save(out_dir, name, state() if name == 'ckpt.pt' else state() | dict(optimizer=None, scaler=None))
+        checkpoint.save(out_dir, name, state() if name == 'ckpt.pt' else state() | dict(optimizer=None, scaler=None))
     saved_at = time.monotonic()
 
 
@@ -211,8 +219,8 @@ tokens_per_step = gradient_accumulation_steps * data.batch_tokens
 peak = runtime.peak_flops(device, dtype)
 say(f"model: {config['model']}, {short(model.num_params())} parameters, from {init_from}")
 say(f"data: {dataset}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on")
-say(f"steps: {max_iters - iter_num:,} of {tokens_per_step:,} tokens ({gradient_accumulation_steps} x {batch_size} x "
-    f"{block_size}), {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
+say(f"steps: {max(0, max_iters - iter_num):,} of {tokens_per_step:,} tokens ({gradient_accumulation_steps} x {batch_size}"
+    f" x {block_size}), {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
 say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}{', compiled' if compile else ''}, {threads} threads")
 if eval_only:
     losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
@@ -223,16 +231,16 @@ if iter_num >= max_iters > 0 and init_from == 'resume':
     say(f"{out_dir} holds the end of this run, step {iter_num}: give a larger --max_iters to go on")
     parallel.stop()
     sys.exit()
-with user_errors():
-    if parallel.IS_MASTER:
-        checkpoint.make_out_dir(out_dir)
-        if init_from != 'resume' and checkpoint.set_aside(out_dir):
-            say(f"{out_dir} held an earlier run: its files are in {out_dir}/earlier now")
-    metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
 facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
              compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
-if parallel.IS_MASTER:
-    Path(out_dir, 'config.json').write_text(json.dumps(config | {'resolved': facts}, indent=1))
+with user_errors():
+    if parallel.IS_MASTER:
+        lock = checkpoint.make_out_dir(out_dir)     # held while this runs
+        if init_from != 'resume' and checkpoint.set_aside(out_dir):
+            say(f"{out_dir} held an earlier run: its files are in {out_dir}/earlier now")
+        with files.replacing(f'{out_dir}/config.json') as file:
+            file.write(json.dumps(config | {'resolved': facts}, indent=1).encode())
+    metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
 if wandb_log:
     metrics.start_wandb(wandb_project, wandb_run_name, config, progress.get('wandb_id'))
 
@@ -243,10 +251,9 @@ stop = runtime.StopRequest()
 profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
 advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
           "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
-with runtime.memory_errors(advice):
+with user_errors(), runtime.memory_errors(advice):
     if compile and not model.fit:
-        with user_errors():
-            compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), insist=config['compile'] is True)
+        compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), insist=config['compile'] is True)
     wrapped = parallel.wrap(model, device)
     watch = Stopwatch(device, progress.get('train_seconds', 0.0))
     saved_at = time.monotonic()
@@ -324,7 +331,11 @@ parallel.stop()
 if stop.signal:
     sys.exit(128 + stop.signal)
 if parallel.IS_MASTER and data.tokenizer:
-    with user_errors(), ctx:
+    try:
         model.tokenizer = tokenizer.load(data.tokenizer)
-        print('-' * 20, f"a sample; for more: python sample.py --out_dir={out_dir}", '-' * 20)
+    except (OSError, ValueError) as error:      # the run itself went well
+        print(f"no sample: {error}")
+        sys.exit()
+    print('-' * 20, f"a sample; for more: python sample.py --out_dir={out_dir}", '-' * 20)
+    with ctx:
         generate.show(model.eval(), data.first('val', 32).tolist(), max_new_tokens=400, temperature=0.8, top_k=200)

@@ -81,11 +81,6 @@ def check(done, *parts):
     return line
 
 
-def broken(reason):
-    """A mistake that is not caught well yet, and what its owner has to do."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def changed(folder, name, content):
     """`folder` with one file's content replaced; None deletes it."""
     (folder / name).unlink(missing_ok=True)
@@ -135,19 +130,19 @@ SETTINGS = [
     ('--n_head=0', 'n_head=0: a GPT needs at least 1'),
     ('--dropout=1', 'dropout=1.0: take a probability from 0 up to'),
     ('--dropout=-0.1', 'dropout=-0.1'),
-    ('--learning_rate=-1', 'learning rate: -1'),
+    ('--learning_rate=-1', 'learning_rate=-1'),
     ('--beta2=1', '1.0'),
     ('--model=mamba9', "model='mamba9' is unknown; the nearest is"),
     ('--device=gpu', "device='gpu' is unknown: take auto, cpu, cuda"),
     ('--dtype=fp16', "dtype='fp16' is unknown: take auto, float32, bfloat16 or float16"),
     ('--compile=maybe', "compile='maybe' is unknown: take True, False or auto"),
     ('--attention=flash', "attention='flash' is unknown: take auto, sdpa or plain"),
-    *[pytest.param(word, word[2:].split('=')[0], marks=broken('train.py checks only five settings for their range'))
+    *[(word, word[2:].split('=')[0])
       for word in ('--max_iters=-1', '--seed=-1', '--grad_clip=-1', '--weight_decay=-1', '--min_lr=-1', '--warmup_iters=-1',
                    '--eval_interval=-1', '--save_minutes=-1', '--early_stop=-1')],
-    pytest.param('--backend=mpi', "backend='mpi' is unknown", marks=broken('parallel.start checks it only under torchrun')),
-    pytest.param('--compile=0', 'compile=0 is unknown', marks=broken('runtime.resolve_compile: 0 == False and 1 == True')),
-    pytest.param(f'--n_embd={2 ** 40}', 'out of memory', marks=broken('train.py builds the model outside memory_errors')),
+    ('--backend=mpi', "backend='mpi' is unknown"),
+    ('--compile=0', 'compile=0 is unknown'),
+    (f'--n_embd={2 ** 40}', 'out of memory'),
 ]
 
 
@@ -220,9 +215,6 @@ def meta(**change):
     return json.dumps({**whole, **change}).encode()
 
 
-STRICT_META = broken("dataset.read_meta: check that `splits` is a dict and that tokenizer.load knows the tokenizer")
-
-
 @pytest.mark.parametrize('name, content, message', [
     ('train.bin', None, 'train.bin is missing'),
     ('val.bin', None, 'val.bin is missing'),
@@ -233,8 +225,7 @@ STRICT_META = broken("dataset.read_meta: check that `splits` is a dict and that 
     ('train.bin', ids(*range(16)), 'block_size=16 is larger than the train split'),
     ('train.bin', ids(*range(40), 60000), 'train.bin holds the id 60000, but its vocabulary has'),
     ('val.bin', ids(1, 60000), 'val.bin holds the id 60000'),
-    pytest.param('train.bin', ids(*range(40)), 'meta.json', marks=broken(
-        "dataset.Dataset: a bin with fewer tokens than meta.json says was cut short")),
+    ('train.bin', ids(*range(40)), 'meta.json'),
     ('train.bin', bytes(7201), 'train.bin is not a whole number of uint16 ids'),
     ('meta.json', b'', 'meta.json cannot be read'),
     ('meta.json', b'{', 'meta.json cannot be read'),
@@ -245,9 +236,9 @@ STRICT_META = broken("dataset.read_meta: check that `splits` is a dict and that 
     ('meta.json', meta(dtype='object'), 'meta.json cannot be read'),
     ('meta.json', meta(dtype='float32'), 'meta.json cannot be read'),
     ('meta.json', meta(vocab_size='256'), 'meta.json cannot be read'),
-    pytest.param('meta.json', meta(tokenizer={'kind': 'bpe'}), 'meta.json', marks=STRICT_META),
-    pytest.param('meta.json', meta(tokenizer='byte'), 'meta.json', marks=STRICT_META),
-    pytest.param('meta.json', meta(splits=[]), 'meta.json', marks=STRICT_META),
+    ('meta.json', meta(tokenizer={'kind': 'bpe'}), 'meta.json'),
+    ('meta.json', meta(tokenizer='byte'), 'meta.json'),
+    ('meta.json', meta(splits=[]), 'meta.json'),
 ], ids=lambda value: value if isinstance(value, str) else repr(value)[:30])
 def test_wrong_data(copy, name, content, message):
     folder = changed(copy('text'), name, content)
@@ -284,7 +275,6 @@ def test_a_download_is_what_was_expected_or_not_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ['mirror']
 
 
-@broken("train.py: the sample at the end is a courtesy; without its tokenizer say so, and end with 0")
 def test_a_run_whose_tokenizer_cannot_be_downloaded_succeeded(copy, warm, tmp_path):
     folder = changed(copy('text'), 'meta.json', None)       # so its ids are GPT-2's
     done = warm('train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path / "run2"}')
@@ -456,14 +446,12 @@ def test_a_damaged_checkpoint_and_the_scripts(copy, warm):
     check(warm('sample.py', f'--out_dir={run}'), 'best.pt', 'its sha256 differs')
 
 
-@broken("optimizer.load or train.py: a checkpoint without an optimizer's state, where the model has one")
 def test_resuming_from_weights_alone(copy, warm):
     run = changed(copy('run'), 'sums.json', None)
     changed(run, 'ckpt.pt', (run / 'best.pt').read_bytes())
-    check(warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=9'), 'optimizer')
+    check(warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=9'), 'weights only')
 
 
-@broken("metrics.Metrics._lines: read with errors='replace'; such a line is not of this run and is dropped")
 def test_a_damaged_metrics_file(copy, warm):
     run = copy('run')
     with open(run / 'metrics.jsonl', 'ab') as file:
@@ -483,21 +471,18 @@ def hugging_face(folder, config, **content):
 
 
 SMALL = dict(model_type='gpt2', n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=65)
-STRICT_HF = broken("GPT.from_pretrained: name the folder or file whatever way it can't be read")
-
-
 @pytest.mark.parametrize('config, content, message', [
     ({'model_type': 'llama'}, {}, "holds a 'llama' model, not gpt2"),
     ({}, {}, 'holds a None model, not gpt2'),
     (SMALL, {}, 'has no model.safetensors or pytorch_model.bin'),
     (SMALL, {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})}, "weights are missing or don't fit"),
     ({**SMALL, 'activation_function': 'relu'}, {}, 'a GPT-2 whose activation'),
-    pytest.param('', {}, 'hf/config.json', marks=STRICT_HF),
-    pytest.param('[]', {}, 'hf', marks=STRICT_HF),
-    pytest.param({'model_type': 'gpt2'}, {}, 'hf', marks=STRICT_HF),
-    pytest.param(SMALL, {'pytorch_model_bin': b''}, 'pytorch_model.bin', marks=STRICT_HF),
-    pytest.param(SMALL, {'pytorch_model_bin': 'hostile'}, 'pytorch_model.bin', marks=STRICT_HF),
-    pytest.param(SMALL, {'model_safetensors': b'\xff' * 100}, 'model.safetensors', marks=STRICT_HF),
+    ('', {}, 'hf/config.json'),
+    ('[]', {}, 'hf'),
+    ({'model_type': 'gpt2'}, {}, 'hf'),
+    (SMALL, {'pytorch_model_bin': b''}, 'pytorch_model.bin'),
+    (SMALL, {'pytorch_model_bin': 'hostile'}, 'pytorch_model.bin'),
+    (SMALL, {'model_safetensors': b'\xff' * 100}, 'model.safetensors'),
 ])
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
@@ -524,14 +509,13 @@ def test_training_from_what_is_not_there(train, init_from, message):
 def test_a_folder_of_another_model_type(warm, tmp_path, text_folder, script):
     folder = hugging_face(tmp_path / 'hf', {'model_type': 'llama'})
     words = [f'--dataset={text_folder}', *TINY] if script == 'train.py' else []
-    check(warm(script, f'--init_from={folder}', *words), f"{folder} holds a 'llama' model, not gpt2")
+    check(warm(script, f'--init_from={folder}', *words), f"{folder}", "holds a 'llama' model, not gpt2")
 
 
 def test_a_longer_context_than_the_pretrained_model_has(train, trained):
     check(train(f'--init_from={trained}', '--block_size=32'), 'block_size=32: this model has 16 positions, no more')
 
 
-@broken("train.py: a shape that was given and is not the model's must be an error, as it is when resuming")
 def test_another_shape_than_the_pretrained_model_has(train, trained):
     check(train(f'--init_from={trained}', '--n_layer=3'), 'n_layer')
 
@@ -570,8 +554,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(copy, limit):
     assert checkpoint.read_latest(run)['iter_num'] == state['iter_num']
 
 
-@pytest.mark.parametrize('fills', ['ckpt.pt', pytest.param('metrics.jsonl', marks=broken(
-    "metrics.Metrics.log: a line of metrics.jsonl can meet a full disk too; so can config.json in train.py"))])
+@pytest.mark.parametrize('fills', ['ckpt.pt', ('metrics.jsonl')])
 def test_a_full_disk_ends_the_run_and_it_can_be_resumed(copy, fills):
     run = copy('run')
     limit = 20_000 if fills == 'ckpt.pt' else (run / fills).stat().st_size + 100
@@ -614,7 +597,6 @@ def test_sampling(warm, trained, word, message):
     check(warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', word), message)
 
 
-@broken("generate.sample: a temperature below 1e-6 or so divides to infinities; take the likeliest token there too")
 def test_sampling_next_to_temperature_zero(warm, trained):
     done = warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', '--temperature=1e-300')
     assert done.returncode == 0 and not done.stderr
@@ -624,7 +606,7 @@ def test_sampling_next_to_temperature_zero(warm, trained):
     ('--steps=0', 'steps=0'),
     ('--profile=1', 'profile takes True or False, not 1'),
     ('nope.py', "there is no config file 'nope.py'"),
-    pytest.param("--versus='unclosed", 'versus', marks=broken("bench.py: shlex.split outside user_errors")),
+    ("--versus='unclosed", 'versus'),
 ])
 def test_benching(warm, word, message):
     check(warm('bench.py', word), message)
