@@ -28,20 +28,33 @@ def use_attention(name):
     ATTENTION = name
 
 
+def split_heads(qkv, n_head):
+    """The q, k and v that lie side by side in (B, T, 3C), each as (B, H, T, D); in one copy where `plain` needs it so."""
+    B, T, _ = qkv.shape
+    qkv = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)     # (3, B, H, T, D)
+    return (qkv.contiguous() if _use_plain(qkv) else qkv).unbind(0)
+
+
 def causal_attention(q, k, v, dropout=0.0):
     """softmax(q kᵀ / √D, keys up to the query only) v.
 
     q, k, v: (B, H, T, D); dropout: probability on the attention weights. Returns (B, H, T, D).
     """
-    if ATTENTION == 'plain' or (ATTENTION == 'auto' and _plain_is_faster(q)):
+    if _use_plain(q):
         return plain_attention(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def _plain_is_faster(q):
+def _use_plain(q):
     # Measured forward + backward on a CPU with AMX: in bfloat16 the plain products win 1.2 to 5 times up to T = 512,
     # and keep B·H·T² numbers per layer for the backward pass; in float32 SDPA wins from T = 64.
-    return q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(2) <= 512
+    fastest = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(-2) <= 512
+    return ATTENTION == 'plain' or (ATTENTION == 'auto' and fastest)
+
+
+def add(x, y):
+    """x + y in x's dtype: the residual stream stays float32 under autocast. A CPU is slow at adding two dtypes."""
+    return x + (y.type_as(x) if x.device.type == 'cpu' else y)
 
 
 def plain_attention(q, k, v, dropout=0.0):

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import generate
+import layers
 import optimizer
-from layers import LayerNorm, causal_attention
+from layers import LayerNorm
 
 # The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face Hub.
 OPENAI = {
@@ -115,8 +116,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
-        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        q, k, v = layers.split_heads(self.c_attn(x), self.n_head)      # (B, H, T, D) each
+        y = layers.causal_attention(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -142,8 +143,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = layers.add(x, self.attn(self.ln_1(x)))
+        return layers.add(x, self.mlp(self.ln_2(x)))
 
 
 class GPT(LanguageModel):
