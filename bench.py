@@ -39,9 +39,7 @@ with user_errors():
         sides = {'A': []} | ({'B': shlex.split(versus)} if versus else {})
     except ValueError as error:
         fail(f"versus={versus!r}: {error}")
-for key in ('steps', 'warmup', 'rounds', 'seconds'):
-    if globals()[key] < 1:
-        fail(f"{key}={globals()[key]} must be at least 1")
+runtime.check_at_least(1, globals(), 'steps warmup rounds seconds')
 if real_data not in (True, False, 'auto'):
     fail(f"real_data={real_data!r} is unknown: take True, False or auto")
 arguments = [*files, *(f'--{k}={v}' for k, v in wishes.items() if k not in own)]

@@ -16,8 +16,13 @@ def adamw(groups, weight_decay, learning_rate, betas, device_type):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'mps', 'cpu'))
 
 
-def cosine_schedule(step, peak, floor, warmup_steps, decay_steps):
-    """The learning rate at `step`: linear warm-up to `peak`, half a cosine down to `floor` at decay_steps, then floor."""
+def cosine_schedule(step, peak, floor, warmup_steps, decay_steps, decay=True):
+    """The learning rate at `step`: linear warm-up to `peak`, half a cosine down to `floor` at decay_steps, then floor.
+
+    Without `decay` it is `peak` throughout.
+    """
+    if not decay:
+        return peak
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if step >= decay_steps:

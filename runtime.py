@@ -21,6 +21,13 @@ def fail(message):
     raise SystemExit(2)
 
 
+def check_at_least(least, config, keys):
+    """Fail where one of the settings `keys` (names in one string) is below `least`."""
+    for key in keys.split():
+        if config[key] < least:
+            fail(f"{key}={config[key]} must be at least {least}")
+
+
 @contextlib.contextmanager
 def user_errors():
     """The project's modules raise ValueError and OSError with a line for the user; inside this, that line ends the
@@ -133,6 +140,11 @@ def autocast(device, dtype):
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.split(':')[0], DTYPES[dtype])
+
+
+def versions():
+    """What a checkpoint was made with."""
+    return {'torch': str(torch.__version__), 'numpy': np.__version__, 'python': platform.python_version()}
 
 
 def set_threads(threads):

@@ -4,7 +4,6 @@
     python train.py config/train_shakespeare_char.py --batch_size=32          # the command line wins
     python train.py --init_from=resume --out_dir=out-shakespeare-char         # go on where a run stopped
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    # one node, 8 GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 train.py config/train_gpt2.py
 """
 import time
 
@@ -13,7 +12,6 @@ _start = time.perf_counter()    # before the imports: they are part of what a us
 import dataclasses
 import json
 import math
-import platform
 import sys
 
 import torch
@@ -33,7 +31,6 @@ from metrics import Metrics, Stopwatch, short
 from runtime import fail, user_errors
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText ----------------------------------------------------------
-# the run
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
 init_from = 'scratch'  # scratch, resume, gpt2[-medium|-large|-xl], a Hugging Face folder, an out_dir or a checkpoint
 seed = 1337  # of initialisation, order of the data and dropout
@@ -91,16 +88,12 @@ if init_from == 'resume':
     kept = {'model': stored.get('model_name', 'gpt')} | stored['model_args']
     for key in given.keys() & kept.keys() - {'dropout'}:
         if config[key] != kept[key]:
-            fail(f"{out_dir} holds a run with {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out to "
-                 "go on with that run, or take another --out_dir")
+            fail(f"{out_dir} holds a run with {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out")
     config |= {k: v for k, v in (stored['config'] | kept).items() if k in config and k not in given and k != 'out_dir'}
     globals().update(config)
-at_least = dict.fromkeys(('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_iters', 'log_interval'), 1) | (
-    dict.fromkeys(('seed', 'eval_interval', 'save_minutes', 'early_stop', 'learning_rate', 'max_iters', 'weight_decay',
-                   'grad_clip', 'warmup_iters', 'lr_decay_iters', 'min_lr'), 0))
-for key, least in at_least.items():
-    if config[key] < least:
-        fail(f"{key}={config[key]} must be at least {least}")
+runtime.check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')
+runtime.check_at_least(0, config, 'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay '
+                                  'grad_clip warmup_iters lr_decay_iters min_lr')
 if gradient_accumulation_steps % parallel.WORLD_SIZE:
     fail(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches can't be shared evenly by "
          f"{parallel.WORLD_SIZE} processes; take a multiple of {parallel.WORLD_SIZE}")
@@ -190,14 +183,14 @@ def evaluate(split, limit=None):
 
 
 def state():
-    """All that a resumed run needs, and what sample.py needs."""
+    """All that a resumed run and sample.py need."""
     return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), scaler=scaler.state_dict(),
                 model_name=config['model'], model_args=dataclasses.asdict(model.config), tokenizer=data.tokenizer,
                 iter_num=iter_num, best_val_loss=best_val_loss, config=config,
                 progress=dict(evaluated=evaluated, bad_evals=bad_evals, train_seconds=watch.total,
                               wall_seconds=time.perf_counter() - _start, wandb_id=metrics.wandb_id),
                 resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
-                versions=dict(torch=str(torch.__version__), python=platform.python_version()))
+                versions=runtime.versions())
 
 
 def save(name):
@@ -209,8 +202,7 @@ def save(name):
 
 def check_finite(what, loss):
     if not math.isfinite(loss):
-        fail(f"the {what} is {loss} at step {iter_num}: the run has diverged; the checkpoints in {out_dir} are from before "
-             "that. Take a lower --learning_rate, or --dtype=float32")
+        fail(f"the {what} is {loss} at step {iter_num}: it diverged after the last save; take a lower --learning_rate")
 
 
 # ---- what will be done -----------------------------------------------------------------------------------------------
@@ -219,16 +211,18 @@ tokens_per_step = gradient_accumulation_steps * data.batch_tokens
 peak = runtime.peak_flops(device, dtype)
 say(f"model: {config['model']}, {short(model.num_params())} parameters, from {init_from}")
 say(f"data: {dataset}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on")
-say(f"steps: {max(0, max_iters - iter_num):,} of {tokens_per_step:,} tokens ({gradient_accumulation_steps} x {batch_size}"
-    f" x {block_size}), {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
+say(f"steps: {max(0, max_iters - iter_num):,} of {gradient_accumulation_steps} x {batch_size} x {block_size} = "
+    f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
 say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}{', compiled' if compile else ''}, {threads} threads")
+advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
+          "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
+is_over = init_from == 'resume' and iter_num >= max_iters > 0
 if eval_only:
-    losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
-    say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-    parallel.stop()
-    sys.exit()
-if iter_num >= max_iters > 0 and init_from == 'resume':
+    with runtime.memory_errors(advice):
+        say(f"step {iter_num}: train loss {evaluate('train', eval_iters):.4f}, val loss {evaluate('val', eval_iters):.4f}")
+elif is_over:
     say(f"{out_dir} holds the end of this run, step {iter_num}: give a larger --max_iters to go on")
+if eval_only or is_over:
     parallel.stop()
     sys.exit()
 facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
@@ -248,18 +242,16 @@ if wandb_log:
 wrapped = model     # until it is known whether it compiles
 micros = parallel.share(gradient_accumulation_steps)
 stop = runtime.StopRequest()
-profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
-advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
-          "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
 with user_errors(), runtime.memory_errors(advice):
     if compile and not model.fit:
         compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), insist=config['compile'] is True)
     wrapped = parallel.wrap(model, device)
     watch = Stopwatch(device, progress.get('train_seconds', 0.0))
     saved_at = time.monotonic()
+    profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
     while True:
         # evaluate, and save
-        is_last = iter_num >= max_iters
+        is_last, is_stopped = iter_num >= max_iters, parallel.anyone(bool(stop.signal))
         if (is_last or (eval_interval > 0 and iter_num % eval_interval == 0)) and evaluated != iter_num:
             watch.pause()
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
@@ -274,19 +266,18 @@ with user_errors(), runtime.memory_errors(advice):
                 val_bpb=data.bits_per_byte('val', losses['val']), train_seconds=watch.total,
                 wall_seconds=time.perf_counter() - _start))
             check_finite('validation loss', losses['val'])
-            if iter_num > 0:
+            if iter_num > 0 or is_stopped:
                 if is_best:
                     save('best.pt')
                 save('ckpt.pt')
             watch.go_on()
-        elif 0 < 60 * save_minutes < time.monotonic() - saved_at:
+        elif is_stopped or 0 < 60 * save_minutes < time.monotonic() - saved_at:
             watch.pause()
             save('ckpt.pt')
             watch.go_on()
         if is_last:
             break
-        if parallel.anyone(bool(stop.signal)):
-            save('ckpt.pt')
+        if is_stopped:
             metrics.say(f"saved at step {iter_num}; to go on: python train.py --init_from=resume --out_dir={out_dir}")
             break
         if model.fit:
@@ -295,8 +286,7 @@ with user_errors(), runtime.memory_errors(advice):
             continue
 
         # one step
-        lr = learning_rate if not decay_lr else optimizers.cosine_schedule(
-            iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters)
+        lr = optimizers.cosine_schedule(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr)
         for group in optimizer.param_groups:
             group['lr'] = lr
         loss = 0.0
@@ -333,9 +323,8 @@ if stop.signal:
 if parallel.IS_MASTER and data.tokenizer:
     try:
         model.tokenizer = tokenizer.load(data.tokenizer)
-    except (OSError, ValueError) as error:      # the run itself went well
-        print(f"no sample: {error}")
-        sys.exit()
-    print('-' * 20, f"a sample; for more: python sample.py --out_dir={out_dir}", '-' * 20)
+    except (OSError, ValueError) as error:
+        sys.exit(print(f"no sample: {error}"))      # the run itself went well
+    print(f"---- a sample; for more: python sample.py --out_dir={out_dir}")
     with ctx:
         generate.show(model.eval(), data.first('val', 32).tolist(), max_new_tokens=400, temperature=0.8, top_k=200)

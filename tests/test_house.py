@@ -16,7 +16,7 @@ KNOWS = {       # module: the project's modules that it may import
     'metrics': {'runtime', 'files'},
     'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files'},
 }
-LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'configurator.py': 150}
+LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'configurator.py': 180}
 
 
 def imports(path):
