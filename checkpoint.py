@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import pickle
-import shutil
 import types
 import warnings
 import zipfile
@@ -43,7 +42,7 @@ def save(out_dir, name, state):
             except RuntimeError as error:   # torch's writer hides the cause
                 raise OSError(f"is the disk full? ({str(error).splitlines()[0][:80]})") from None
         sums = _read_sums(folder)
-        sums[name] = [files.sha256(fresh), *sums.get(name, [])][:3]
+        sums[name] = [files.sha256(fresh), *sums.get(name, [])][:16]   # some of interrupted saves
         with files.replacing(folder / SUMS) as file:
             file.write(json.dumps(sums, indent=1).encode())
         if name == 'ckpt.pt' and (folder / name).exists():
@@ -55,16 +54,16 @@ def save(out_dir, name, state):
 
 
 def set_aside(out_dir):
-    """Move an earlier run's files in out_dir to out_dir/earlier (one run is kept); returns whether there was one."""
+    """Move an earlier run's files in out_dir to out_dir/earlier-N; returns that folder, or None where there was no run."""
     folder = Path(out_dir)
-    if not (folder / 'ckpt.pt').exists() and not (folder / 'ckpt.prev.pt').exists():
-        return False
-    shutil.rmtree(folder / 'earlier', ignore_errors=True)
-    (folder / 'earlier').mkdir()
-    for name in FILES:
-        if (folder / name).exists():
-            os.replace(folder / name, folder / 'earlier' / name)
-    return True
+    there = [name for name in FILES if (folder / name).exists()]
+    if not any(name.endswith('.pt') for name in there):
+        return None
+    aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
+    aside.mkdir()
+    for name in there:
+        os.replace(folder / name, aside / name)
+    return aside
 
 
 def make_out_dir(out_dir):
@@ -79,10 +78,10 @@ def make_out_dir(out_dir):
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:     # Windows
-        pass
-    except OSError:
+    except BlockingIOError:
         raise OSError(f"another run is writing to out_dir={out_dir!r}; take another --out_dir") from None
+    except (ImportError, OSError):      # Windows; a network file system without locks
+        pass
     return lock
 
 
@@ -168,6 +167,16 @@ def _first_good(paths, doing, read=read):
     raise ValueError('; '.join(problems))
 
 
+def settings(state):
+    """The settings that a run goes on with: its config, without what belongs to the machine or the place it ran at."""
+    config = {k: v for k, v in state['config'].items() if k not in ('out_dir', 'init_from', 'model')}
+    if 'model_name' not in state:       # nanoGPT's: it kept wishes, and computed in float32 where there was no CUDA
+        config.pop('compile', None)
+        if not str(config.get('device')).startswith('cuda'):
+            config.pop('dtype', None)
+    return config
+
+
 def restore(state, **overrides):
     """(model, tokenizer description or None) of a checkpoint's content, on the CPU. nanoGPT's checkpoints work too.
 
@@ -188,7 +197,9 @@ def restore(state, **overrides):
     if not description and 'model_name' not in state:
         config = state.get('config')
         folder = dataset.ROOT / str(config.get('dataset', '') if isinstance(config, dict) else '')
-        description = dataset.read_meta(folder)[0]
+        description, vocab_size = dataset.read_meta(folder)[:2]
+        if vocab_size > model.config.vocab_size:    # the folder is gone, and the model not GPT-2's
+            description = None
     return model, description
 
 

@@ -59,7 +59,7 @@ class Dataset:
             if split == 'train' and n <= block_size:
                 raise ValueError(f"block_size={block_size} is larger than the train split of {name} ({n} tokens, of "
                                  f"which {n - 1} can be a context); take a smaller --block_size")
-            self._files[split] = open(path, 'rb', buffering=0)
+            self._files[split] = open(path, 'rb', buffering=1 << 12)
             if n <= SCAN_LIMIT:
                 self._check(split, self._tokens(split, 0, n))
             facts = self.meta.get('splits', {}).get(split, {})
@@ -159,6 +159,11 @@ class RandomDataset(Dataset):
         return self._ids[split][start:start + n]
 
 
+def open_dataset(name, *args):
+    """RandomDataset for 'random', else Dataset; the arguments are theirs."""
+    return RandomDataset(*args) if name == 'random' else Dataset(name, *args)
+
+
 def permute(places, n, keys):
     """Where each of `places` (ints below n) goes in a shuffle of range(n) that needs no memory.
 
@@ -188,7 +193,8 @@ def read_meta(folder):
                 raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
             if not all(type(facts['tokens']) is int and facts['bytes'] > 0 for facts in meta.get('splits', {}).values()):
                 raise ValueError("splits")
-            check_description(meta['tokenizer'])
+            if meta['tokenizer']:
+                check_description(meta['tokenizer'])
             return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / 'meta.json'} cannot be read ({type(error).__name__}: {error})") from None

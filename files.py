@@ -53,7 +53,10 @@ def download(url, path, digest, mirrored_as):
     Raises OSError without a network, ValueError where the content is not the expected one.
     """
     path = Path(path)
-    if path.is_file() and sha256(path) == digest:
+    if path.is_file():
+        if sha256(path) != digest:
+            raise ValueError(f"{path} is there, but is not {url}: remove it; for a text of your own, copy this folder and "
+                             "let its prepare.py read the text in place of the download")
         return path
     if mirror := os.environ.get('NANOGPT_MIRROR'):
         url = f'{mirror.rstrip("/")}/{mirrored_as}'

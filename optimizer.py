@@ -32,8 +32,9 @@ def cosine_schedule(step, peak, floor, warmup_steps, decay_steps, decay=True):
 
 
 def load(optimizer, state):
-    """Load a state_dict; the kernel stays this machine's choice. Raises ValueError where the state is another model's."""
-    fused = [group['fused'] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, value in zip(optimizer.param_groups, fused, strict=True):
-        group['fused'] = value
+    """Load a state_dict's moments; the options stay this run's. Raises ValueError where the state is another model's."""
+    options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    if [len(group['params']) for group in state['param_groups']] != [len(g['params']) for g in optimizer.param_groups]:
+        raise ValueError("the checkpoint's optimizer state is another model's: its parameter groups have other sizes")
+    groups = [{**group, **own} for group, own in zip(state['param_groups'], options, strict=True)]
+    optimizer.load_state_dict({**state, 'param_groups': groups})

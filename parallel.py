@@ -50,7 +50,8 @@ def share(n):
 
 def exchange_gradients(model, flag):
     """Whether DDP's next backward pass exchanges gradients: only the last one of a step needs to."""
-    model.require_backward_grad_sync = flag
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = flag
 
 
 def total(values):
@@ -79,5 +80,5 @@ def master_first():
 def stop():
     """Leave the others, once all of them are done."""
     if dist.is_initialized():
-        dist.barrier()
+        total([0])
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """The machine: device, number format, compilation, randomness, peak speed; and how a script ends on a user's mistake."""
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import signal
@@ -26,6 +27,12 @@ def check_at_least(least, config, keys):
     for key in keys.split():
         if config[key] < least:
             fail(f"{key}={config[key]} must be at least {least}")
+
+
+def check_finite(what, loss, step):
+    """Fail where a loss is not a number any more, before anything of it is saved."""
+    if not math.isfinite(loss):
+        fail(f"the {what} is {loss} at step {step}: it diverged after the last save; take a lower --learning_rate")
 
 
 @contextlib.contextmanager
@@ -67,7 +74,8 @@ class StopRequest:
     def _receive(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
-        print(f"{signal.Signals(number).name}: saving after this step; once more ends without saving", file=sys.stderr)
+        text = f"{signal.Signals(number).name}: saving after this step; once more ends without saving\n"
+        os.write(2, text.encode())      # print is not safe in a signal handler
 
 
 # ---- device and number format ----------------------------------------------------------------------------------------
@@ -76,7 +84,7 @@ def resolve_device(device):
     """'auto' | 'cpu' | 'cuda[:N]' | 'mps' -> a device that is there. Raises ValueError where it is not."""
     if device == 'auto':
         if torch.cuda.is_available():
-            missing = _missing_kernels()
+            missing = _missing_kernels('cuda')
             if not missing:
                 return 'cuda'
             print(f"{missing}; using the CPU", file=sys.stderr)
@@ -89,21 +97,23 @@ def resolve_device(device):
         raise ValueError(f"device={device!r} is not available here: take --device=auto, or install a torch built for it")
     if kind == 'cuda' and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
-    if kind == 'cuda' and (missing := _missing_kernels()):
+    if kind == 'cuda' and (missing := _missing_kernels(device)):
         raise ValueError(f"{missing}; install an older torch or take --device=cpu")
     return str(device)
 
 
-def _missing_kernels():
+def _missing_kernels(device):
     """Why the installed torch has no kernels for this GPU, or ''."""
-    major, minor = torch.cuda.get_device_capability()
+    if torch.version.hip:       # AMD's names follow another scheme
+        return ''
+    major, minor = torch.cuda.get_device_capability(device)
     built = [arch.split('_')[1].rstrip('af') for arch in torch.cuda.get_arch_list()]
     if not built or any(int(b[:-1]) == major and int(b[-1]) <= minor for b in built):
         return ''
     newest_ptx = [a for a in torch.cuda.get_arch_list() if a.startswith('compute_')]
     if newest_ptx and all(int(b[:-1]) <= major for b in built):
         return ''
-    return f"this torch has no kernels for {torch.cuda.get_device_name()} (capability {major}.{minor})"
+    return f"this torch has no kernels for {torch.cuda.get_device_name(device)} (capability {major}.{minor})"
 
 
 def resolve_dtype(dtype, device):
@@ -167,7 +177,7 @@ def keep_memory():
 
 def to_device(device, *arrays):
     """NumPy arrays as tensors on the device; towards a GPU the copy does not wait."""
-    tensors = [torch.from_numpy(array) for array in arrays]
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     if device.startswith('cuda'):
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     return [tensor.to(device) for tensor in tensors]
@@ -197,7 +207,7 @@ def peak_memory(device):
 # ---- randomness ------------------------------------------------------------------------------------------------------
 
 def seed_everything(*key):
-    """Make torch's random numbers, on every device, a function of `key` (non-negative integers) alone."""
+    """Make torch's random numbers, on every device, a function of `key` alone: non-negative integers, the last not 0."""
     number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     torch.default_generator.manual_seed(number)     # torch.manual_seed does all of this, ten times slower
     if torch.cuda.is_available():
@@ -236,7 +246,7 @@ def compile_model(model, try_step, insist):
     except Exception as error:      # the compiler's ways to fail are many and undocumented
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]})"
+        reason = f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         if insist:
             raise ValueError(f"{reason}; take --compile=False") from None
         print(f"{reason}; going on without it", file=sys.stderr)

@@ -12,6 +12,7 @@ _start = time.perf_counter()    # before the imports: they are part of what a us
 import dataclasses
 import json
 import math
+import signal
 import sys
 
 import torch
@@ -25,7 +26,7 @@ import parallel
 import runtime
 import tokenizer
 from configurator import configure
-from dataset import Dataset, RandomDataset, prepare_if_small
+from dataset import open_dataset, prepare_if_small
 from layers import use_attention
 from metrics import Metrics, Stopwatch, short
 from runtime import fail, user_errors
@@ -81,22 +82,28 @@ profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or
 with user_errors():
     config, given = configure(globals(), sys.argv[1:], runtime.resolve_device,
                               lambda values: models.architecture(values['model']).Config)
-stored = None
-if init_from == 'resume':
-    with user_errors():
-        stored = checkpoint.read_latest(out_dir)
-    kept = {'model': stored.get('model_name', 'gpt')} | stored['model_args']
-    for key in given.keys() & kept.keys() - {'dropout'}:
+
+
+def adopt(kept, whose, free):
+    """Take the settings that a trained model brings; fail where the user asks for others, `free` ones excepted."""
+    for key in given.keys() & kept.keys() - free:
         if config[key] != kept[key]:
-            fail(f"{out_dir} holds a run with {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out")
-    config |= {k: v for k, v in (stored['config'] | kept).items() if k in config and k not in given and k != 'out_dir'}
-    globals().update(config)
+            fail(f"{whose} has {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out")
+    changes = {k: v for k, v in kept.items() if k in config and k not in given}
+    config.update(changes)
+    globals().update(changes)
+
+
+with user_errors():
+    stored = checkpoint.read_latest(out_dir) if init_from == 'resume' else None
+if stored:
+    adopt({'model': stored.get('model_name', 'gpt')} | stored['model_args'], out_dir, {'dropout'})
+    adopt(checkpoint.settings(stored), out_dir, config.keys())
 runtime.check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')
 runtime.check_at_least(0, config, 'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay '
                                   'grad_clip warmup_iters lr_decay_iters min_lr')
 if gradient_accumulation_steps % parallel.WORLD_SIZE:
-    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches can't be shared evenly by "
-         f"{parallel.WORLD_SIZE} processes; take a multiple of {parallel.WORLD_SIZE}")
+    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of {parallel.WORLD_SIZE} processes")
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
 with user_errors():
@@ -118,24 +125,20 @@ ctx = runtime.autocast(device, dtype)
 with user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
     with parallel.master_first():
         prepare_if_small(dataset)
-    Data = RandomDataset if dataset == 'random' else lambda *args: Dataset(dataset, *args)
-    data = Data(block_size, batch_size, gradient_accumulation_steps, seed)
     runtime.seed_everything(seed, 1)
     if stored:
         model, trained_on = checkpoint.restore(stored, dropout=dropout)
-    elif init_from == 'scratch':
-        Config = models.architecture(model).Config
-        vocab_size = data.vocab_size if data.vocab_size < 1000 else 64 * math.ceil(data.vocab_size / 64)    # for speed
-        fields = {f.name for f in dataclasses.fields(Config)} & config.keys()
-        model = models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields})
-        trained_on = data.tokenizer
-    else:
-        model, trained_on = checkpoint.open_model(init_from, dropout=dropout)
-        for key, value in dataclasses.asdict(model.config).items():
-            if key in given and config[key] != value and key not in ('dropout', 'block_size'):
-                fail(f"{init_from} has {key}={value!r}, {given[key]} asks for {config[key]!r}: leave it out")
+    elif init_from != 'scratch':
+        trained, trained_on = checkpoint.open_model(init_from, dropout=dropout)
+        adopt({'model': models.name_of(trained)} | dataclasses.asdict(trained.config), init_from, {'dropout', 'block_size'})
+        model = trained
         if block_size != model.config.block_size:
             model.crop_block_size(block_size)
+    data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
+    if init_from == 'scratch':
+        vocab_size = data.vocab_size if data.vocab_size < 1000 else 64 * math.ceil(data.vocab_size / 64)    # for speed
+        fields = {f.name for f in dataclasses.fields(models.architecture(model).Config)} & config.keys()
+        model, trained_on = models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}), data.tokenizer
     if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
         fail(f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
              f"{out_dir if stored else init_from}")
@@ -161,7 +164,7 @@ del stored      # its tensors are in the model and the optimizer now
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
     idx, targets, share = data.train_batch(step, micro)
-    runtime.seed_everything(seed, step, micro)
+    runtime.seed_everything(seed, step + 1, micro + 1)
     with ctx:
         _, loss = wrapped(*runtime.to_device(device, idx, targets))
     scaler.scale(loss * share * parallel.WORLD_SIZE).backward()     # DDP averages: its mean becomes the sum
@@ -200,11 +203,6 @@ def save(name):
     saved_at = time.monotonic()
 
 
-def check_finite(what, loss):
-    if not math.isfinite(loss):
-        fail(f"the {what} is {loss} at step {iter_num}: it diverged after the last save; take a lower --learning_rate")
-
-
 # ---- what will be done -----------------------------------------------------------------------------------------------
 say = print if parallel.IS_MASTER else lambda *args: None
 tokens_per_step = gradient_accumulation_steps * data.batch_tokens
@@ -216,12 +214,12 @@ say(f"steps: {max(0, max_iters - iter_num):,} of {gradient_accumulation_steps} x
 say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}{', compiled' if compile else ''}, {threads} threads")
 advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
           "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
-is_over = init_from == 'resume' and iter_num >= max_iters > 0
+is_over = init_from == 'resume' and (iter_num >= max_iters > 0 or 0 < early_stop <= bad_evals)
 if eval_only:
     with runtime.memory_errors(advice):
         say(f"step {iter_num}: train loss {evaluate('train', eval_iters):.4f}, val loss {evaluate('val', eval_iters):.4f}")
 elif is_over:
-    say(f"{out_dir} holds the end of this run, step {iter_num}: give a larger --max_iters to go on")
+    say(f"{out_dir} holds the end of this run, step {iter_num}: give a larger --max_iters (or --early_stop) to go on")
 if eval_only or is_over:
     parallel.stop()
     sys.exit()
@@ -230,8 +228,8 @@ facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, devic
 with user_errors():
     if parallel.IS_MASTER:
         lock = checkpoint.make_out_dir(out_dir)     # held while this runs
-        if init_from != 'resume' and checkpoint.set_aside(out_dir):
-            say(f"{out_dir} held an earlier run: its files are in {out_dir}/earlier now")
+        if init_from != 'resume' and (aside := checkpoint.set_aside(out_dir)):
+            say(f"{out_dir} held an earlier run: its files are in {aside} now")
         with files.replacing(f'{out_dir}/config.json') as file:
             file.write(json.dumps(config | {'resolved': facts}, indent=1).encode())
     metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
@@ -239,20 +237,21 @@ if wandb_log:
     metrics.start_wandb(wandb_project, wandb_run_name, config, progress.get('wandb_id'))
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
-wrapped = model     # until it is known whether it compiles
+wrapped = parallel.wrap(model, device)
 micros = parallel.share(gradient_accumulation_steps)
 stop = runtime.StopRequest()
 with user_errors(), runtime.memory_errors(advice):
     if compile and not model.fit:
+        parallel.exchange_gradients(wrapped, False)
         compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), insist=config['compile'] is True)
-    wrapped = parallel.wrap(model, device)
     watch = Stopwatch(device, progress.get('train_seconds', 0.0))
-    saved_at = time.monotonic()
+    saved_at, loss = time.monotonic(), 0.0
     profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
     while True:
         # evaluate, and save
         is_last, is_stopped = iter_num >= max_iters, parallel.anyone(bool(stop.signal))
-        if (is_last or (eval_interval > 0 and iter_num % eval_interval == 0)) and evaluated != iter_num:
+        is_due = eval_interval > 0 and iter_num % eval_interval == 0 and not is_stopped
+        if (is_last or is_due) and evaluated != iter_num:
             watch.pause()
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
@@ -265,14 +264,15 @@ with user_errors(), runtime.memory_errors(advice):
                 iter=iter_num, tokens=iter_num * tokens_per_step, train_loss=losses['train'], val_loss=losses['val'],
                 val_bpb=data.bits_per_byte('val', losses['val']), train_seconds=watch.total,
                 wall_seconds=time.perf_counter() - _start))
-            check_finite('validation loss', losses['val'])
-            if iter_num > 0 or is_stopped:
+            runtime.check_finite('validation loss', losses['val'], iter_num)
+            if iter_num > 0:
                 if is_best:
                     save('best.pt')
                 save('ckpt.pt')
             watch.go_on()
         elif is_stopped or 0 < 60 * save_minutes < time.monotonic() - saved_at:
             watch.pause()
+            runtime.check_finite('loss', float(loss), iter_num)
             save('ckpt.pt')
             watch.go_on()
         if is_last:
@@ -302,15 +302,14 @@ with user_errors(), runtime.memory_errors(advice):
         iter_num += 1
         watch.step()
 
-        # log
-        line = None
+        line = None     # for the log
         if (iter_num - 1) % log_interval == 0:
             took = watch.lap()
-            loss, = parallel.total([loss.item()])
-            line = dict(iter=iter_num - 1, loss=loss, lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
+            mean_loss, = parallel.total([loss.item()])
+            line = dict(iter=iter_num - 1, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
                         tokens_per_second=tokens_per_step / took, peak_memory=runtime.peak_memory(device),
                         mfu=peak and model.estimate_mfu(tokens_per_step / took, peak * parallel.WORLD_SIZE))
-            check_finite('loss', loss)
+            runtime.check_finite('loss', mean_loss, iter_num)
         metrics.step(line, max_iters - iter_num)
         if profiler:
             profiler.step()
@@ -318,8 +317,8 @@ with user_errors(), runtime.memory_errors(advice):
 # ---- the end ---------------------------------------------------------------------------------------------------------
 metrics.close()
 parallel.stop()
-if stop.signal:
-    sys.exit(128 + stop.signal)
+if is_stopped:
+    sys.exit(128 + (stop.signal or signal.SIGTERM))
 if parallel.IS_MASTER and data.tokenizer:
     try:
         model.tokenizer = tokenizer.load(data.tokenizer)
@@ -327,4 +326,5 @@ if parallel.IS_MASTER and data.tokenizer:
         sys.exit(print(f"no sample: {error}"))      # the run itself went well
     print(f"---- a sample; for more: python sample.py --out_dir={out_dir}")
     with ctx:
+        model._compiled_call_impl = None    # or it would be compiled anew for every length
         generate.show(model.eval(), data.first('val', 32).tolist(), max_new_tokens=400, temperature=0.8, top_k=200)

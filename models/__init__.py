@@ -19,6 +19,12 @@ def architecture(name):
     return found[-1]
 
 
+def name_of(model):
+    """The name by which `architecture` finds this model's class."""
+    module = type(model).__module__
+    return 'gpt' if module == 'model' else module.removeprefix('models.')
+
+
 def build(name, **fields):
     """A new model called `name` with these Config fields, as in build('gpt', n_layer=2). Raises ValueError."""
     Model = architecture(name)

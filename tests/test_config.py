@@ -285,8 +285,7 @@ def test_help_lists_every_key_with_default_and_comment():
     assert lines['gelu'][2] == "'exact'" and 'tanh' in lines['gelu'][3]
 
 
-@pytest.mark.parametrize('script', ['sample.py', pytest.param('bench.py', marks=pytest.mark.xfail(
-    strict=True, reason="bench.py's own wants_help is listed as a setting: its name needs a leading _"))])
+@pytest.mark.parametrize('script', ['sample.py', 'bench.py'])
 def test_help_of_the_other_scripts(script):
     done = run(script, '-h')
     assert done.returncode == 0 and not done.stderr

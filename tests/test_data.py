@@ -85,7 +85,7 @@ class Words:
     encode_ordinary = encode
 
     def describe(self):
-        return {'kind': 'made up here'}
+        return {'kind': 'byte'}
 
 
 # ---- preparing -------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_what_a_run_leaves(trained):
     assert [line['iter'] for line in steps] == list(range(6))
     assert {'lr', 'grad_norm', 'ms', 'tokens_per_second', 'mfu', 'peak_memory'} <= set(steps[0])
     assert {'ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'sums.json', 'config.json', 'metrics.jsonl'} == {
-        path.name for path in trained.iterdir()}
+        path.name for path in trained.iterdir()} - {'.lock'}
     config = json.loads((trained / 'config.json').read_text())
     assert config['n_embd'] == 16 and config['resolved']['dtype'] == 'float32'
     state = torch.load(trained / 'ckpt.pt', weights_only=True)
@@ -158,11 +158,18 @@ def test_a_finished_run_is_not_trained_again_and_goes_on_when_asked(trained, tmp
     assert metrics(tmp_path / 'out')[-1]['iter'] == 8
 
 
+def test_the_command_line_wins_over_the_optimizers_stored_options(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'out')
+    train(tmp_path / 'out', '--init_from=resume', '--max_iters=7', '--weight_decay=0.7', '--beta2=0.5')
+    decay, keep = checkpoint.read(tmp_path / 'out' / 'ckpt.pt')['optimizer']['param_groups']
+    assert (decay['weight_decay'], keep['weight_decay'], decay['betas']) == (0.7, 0.0, (0.9, 0.5))
+
+
 def test_an_earlier_run_in_out_dir_is_set_aside(trained, text_folder, tmp_path):
     shutil.copytree(trained, tmp_path / 'out')
     out = train(tmp_path / 'out', *TINY, f'--dataset={text_folder}', '--max_iters=1', '--eval_interval=0')
     assert 'earlier' in out
-    assert same(learned(tmp_path / 'out' / 'earlier'), learned(trained))
+    assert same(learned(tmp_path / 'out' / 'earlier-1'), learned(trained))
 
 
 def test_eval_only_and_finetuning_from_an_out_dir(trained, text_folder, tmp_path):
@@ -229,6 +236,13 @@ def test_a_nanogpt_checkpoint_samples_and_resumes(text_folder, tmp_path, prefix)
     assert same(dict(loaded.state_dict()), dict(model.state_dict())) and loaded.tokenizer.vocab_size == vocab_size
     train(tmp_path, '--init_from=resume', '--max_iters=3')
     assert [line['iter'] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_nanogpt_checkpoint_whose_data_is_gone_says_no_tokenizer(tmp_path):
+    args = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=65, dropout=0.0)
+    torch.save({'model': GPT(GPTConfig(**args)).state_dict(), 'model_args': args, 'config': {'dataset': 'gone'}},
+               tmp_path / 'ckpt.pt')
+    assert checkpoint.load_model(tmp_path).tokenizer is None
 
 
 # ---- another architecture --------------------------------------------------------------------------------------------
@@ -316,6 +330,16 @@ def test_another_architecture_needs_no_change_in_train(project, text_folder, tmp
     assert same(a, b) and a['model']['steps'] == 4 and a['model']['emb.weight'].size(1) == 4
     done = run('sample.py', f'--out_dir={tmp_path / "cut"}', '--max_new_tokens=5', '--num_samples=1', cwd=project)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_finetuned_model_keeps_its_architecture_and_its_context(project, text_folder, tmp_path):
+    settings = ['--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=1', '--device=cpu', '--max_iters=2',
+                '--eval_iters=2', f'--dataset={text_folder}', '--dtype=float32']
+    train(tmp_path / 'a', '--model=fake', *settings, cwd=project)
+    train(tmp_path / 'b', f'--init_from={tmp_path / "a"}', *settings[1:], cwd=project)      # without its name and context
+    train(tmp_path / 'b', '--init_from=resume', '--max_iters=3', cwd=project)
+    state = checkpoint.read(tmp_path / 'b' / 'ckpt.pt')
+    assert state['model_name'] == 'fake' and state['model_args']['block_size'] == 16 and state['config']['model'] == 'fake'
 
 
 def test_a_counted_model_has_no_optimizer(project, text_folder, tmp_path):
