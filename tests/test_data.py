@@ -596,3 +596,11 @@ def test_atomic_writing_leaves_the_old_file_and_no_litter(tmp_path, error):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=r'cannot write .*no/file'), files.replacing(tmp_path / 'no/file'):
         pass
+
+
+def test_a_text_of_ones_own_is_not_downloaded_over(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv('NANOGPT_MIRROR', str(mirror))
+    (tmp_path / 'input.txt').write_text("my own words")
+    with pytest.raises(ValueError, match='input.txt is there, but is not'):
+        files.download(NOWHERE, tmp_path / 'input.txt', DIGEST, mirrored_as='hamlet/input.txt')
+    assert (tmp_path / 'input.txt').read_text() == "my own words"
