@@ -45,7 +45,11 @@ class Metrics:
         if 'WANDB_MODE' not in os.environ and not _has_login(wandb):
             mode = 'offline'
             self.say("wandb has no login (`wandb login` makes one): going on offline; `wandb sync` sends the run later")
-        self.wandb = wandb.init(project=project, name=name, config=config, id=run_id, resume='allow', mode=mode)
+        try:
+            self.wandb = wandb.init(project=project, name=name, config=config, id=run_id, resume='allow', mode=mode)
+        except wandb.errors.Error as error:
+            self.say(f"wandb does not start ({' '.join(str(error).split())[:120]}): going on without it")
+            return
         self.wandb_id = self.wandb.id
 
     def say(self, text):
