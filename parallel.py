@@ -1,5 +1,6 @@
 """Processes: who this one is among them, and what they do together. One process is the case of one."""
 import contextlib
+import gc
 import os
 
 import torch
@@ -78,7 +79,11 @@ def master_first():
 
 
 def stop():
-    """Leave the others, once all of them are done."""
+    """Leave the others, once all of them are done; let go of the wrapped model first.
+
+    What still holds the group when the process ends takes its threads down with an abort.
+    """
     if dist.is_initialized():
         total([0])
+        gc.collect()
         dist.destroy_process_group()

@@ -45,7 +45,6 @@ early_stop = 0  # end after so many evaluations in a row without a better valida
 wandb_log = False  # also log to Weights & Biases
 wandb_project = 'owt'  # its project
 wandb_run_name = 'gpt2'  # and the name of the run there
-# data
 dataset = 'openwebtext'  # a folder in data/ (or a path) with train.bin and val.bin; random: random tokens
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all processes together
 batch_size = 12  # windows per micro-batch
@@ -302,7 +301,7 @@ with user_errors(), runtime.memory_errors(advice):
         iter_num += 1
         watch.step()
 
-        line = None     # for the log
+        line = None
         if (iter_num - 1) % log_interval == 0:
             took = watch.lap()
             mean_loss, = parallel.total([loss.item()])
@@ -316,6 +315,7 @@ with user_errors(), runtime.memory_errors(advice):
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
 metrics.close()
+del wrapped
 parallel.stop()
 if is_stopped:
     sys.exit(128 + (stop.signal or signal.SIGTERM))

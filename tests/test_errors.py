@@ -407,7 +407,7 @@ def test_a_state_that_no_run_can_go_on_from(copy, change):
 
 
 @pytest.mark.parametrize('words, parts', [
-    (['--n_layer=2'], ['has n_layer=1, command line asks for 2', 'take another --out_dir']),
+    (['--n_layer=2'], ['has n_layer=1, command line asks for 2', 'leave it out']),
     (['--gelu=tanh'], ["has gelu='exact', command line asks for 'tanh'"]),
     (['--block_size=8'], ['has block_size=16']),
     (['--model=mamba9'], ["model='mamba9' is unknown"]),
