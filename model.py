@@ -251,7 +251,8 @@ def _download(name):
         if not (Path(mirror) / name / 'config.json').is_file():
             raise FileNotFoundError(f"NANOGPT_MIRROR={mirror} has no {name}/config.json")
         return Path(mirror) / name
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, logging
+    logging.set_verbosity_error()   # it would tell of each retry
     try:
         for file in ('config.json', 'model.safetensors'):
             path = hf_hub_download(f'openai-community/{name}', file, revision=OPENAI[name], endpoint=mirror or None)
