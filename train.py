@@ -324,7 +324,7 @@ if parallel.IS_MASTER and data.tokenizer:
         model.tokenizer = tokenizer.load(data.tokenizer)
     except (OSError, ValueError) as error:
         sys.exit(print(f"no sample: {error}"))      # the run itself went well
-    print(f"---- a sample; for more: python sample.py --out_dir={out_dir}")
+    print(f"---- a sample, after the first words of the validation text; for more: python sample.py --out_dir={out_dir}")
     with ctx:
         model._compiled_call_impl = None    # or it would be compiled anew for every length
         generate.show(model.eval(), data.first('val', 32).tolist(), max_new_tokens=400, temperature=0.8, top_k=200)
