@@ -1,4 +1,5 @@
-"""Parts that several models share: LayerNorm, and causal attention by the kernel that is fastest where it runs."""
+"""Parts that several models share: norms, rotary positions, activations, and causal attention by the kernel that is
+fastest where it runs."""
 import math
 
 import torch
@@ -29,10 +30,10 @@ def use_attention(name):
 
 
 def split_heads(qkv, n_head):
-    """The q, k and v that lie side by side in (B, T, 3C), each as (B, H, T, D); in one copy where `plain` needs it so."""
+    """The q, k and v that lie side by side in (B, T, 3C), as (3, B, H, T, D); in one copy where `plain` needs it so."""
     B, T, _ = qkv.shape
-    qkv = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)     # (3, B, H, T, D)
-    return (qkv.contiguous() if _use_plain(qkv) else qkv).unbind(0)
+    qkv = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    return qkv.contiguous() if _use_plain(qkv) else qkv
 
 
 def causal_attention(q, k, v, dropout=0.0):
@@ -50,6 +51,60 @@ def _use_plain(q):
     # and keep B·H·T² numbers per layer for the backward pass; in float32 SDPA wins from T = 64.
     fastest = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(-2) <= 512
     return ATTENTION == 'plain' or (ATTENTION == 'auto' and fastest)
+
+
+def compute_type(x):
+    """x in bfloat16 where autocast computes in that: a residual stream in the products' own type needs no conversions."""
+    kind = x.device.type
+    is_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return x.bfloat16() if is_bf16 else x
+
+
+def norm(x):
+    """LayerNorm without weights, over the last dimension. One kernel, where RMSNorm is several on a CPU."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def rotary(T, D, base=10000):
+    """(2, T, D): the cosines and signed sines by which `rotate` turns positions 0 … T-1."""
+    angles = torch.outer(torch.arange(T), base ** (-torch.arange(0, D, 2) / D))         # (T, D/2)
+    return torch.stack([torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)])
+
+
+def rotate(x, rotary):
+    """RoPE: turn each pair (d, d + D/2) of x (…, T, D) by its position's angle; rotary: (2, T, D)."""
+    cos, sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """One product forward and two backward; composed of torch's operators it is two and four."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.relu()
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return (grad * x).mul_(2)
+
+
+squared_relu = _SquaredReLU.apply
+
+
+def drop_tokens(x, p):
+    """Zero the vectors of x (B, T, C) at random, each with probability p, and scale up the others."""
+    kept = torch.rand(*x.shape[:2], 1, device=x.device) >= p
+    return x * (kept / (1 - p)).type_as(x)
+
+
+def mix(x, y, weights):
+    """weights[0] · x + weights[1] · y, in x's type."""
+    a, b = weights.type_as(x)
+    return torch.addcmul(a * x, b, y)
 
 
 def add(x, y):

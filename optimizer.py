@@ -1,24 +1,124 @@
-"""From parameters by role to an optimizer, and the learning rate of every step."""
+"""From parameters by role to an optimizer (AdamW, or Muon for the matrices), and the learning rate of every step."""
 import math
 
 import torch
+import torch.distributed as dist
+
+MUON_MOMENTUM = 0.85, 0.95, 300     # from, to, within so many steps: early gradients are soon out of date
 
 
-def adamw(groups, weight_decay, learning_rate, betas, device_type):
-    """AdamW over {role: [parameters]} in nanoGPT's two groups: what has two dimensions decays, vectors don't.
+def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, width=768, bfloat16=False):
+    """The optimizer of {role: [parameters]}; None where there is nothing to learn.
 
-    Returns None where there is nothing to learn. Fused: one kernel for all parameters, measured faster on each device.
+    Without `lrs` it is AdamW in nanoGPT's two groups: what has two dimensions or more decays, vectors don't. lrs: learning
+    rates by role ('matrix', 'embedding', 'head'; one that is missing or 0 is `learning_rate`). With one for matrices
+    these are Muon's. Those of embeddings and heads hold for 768 channels, and are scaled with width^-1/2 to `width`.
+    bfloat16: orthogonalise in bfloat16, which is exact enough and fast where the chip has it.
+    Fused: one kernel for all parameters, measured faster on each device.
     """
-    decay = [p for role in ('embedding', 'matrix', 'head') for p in groups.get(role, ())]
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=groups.get('vector', []), weight_decay=0.0)]
-    if not any(group['params'] for group in groups):
+    lrs = {role: lr * (1 if role == 'matrix' else math.sqrt(768 / width)) for role, lr in (lrs or {}).items() if lr}
+    if lrs and not learning_rate:
+        raise ValueError("learning_rate=0 with another rate above 0: it is what the schedule starts from, take it > 0")
+    sets = {}       # (ratio to learning_rate, weight decay, is Muon's): parameters
+    for role in ('embedding', 'matrix', 'head', 'vector'):
+        key = (lrs[role] / learning_rate if role in lrs else 1.0, weight_decay * (role != 'vector'),
+               role == 'matrix' and 'matrix' in lrs)
+        sets.setdefault(key, []).extend(groups.get(role, ()))
+    sets.setdefault((1.0, 0.0, False), [])
+    if not any(sets.values()):
         return None
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'mps', 'cpu'))
+    groups = [dict(params=params, lr_ratio=ratio, weight_decay=decay, muon=muon)
+              for (ratio, decay, muon), params in sets.items()]
+    fused = device_type in ('cuda', 'mps', 'cpu')
+    if 'matrix' not in lrs:
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return Muon(groups, lr=learning_rate, betas=betas, fused=fused, bfloat16=bfloat16)
 
 
-def cosine_schedule(step, peak, floor, warmup_steps, decay_steps, decay=True):
-    """The learning rate at `step`: linear warm-up to `peak`, half a cosine down to `floor` at decay_steps, then floor.
+class Muon(torch.optim.AdamW):
+    """AdamW; and for the groups with muon=True: momentum, made orthogonal, is the update (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon).
 
+    A parameter holds p.n_matrices (absent: 1) matrices, one above the other, each orthogonalised on its own; those of one
+    shape are one batch, which the processes share. Weight decay only where it goes the update's way (cautious, Chen et
+    al. 2025, arXiv 2510.12402).
+    """
+
+    def __init__(self, groups, bfloat16, **options):
+        super().__init__(groups, **options)
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
+
+    @torch.no_grad()
+    def step(self):
+        every = self.param_groups
+        try:
+            self.param_groups = [group for group in every if not group['muon']]
+            super().step()
+        finally:
+            self.param_groups = every
+        found_inf = getattr(self, 'found_inf', None)    # float16's loss scaling: AdamW's kernel has looked at it itself
+        if found_inf is not None and found_inf.item():
+            return
+        for group in every:
+            if group['muon']:
+                self._step(group)
+
+    def _step(self, group):
+        batches = {}        # (rows, columns): [(parameter, its update)]
+        for p in group['params']:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state.update(step=0, momentum_buffer=torch.zeros_like(p))
+            start, end, steps = MUON_MOMENTUM
+            momentum = start + (end - start) * min(1, state['step'] / steps)
+            state['step'] += 1
+            average = state['momentum_buffer'].lerp_(p.grad, 1 - momentum)
+            update = p.grad.lerp(average, momentum).unflatten(0, (getattr(p, 'n_matrices', 1), -1))     # Nesterov
+            batches.setdefault(update.shape[1:], []).append((p, update))
+        for (rows, columns), items in batches.items():
+            size = group['lr'] * math.sqrt(max(1, rows / columns))
+            updates = self._orthogonal(torch.cat([update for _, update in items]).to(self.dtype))
+            for (p, _), update in zip(items, updates.split([len(u) for _, u in items]), strict=True):
+                update = update.reshape(p.shape).to(p.dtype)
+                if group['weight_decay']:
+                    p.addcmul_(p, update * p > 0, value=-group['lr'] * group['weight_decay'])
+                p.add_(update, alpha=-size)
+
+    def _orthogonal(self, batch):
+        """`orthogonalize` of each matrix in batch (N, rows, columns): every process does a share, all get all."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return orthogonalize(batch)
+        n, world = len(batch), dist.get_world_size()
+        share = -(-n // world)
+        mine = batch.new_zeros(share, *batch.shape[1:])
+        part = batch[dist.get_rank() * share:][:share]
+        if len(part):
+            mine[:len(part)] = orthogonalize(part)
+        parts = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts)[:n]
+
+
+def orthogonalize(batch, steps=5):
+    """The nearest orthogonal matrix to each of batch (N, rows, columns), roughly: singular values 0.7 to 1.2.
+
+    Newton-Schulz iteration of fifth order with Jordan's coefficients, which give up exactness for speed.
+    """
+    is_tall = batch.size(-2) > batch.size(-1)
+    x = batch.mT if is_tall else batch
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
+def schedule(step, peak, floor, warmup_steps, decay_steps, decay=True, cooldown=0.0):
+    """The learning rate at `step`: linear warm-up to `peak`, then down to `floor` at decay_steps, then floor.
+
+    cooldown: 0 for half a cosine; else `peak` is kept and falls in a straight line over this last share of decay_steps.
     Without `decay` it is `peak` throughout.
     """
     if not decay:
@@ -27,6 +127,8 @@ def cosine_schedule(step, peak, floor, warmup_steps, decay_steps, decay=True):
         return peak * (step + 1) / (warmup_steps + 1)
     if step >= decay_steps:
         return floor
+    if cooldown:
+        return floor + (peak - floor) * min(1, (decay_steps - step) / (cooldown * decay_steps))
     progress = (step - warmup_steps) / (decay_steps - warmup_steps)
     return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
 

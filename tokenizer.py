@@ -56,9 +56,13 @@ class ByteTokenizer:
 
 
 class TiktokenTokenizer:
-    """An encoding of tiktoken: gpt2, p50k_base, cl100k_base, o200k_base. `<|endoftext|>` in the text is that token."""
+    """An encoding of tiktoken: gpt2, p50k_base, cl100k_base, o200k_base. `<|endoftext|>` in the text is that token.
 
-    def __init__(self, name):
+    size: only its first size - 1 entries, and `<|endoftext|>` as the last one, for models too small for all of them.
+    An entry is made of entries before it, the first being the 256 bytes, so that these are an encoding of any text too.
+    """
+
+    def __init__(self, name, size=None):
         import tiktoken  # costs a second to load: only where it is used
 
         self.name = name
@@ -69,6 +73,14 @@ class TiktokenTokenizer:
         except OSError as error:    # requests' errors are OSErrors
             raise OSError(f"tiktoken cannot download its encoding {name!r} ({type(error).__name__}): on a machine with a "
                           "network, load it once with TIKTOKEN_CACHE_DIR set, and take that folder along") from None
+        self.size = None if size == self.encoding.n_vocab else size
+        if self.size is not None:
+            if not 257 <= size <= self.encoding.eot_token + 1:
+                raise ValueError(f"{size} entries of {name!r}: it can be cut to between 257, the bytes and <|endoftext|>, "
+                                 f"and {self.encoding.eot_token + 1}")
+            ranks = {entry: rank for entry, rank in self.encoding._mergeable_ranks.items() if rank < size - 1}
+            self.encoding = tiktoken.Encoding(f'{name}-{size}', pat_str=self.encoding._pat_str, mergeable_ranks=ranks,
+                                              special_tokens={'<|endoftext|>': size - 1})
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
@@ -85,19 +97,23 @@ class TiktokenTokenizer:
         return self.encoding.decode(ids)
 
     def describe(self):
-        return {'kind': 'tiktoken', 'name': self.name}
+        return {'kind': 'tiktoken', 'name': self.name, **({'size': self.size} if self.size else {})}
 
 
 def load(description):
     """The tokenizer that a description stands for. Raises ValueError or OSError."""
     check_description(description)
-    kinds = {'char': CharTokenizer, 'byte': ByteTokenizer, 'tiktoken': TiktokenTokenizer}
-    return kinds[description['kind']](*(value for key, value in description.items() if key in ('chars', 'name')))
+    kinds = {'char': (CharTokenizer, 'chars'), 'byte': (ByteTokenizer,), 'tiktoken': (TiktokenTokenizer, 'name', 'size')}
+    make, *keys = kinds[description['kind']]
+    return make(**{key: description[key] for key in keys if key in description})
 
 
 def check_description(description):
     """ValueError unless `load` could take it, without loading anything."""
     match description:
+        case {'kind': 'tiktoken', 'size': size} if type(size) is not int or size < 257:
+            raise ValueError(f"a tiktoken tokenizer of the size {str(size)[:40]}: it must be a whole number from 257 on, "
+                             "the bytes and <|endoftext|>")
         case {'kind': 'char', 'chars': str()} | {'kind': 'byte'} | {'kind': 'tiktoken', 'name': str()}:
             return
     raise ValueError(f"unknown tokenizer {str(description)[:80]}: its kind must be char (with chars), byte or "

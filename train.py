@@ -56,14 +56,18 @@ n_head = 12  # attention heads
 n_embd = 768  # channels
 dropout = 0.0  # 0 for pretraining; for finetuning try 0.1
 bias = False  # in Linears and LayerNorms
-# AdamW and its learning rate
-learning_rate = 6e-4  # after the warm-up
+# the optimizer and its learning rate
+learning_rate = 6e-4  # AdamW's, after the warm-up
+muon_lr = 0.0  # of the matrices, by Muon; 0: by AdamW like the rest
+embed_lr = 0.0  # of embeddings, if the model were 768 wide; 0: learning_rate
+head_lr = 0.0  # of an untied head, if the model were 768 wide; 0: learning_rate
 max_iters = 600000  # steps in all
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of its square's
 grad_clip = 1.0  # longest gradient; 0: no limit
-decay_lr = True  # cosine after a linear warm-up; False: constant
+decay_lr = True  # down to min_lr after a linear warm-up; False: constant
+cooldown = 0.0  # the last share of lr_decay_iters, in which it falls in a straight line; 0: a cosine from the warm-up on
 warmup_iters = 2000  # steps of the warm-up
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
 min_lr = 6e-5  # usually learning_rate / 10
@@ -143,7 +147,9 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
              f"{out_dir if stored else init_from}")
     model.to(device)
     model.gradient_checkpointing = gradient_checkpointing
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    optimizer = model.configure_optimizers(
+        weight_decay, learning_rate, (beta1, beta2), device_type, bfloat16=dtype == 'bfloat16',
+        lrs={'matrix': muon_lr, 'embedding': embed_lr, 'head': head_lr})
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if stored and optimizer:
         if not stored['optimizer']:
@@ -285,15 +291,17 @@ with user_errors(), runtime.memory_errors(advice):
             continue
 
         # one step
-        lr = optimizers.cosine_schedule(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr)
+        lr = optimizers.schedule(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr, cooldown)
         for group in optimizer.param_groups:
-            group['lr'] = lr
+            group['lr'] = lr * group['lr_ratio']
         loss = 0.0
         for micro in micros:
             parallel.exchange_gradients(wrapped, micro == micros[-1])
             loss = loss + micro_step(iter_num, micro)
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        is_logged = iter_num % log_interval == 0
+        if grad_clip or is_logged:
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -302,7 +310,7 @@ with user_errors(), runtime.memory_errors(advice):
         watch.step()
 
         line = None
-        if (iter_num - 1) % log_interval == 0:
+        if is_logged:
             took = watch.lap()
             mean_loss, = parallel.total([loss.item()])
             line = dict(iter=iter_num - 1, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,

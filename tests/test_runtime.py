@@ -102,7 +102,7 @@ runpy.run_path('train.py', run_name='__main__')
 
 def test_cosine_schedule():
     def lr(step):
-        return optimizer.cosine_schedule(step, peak=1.0, floor=0.1, warmup_steps=10, decay_steps=110)
+        return optimizer.schedule(step, peak=1.0, floor=0.1, warmup_steps=10, decay_steps=110)
     assert lr(0) == pytest.approx(1 / 11) and lr(9) == pytest.approx(10 / 11) and lr(10) == 1.0
     assert lr(60) == pytest.approx(0.55) and lr(110) == lr(10 ** 6) == 0.1
     assert all(lr(i) >= lr(i + 1) for i in range(10, 120))

@@ -1,0 +1,180 @@
+"""A GPT as the public speed runs left it: GPT-2's blocks (model.py), with what made them learn faster per token.
+
+Changes from GPT: rotary positions (RoFormer, arXiv 2104.09864) on normalised queries and keys (arXiv 2010.04245); squared
+ReLU (Primer, arXiv 2109.08668); norms without weights, and no biases; projections into the residual stream begin at zero; a
+head of its own whose logits are soft-capped (Gemma 2, arXiv 2408.00118); each layer mixes the first layer's values into
+its own (value residual, arXiv 2410.17897) and the embedding into its input (x0). Most were put together first in the speed
+runs at https://github.com/KellerJordan/modded-nanogpt. For small models, `ngram`: embeddings of the last 2, 3, … tokens
+together, in one hashed table, added to the token's own; a lookup costs next to no arithmetic.
+Train with Muon: --muon_lr. RESULTS.md has what each part brings.
+
+Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import layers
+from layers import norm
+from model import LanguageModel
+
+
+@dataclass
+class ModernConfig:
+    block_size: int = 1024      # longest context, in tokens
+    vocab_size: int = 50304     # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12           # blocks
+    n_head: int = 6             # attention heads per block; 128 channels each is fast
+    n_embd: int = 768           # channels (C)
+    dropout: float = 0.0        # probability that a token goes past a branch (attention or MLP), while training
+    ngram: int = 0              # embeddings of the last 2 … ngram tokens together; 0: none
+    ngram_rows: int = 65536     # rows of their table, which they share by hashing
+    ngram_dropout: float = 0.0  # probability that one of them is left out, while training
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'ngram_rows'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a modern GPT needs at least 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={self.n_head}: rotary positions turn pairs")
+        for name in ('dropout', 'ngram_dropout'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: take a probability from 0 up to, not including, 1")
+        if self.ngram < 0 or self.ngram == 1:
+            raise ValueError(f"ngram={self.ngram}: take 0, or the longest n-gram, from 2 up")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_attn.weight.n_matrices = 3       # to Muon: q, k and v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.n_head = config.n_head
+        self.first_value = nn.Parameter(torch.tensor(0.5))      # the share of the first layer's values
+
+    def forward(self, x, rotary, v1):
+        B, T, C = x.shape
+        qkv = layers.split_heads(self.c_attn(x), self.n_head)       # (3, B, H, T, D)
+        q, k = layers.rotate(norm(qkv[:2]), rotary)
+        v = qkv[2] if v1 is None else torch.lerp(qkv[2], v1, self.first_value.type_as(v1))
+        y = layers.causal_attention(q, k, v)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(layers.squared_relu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn = CausalSelfAttention(config)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+        self.skip = nn.Parameter(torch.tensor([1.0, 0.0]))      # how much of x, and of the embedding, goes in
+
+    def forward(self, x, x0, rotary, v1):
+        """x, x0: (B, T, C); v1: (B, H, T, D), the first block's values, or None in it. Returns x and this block's values."""
+        x = layers.mix(x, x0, self.skip)
+        y, v = self.attn(norm(x), rotary, v1)
+        x = x + self._leave_out(y)
+        return x + self._leave_out(self.mlp(norm(x))), v
+
+    def _leave_out(self, y):
+        return layers.drop_tokens(y, self.dropout) if self.training and self.dropout else y
+
+
+class NgramEmbedding(nn.Module):
+    """The sum of the embeddings of the last 2, 3, … n tokens, which hash to rows of one table."""
+
+    def __init__(self, n, rows, C, dropout):
+        super().__init__()
+        self.n, self.rows, self.dropout = n, rows, dropout
+        self.weight = nn.Parameter(torch.zeros(rows + 1, C))    # the last row stays zero: what is left out
+
+    def forward(self, idx):
+        B, T = idx.shape
+        key, keys = idx + 1, []
+        for i in range(1, self.n):      # below 2^31 each, so that no product overflows
+            key = (key * 0x5851F42D + F.pad(idx + 1, (i, 0))[:, :T] * 0x14057B7F) % 0x7FFFFFFF
+            keys.append((key ^ (key >> 15)) % self.rows)
+        keys = torch.stack(keys, -1).view(B * T, -1)
+        if self.training and self.dropout:
+            keys = keys.masked_fill(torch.rand(keys.shape, device=keys.device) < self.dropout, self.rows)
+        x = F.embedding_bag(keys, self.weight, mode='sum', padding_idx=self.rows).view(B, T, -1)
+        return x / (1 - self.dropout) if self.training else x
+
+
+class Modern(LanguageModel):
+    Config = ModernConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer))))
+        if config.ngram:
+            self.transformer['ngram'] = NgramEmbedding(config.ngram, config.ngram_rows, config.n_embd, config.ngram_dropout)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        bound = math.sqrt(3 / config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith(('c_attn.weight', 'c_fc.weight')):
+                nn.init.uniform_(p, -bound, bound)
+            elif name.endswith('c_proj.weight'):
+                nn.init.zeros_(p)
+        nn.init.normal_(self.transformer.wte.weight)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        rotary = layers.rotary(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer('rotary', rotary, persistent=False)    # (2, block_size, D)
+
+    def forward(self, idx, targets=None, cache=None):
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        x = self.transformer.wte(idx)                                       # (B, T, C)
+        if self.config.ngram:
+            x = x + self.transformer.ngram(idx)
+        x = x0 = norm(layers.compute_type(x))
+        rotary, v1 = self.rotary[:, :T].type_as(x), None
+        for block in self.transformer.h:
+            recompute = self.gradient_checkpointing and self.training
+            x, v = (checkpoint(block, x, x0, rotary, v1, use_reentrant=False) if recompute else block(x, x0, rotary, v1))
+            v1 = v if v1 is None else v1
+        x = norm(x)
+        logits = self.lm_head(x if targets is not None else x[:, -1:]).float()
+        logits = 15 * torch.tanh(logits / 15)                               # (B, T, V), or (B, 1, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def param_groups(self):
+        """The n-gram table is an embedding like wte."""
+        groups = super().param_groups()
+        if self.config.ngram:
+            table = self.transformer.ngram.weight
+            groups['matrix'] = [p for p in groups['matrix'] if p is not table]
+            groups['embedding'].append(table)
+        return groups
+
+    def flops_per_token(self, T):
+        """6 per parameter that is multiplied with (tables are looked up), and 12·C·T per layer for attention's products."""
+        multiplied = sum(p.numel() for role in ('matrix', 'head') for p in self.param_groups()[role])
+        return 6 * multiplied + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def crop_block_size(self, block_size):
+        """Another longest context, in place: rotary positions need no weights."""
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size} must be at least 1")
+        self.config.block_size = block_size
+        self.rotary = layers.rotary(block_size, self.config.n_embd // self.config.n_head).to(self.rotary.device)
