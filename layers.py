@@ -71,10 +71,23 @@ def rotary(T, D, base=10000):
     return torch.stack([torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)])
 
 
+class _Rotate(torch.autograd.Function):
+    """Turning back is turning by the negative angle: the backward pass needs nothing but the angles."""
+
+    @staticmethod
+    def forward(ctx, x, rotary):
+        ctx.save_for_backward(rotary)
+        return (x * rotary[0]).addcmul_(x.roll(x.shape[-1] // 2, -1), rotary[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        rotary, = ctx.saved_tensors
+        return (grad * rotary[0]).addcmul_(grad.roll(grad.shape[-1] // 2, -1), rotary[1], value=-1), None
+
+
 def rotate(x, rotary):
-    """RoPE: turn each pair (d, d + D/2) of x (…, T, D) by its position's angle; rotary: (2, T, D)."""
-    cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """RoPE: turn each pair (d, d + D/2) of x (…, T, D) by its position's angle; rotary: (2, T, D), as of `rotary`."""
+    return _Rotate.apply(x, rotary)
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -95,10 +108,12 @@ class _SquaredReLU(torch.autograd.Function):
 squared_relu = _SquaredReLU.apply
 
 
-def drop_tokens(x, p):
-    """Zero the vectors of x (B, T, C) at random, each with probability p, and scale up the others."""
-    kept = torch.rand(*x.shape[:2], 1, device=x.device) >= p
-    return x * (kept / (1 - p)).type_as(x)
+def add_some(x, y, p):
+    """x + y for (B, T, C), without the y of each token with probability p, the others scaled up."""
+    if not p:
+        return x + y
+    kept = torch.rand(*y.shape[:2], 1, device=y.device) >= p
+    return torch.addcmul(x, y, (kept / (1 - p)).type_as(y))
 
 
 def mix(x, y, weights):

@@ -59,9 +59,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotary, v1):
         B, T, C = x.shape
-        qkv = layers.split_heads(self.c_attn(x), self.n_head)       # (3, B, H, T, D)
-        q, k = layers.rotate(norm(qkv[:2]), rotary)
-        v = qkv[2] if v1 is None else torch.lerp(qkv[2], v1, self.first_value.type_as(v1))
+        qk, v = layers.split_heads(self.c_attn(x), self.n_head).split([2, 1])       # (2, B, H, T, D), (1, B, H, T, D)
+        q, k = layers.rotate(norm(qk), rotary)
+        v = v[0] if v1 is None else torch.lerp(v[0], v1, self.first_value.type_as(v1))
         y = layers.causal_attention(q, k, v)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v
 
@@ -87,12 +87,10 @@ class Block(nn.Module):
     def forward(self, x, x0, rotary, v1):
         """x, x0: (B, T, C); v1: (B, H, T, D), the first block's values, or None in it. Returns x and this block's values."""
         x = layers.mix(x, x0, self.skip)
+        dropout = self.dropout if self.training else 0.0
         y, v = self.attn(norm(x), rotary, v1)
-        x = x + self._leave_out(y)
-        return x + self._leave_out(self.mlp(norm(x))), v
-
-    def _leave_out(self, y):
-        return layers.drop_tokens(y, self.dropout) if self.training and self.dropout else y
+        x = layers.add_some(x, y, dropout)
+        return layers.add_some(x, self.mlp(norm(x)), dropout), v
 
 
 class NgramEmbedding(nn.Module):
