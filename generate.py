@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+import tokenizer
+
 
 def sample(logits, temperature, top_k, n_vocab=None):
     """One token per row of logits (B, V) -> (B, 1). n_vocab: ids from there on are padding, never drawn."""
@@ -46,3 +48,14 @@ def show(model, ids, max_new_tokens, temperature, top_k):
     for some in itertools.chain([ids], ([token.item()] for token in tokens)):
         print(decoder.decode(model.tokenizer.decode_bytes(some)), end='', flush=sys.stdout.isatty())
     print(decoder.decode(b'', final=True), flush=True)
+
+
+def closing_sample(model, description, start, out_dir):
+    """What a run shows at its end: a sample after the ids `start`; description: of the tokenizer."""
+    try:
+        model.tokenizer = tokenizer.load(description)
+    except (OSError, ValueError) as error:      # the run itself went well
+        return print(f"no sample: {error}")
+    print(f"---- a sample, after the first words of the validation text; for more: python sample.py --out_dir={out_dir}")
+    model._compiled_call_impl = None    # or it would be compiled anew for every length
+    show(model.eval(), start, max_new_tokens=400, temperature=0.8, top_k=200)

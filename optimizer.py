@@ -70,9 +70,9 @@ class Muon(torch.optim.AdamW):
                 continue
             state = self.state[p]
             if not state:
-                state.update(step=0, momentum_buffer=torch.zeros_like(p))
+                state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
             start, end, steps = MUON_MOMENTUM
-            momentum = start + (end - start) * min(1, state['step'] / steps)
+            momentum = start + (end - start) * min(1, state['step'].item() / steps)
             state['step'] += 1
             average = state['momentum_buffer'].lerp_(p.grad, 1 - momentum)
             update = p.grad.lerp(average, momentum).unflatten(0, (getattr(p, 'n_matrices', 1), -1))     # Nesterov

@@ -167,8 +167,10 @@ def set_threads(threads):
     return torch.get_num_threads()
 
 
-def keep_memory():
-    """Ask glibc to keep freed memory for the next step: handing it back and faulting it in again costs a CPU run 10 %."""
+def be_fast():
+    """TF32 where the chip has it; and ask glibc to keep freed memory for the next step, because handing it back and
+    faulting it in again costs a CPU run 10 %."""
+    torch.set_float32_matmul_precision('high')
     with contextlib.suppress(OSError, AttributeError):      # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25)      # M_MMAP_THRESHOLD: take large blocks from the heap too
@@ -224,38 +226,56 @@ def be_deterministic():
 
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
+# From how many seconds of eager training on it pays to compile: half a minute or so goes into it, and it saves 15 to 30 %
+# of a step on a CPU, more on a GPU.
+COMPILE_PAYS = {'cuda': 120, 'cpu': 300}
+
+
 def resolve_compile(wish, device):
-    """True | False | 'auto' -> whether to compile: auto does so on CUDA, where it pays after a minute."""
+    """True | False | 'auto' -> whether to compile. auto stays 'auto', for compile_model, where it may pay."""
     if str(wish) not in ('True', 'False', 'auto'):
         raise ValueError(f"compile={wish!r} is unknown: take True, False or auto")
-    if wish == 'auto':
-        return device.startswith('cuda') and torch.cuda.get_device_capability(device)[0] >= 7
-    return wish
+    if wish != 'auto':
+        return wish
+    can = device == 'cpu' or (device.startswith('cuda') and torch.cuda.get_device_capability(device)[0] >= 7)
+    return 'auto' if can else False
 
 
-def compile_model(model, try_step, insist):
-    """Compile `model` in place (its state-dict names stay clean) and prove it on `try_step()`.
+def compile_model(model, try_step, wish, insist, device, steps, agree):
+    """Compile `model` in place (its state-dict names stay clean) and prove it on `try_step()`; returns whether it is.
 
-    Returns whether the model is compiled now. Where it can't be (no C compiler, an old GPU): ValueError if `insist`,
-    else one line, and the model stays as it was. Gradients and buffers that the trial changed are put back.
+    wish: True, or 'auto': only where `steps` more of these would take so long uncompiled that it pays; agree(flag) makes
+    the processes' answers one. Where it can't be done (no C compiler, an old GPU): ValueError if `insist`, else one line,
+    and the model stays as it was. Gradients and buffers that the trial changed are put back.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        model.compile()
-        try_step()
-    except Exception as error:      # the compiler's ways to fail are many and undocumented
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-        if insist:
-            raise ValueError(f"{reason}; take --compile=False") from None
-        print(f"{reason}; going on without it", file=sys.stderr)
-        model._compiled_call_impl = None
+    if wish != 'auto' or agree(_seconds_of(try_step, device) * steps > COMPILE_PAYS[device.split(':')[0]]):
+        try:
+            model.compile()
+            try_step()
+        except Exception as error:      # the compiler's ways to fail are many and undocumented
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            if insist:
+                raise ValueError(f"{reason}; take --compile=False") from None
+            print(f"{reason}; going on without it", file=sys.stderr)
+            model._compiled_call_impl = None
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     model.zero_grad(set_to_none=True)
     return model._compiled_call_impl is not None
+
+
+def _seconds_of(try_step, device):
+    """How long `try_step()` takes, once it has been done before."""
+    try_step()
+    synchronize(device)
+    start = time.perf_counter()
+    try_step()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def profiler(folder):

@@ -24,7 +24,6 @@ import models
 import optimizer as optimizers
 import parallel
 import runtime
-import tokenizer
 from configurator import configure
 from dataset import open_dataset, prepare_if_small
 from layers import use_attention
@@ -74,7 +73,7 @@ min_lr = 6e-5  # usually learning_rate / 10
 # the machine
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
-compile = 'auto'  # True, False, or auto: on CUDA
+compile = 'auto'  # True, False, or auto: where the run is long enough to pay for it
 backend = 'auto'  # between processes: auto, nccl, gloo
 attention = 'auto'  # auto (fastest here), sdpa, plain
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
@@ -114,14 +113,13 @@ with user_errors():
         runtime.be_deterministic()
     device = parallel.start(backend, runtime.resolve_device(device))
     device_type = device.split(':')[0]
-    before = stored.get('resolved', {}) if stored else {}
+    before = (stored or {}).get('resolved', {})
     before = before if before.get('device') == device_type else {}     # 'auto' is decided once per run
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
 threads = runtime.set_threads(before.get('threads'))
-runtime.keep_memory()
-torch.set_float32_matmul_precision('high')      # TF32 where the chip has it
+runtime.be_fast()
 ctx = runtime.autocast(device, dtype)
 
 # ---- data, model, optimizer ------------------------------------------------------------------------------------------
@@ -160,8 +158,7 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
 iter_num = int(stored['iter_num']) if stored else 0
 best_val_loss = float(stored['best_val_loss']) if stored else math.inf
 progress = stored.get('progress', {}) if stored else {}
-evaluated = progress.get('evaluated', -1)   # the step of the last evaluation
-bad_evals = progress.get('bad_evals', 0)    # evaluations in a row that were not the best
+evaluated, bad_evals = progress.get('evaluated', -1), progress.get('bad_evals', 0)  # its step; how many since the best
 _start -= progress.get('wall_seconds', 0.0)
 del stored      # its tensors are in the model and the optimizer now
 
@@ -216,7 +213,7 @@ say(f"model: {config['model']}, {short(model.num_params())} parameters, from {in
 say(f"data: {dataset}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on")
 say(f"steps: {max(0, max_iters - iter_num):,} of {gradient_accumulation_steps} x {batch_size} x {block_size} = "
     f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
-say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}{', compiled' if compile else ''}, {threads} threads")
+say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}, {threads} threads")
 advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
           "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
 is_over = init_from == 'resume' and (iter_num >= max_iters > 0 or 0 < early_stop <= bad_evals)
@@ -228,13 +225,20 @@ elif is_over:
 if eval_only or is_over:
     parallel.stop()
     sys.exit()
-facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
-             compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
 with user_errors():
     if parallel.IS_MASTER:
         lock = checkpoint.make_out_dir(out_dir)     # held while this runs
         if init_from != 'resume' and (aside := checkpoint.set_aside(out_dir)):
             say(f"{out_dir} held an earlier run: its files are in {aside} now")
+    wrapped, micros = parallel.wrap(model, device), parallel.share(gradient_accumulation_steps)
+    if compile and not model.fit:
+        parallel.exchange_gradients(wrapped, False)
+        with runtime.memory_errors(advice):
+            compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), compile, config['compile'] is True, device,
+                                            len(micros) * (max_iters - iter_num), parallel.anyone)
+    facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
+                 compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
+    if parallel.IS_MASTER:
         with files.replacing(f'{out_dir}/config.json') as file:
             file.write(json.dumps(config | {'resolved': facts}, indent=1).encode())
     metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
@@ -242,13 +246,8 @@ if wandb_log:
     metrics.start_wandb(wandb_project, wandb_run_name, config, progress.get('wandb_id'))
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
-wrapped = parallel.wrap(model, device)
-micros = parallel.share(gradient_accumulation_steps)
 stop = runtime.StopRequest()
 with user_errors(), runtime.memory_errors(advice):
-    if compile and not model.fit:
-        parallel.exchange_gradients(wrapped, False)
-        compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), insist=config['compile'] is True)
     watch = Stopwatch(device, progress.get('train_seconds', 0.0))
     saved_at, loss = time.monotonic(), 0.0
     profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
@@ -328,11 +327,5 @@ parallel.stop()
 if is_stopped:
     sys.exit(128 + (stop.signal or signal.SIGTERM))
 if parallel.IS_MASTER and data.tokenizer:
-    try:
-        model.tokenizer = tokenizer.load(data.tokenizer)
-    except (OSError, ValueError) as error:
-        sys.exit(print(f"no sample: {error}"))      # the run itself went well
-    print(f"---- a sample, after the first words of the validation text; for more: python sample.py --out_dir={out_dir}")
     with ctx:
-        model._compiled_call_impl = None    # or it would be compiled anew for every length
-        generate.show(model.eval(), data.first('val', 32).tolist(), max_new_tokens=400, temperature=0.8, top_k=200)
+        generate.closing_sample(model, data.tokenizer, data.first('val', 32).tolist(), out_dir)

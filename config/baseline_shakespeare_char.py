@@ -19,3 +19,6 @@ lr_decay_iters = 5000
 min_lr = 1e-4
 beta2 = 0.99
 warmup_iters = 100
+if device == 'cpu':  # the flags that nanoGPT's README gives for a CPU
+    compile, eval_iters, log_interval, block_size, batch_size, dropout = False, 20, 1, 64, 12, 0.0
+    n_layer, n_head, n_embd, max_iters, lr_decay_iters = 4, 4, 128, 2000, 2000

@@ -49,13 +49,13 @@ class ModernConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, is_first):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_attn.weight.n_matrices = 3       # to Muon: q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.n_head = config.n_head
-        self.first_value = nn.Parameter(torch.tensor(0.5))      # the share of the first layer's values
+        self.first_value = None if is_first else nn.Parameter(torch.tensor(0.5))   # the share of the first layer's values
 
     def forward(self, x, rotary, v1):
         B, T, C = x.shape
@@ -77,9 +77,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, is_first):
         super().__init__()
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, is_first)
         self.mlp = MLP(config)
         self.dropout = config.dropout
         self.skip = nn.Parameter(torch.tensor([1.0, 0.0]))      # how much of x, and of the embedding, goes in
@@ -121,7 +121,7 @@ class Modern(LanguageModel):
         super().__init__(config)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer))))
+            h=nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))))
         if config.ngram:
             self.transformer['ngram'] = NgramEmbedding(config.ngram, config.ngram_rows, config.n_embd, config.ngram_dropout)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -150,8 +150,8 @@ class Modern(LanguageModel):
             x, v = (checkpoint(block, x, x0, rotary, v1, use_reentrant=False) if recompute else block(x, x0, rotary, v1))
             v1 = v if v1 is None else v1
         x = norm(x)
-        logits = self.lm_head(x if targets is not None else x[:, -1:]).float()
-        logits = 15 * torch.tanh(logits / 15)                               # (B, T, V), or (B, 1, V)
+        logits = self.lm_head(x if targets is not None else x[:, -1:])      # (B, T, V), or (B, 1, V)
+        logits = 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

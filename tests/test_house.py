@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {'train', 'sample', 'bench'}
+SCRIPTS = {'train', 'sample', 'bench', 'plot'}
 KNOWS = {       # module: the project's modules that it may import
     'configurator': set(), 'runtime': set(), 'files': set(), 'tokenizer': set(), 'layers': set(), 'optimizer': set(),
-    'generate': set(), 'parallel': set(),
+    'parallel': set(),
+    'generate': {'tokenizer'},
     'model': {'layers', 'optimizer', 'generate'},
     'models': {'model', 'layers'},
     'dataset': {'tokenizer', 'files'},
     'metrics': {'runtime', 'files'},
     'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files'},
 }
-LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'configurator.py': 180}
+LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'plot.py': 120, 'configurator.py': 180}
 
 
 def imports(path):

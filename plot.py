@@ -1,0 +1,116 @@
+"""Loss curves of one or several runs, over wall time and over tokens, as a picture.
+
+    python plot.py out-shakespeare-char                                     # makes out-shakespeare-char/loss.png
+    python plot.py out-a out-b --names="small, large" --out=compared.svg    # without --out: ./loss.png
+
+Points are validation losses; the thin line is the training loss, each value the mean of 2 % of the logged steps around it.
+The log has the wall time of evaluations, and how much of it went into steps: those between two evaluations are spread
+evenly over that time from the first one on, the rest is the second one's; those after the last take what was logged.
+"""
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import files
+from configurator import configure
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+out = ''  # the picture, .png, .svg or .pdf; else loss.png in the run's folder, or in the current one for several runs
+names = ''  # what to call the runs, with commas between; else their folders' names
+# ----------------------------------------------------------------------------------------------------------------------
+
+COLOURS = '#1f5fa8', '#d1602c', '#3a8a4d', '#8a4fa3', '#a8842c', '#3f98a0', '#b0476a', '#666666'
+UNITS = ([(1, 'wall time (seconds)'), (60, 'wall time (minutes)'), (3600, 'wall time (hours)')],
+         [(1, 'tokens'), (1e3, 'tokens (thousands)'), (1e6, 'tokens (millions)'), (1e9, 'tokens (billions)')])
+
+
+def read(folder):
+    """A run's losses, {'val_loss' | 'loss': [(wall seconds, tokens, loss)]}."""
+    path, losses = folder / 'metrics.jsonl', {'loss': [], 'val_loss': []}
+    try:
+        tokens = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['resolved']['tokens_per_step']
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+        records = [json.loads(line) for line in lines if line.endswith('}')]
+        if len(records) < len(lines):
+            print(f"{path}: a line that is only half written is left out", file=sys.stderr)
+        ahead = [record for record in records if 'val_loss' in record]
+        wall = ahead[0]['wall_seconds'] - ahead[0]['train_seconds'] if ahead else 0.0   # what comes before the first step
+        done, trained = records[0]['iter'] if records else 0, 0.0
+        for record in records:
+            now, step = wall, record['iter']
+            if ahead and record is ahead[0]:
+                done, trained, now = step, record['train_seconds'], record['wall_seconds']
+                wall = ahead.pop(0)['wall_seconds']
+            elif ahead:
+                now += (step - done) / max(1, ahead[0]['iter'] - done) * (ahead[0]['train_seconds'] - trained)
+            else:
+                now = wall = wall + (step + 1 - done) * record['ms'] / 1e3
+                done = step + 1
+            for key, points in losses.items():
+                if record.get(key) is not None:     # it is null where it was not finite
+                    points.append((now, tokens * step, record[key]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{folder} holds no run of train.py: metrics.jsonl or config.json is missing or damaged") from None
+    if not any(losses.values()):
+        raise ValueError(f"{path} has no losses yet")
+    raw, reach = losses['loss'], max(1, len(losses['loss']) // 100)
+    near = [raw[i - min(i, reach):i + min(i, reach) + 1] for i in range(len(raw))]      # as many behind as before
+    losses['loss'] = [(*point[:2], sum(p[2] for p in points) / len(points)) for point, points in zip(raw, near)]
+    return losses
+
+
+def draw(runs):
+    """The figure of runs, {name: losses}."""
+    import matplotlib.figure  # without pyplot, which would look for a display
+    matplotlib.rcParams.update({'font.size': 12, 'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': '#e4e4e4'})
+    figure, heights = matplotlib.figure.Figure(figsize=(12, 5), dpi=150, layout='constrained'), []
+    for column, (axes, units) in enumerate(zip(figure.subplots(1, 2, sharey=True), UNITS)):
+        most = max(point[column] for run in runs.values() for points in run.values() for point in points)
+        size, unit = [unit for unit in units if unit is units[0] or most >= 3 * unit[0]][-1]
+        for (name, run), colour in zip(runs.items(), COLOURS * len(runs)):
+            for points, style in zip(run.values(), (dict(lw=0.8, alpha=0.7), dict(lw=1.8, marker='o', ms=4.5))):
+                if points:
+                    x, y = [point[column] / size for point in points], [point[2] for point in points]
+                    axes.plot(x, y, color=colour, **style)
+                    heights += y[len(y) // 25 + (len(y) > 4):]     # the first ones would press all others together
+            axes.annotate(f"{textwrap.fill(name, 20)} {y[-1]:.3f}", (x[-1], y[-1]), (9, 0), textcoords='offset points',
+                          color=colour, va='center', parse_math=False, in_layout=False)
+        axes.set_xlabel(unit)
+        axes.spines[['top', 'right']].set_visible(False)
+    margin = 0.08 * (max(heights) - min(heights)) or 0.1
+    axes.set_ylim(min(heights) - margin, max(heights) + margin)
+    figure.axes[0].set_ylabel("loss (nats per token)")
+    figure.axes[0].set_title("points: validation, thin line: training, smoothed", fontsize=11, loc='left', color='#666666')
+    figure.draw_without_rendering()     # now the texts have a size
+    for axes in figure.axes:
+        width, taken = axes.bbox.width, []
+        ends = [text.xy[0] * width / max(width - text.get_window_extent().width - 40, width / 3) for text in axes.texts]
+        axes.set_xlim(0, max(ends) or 1)
+        curves = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+        for text in axes.texts:     # as near to the curve's end as there is no curve and no other text
+            for up in sorted(range(-100, 101, 2), key=abs):
+                text.set_position((9, up))
+                box = text.get_window_extent()
+                if box.y0 > axes.bbox.y0 and not any(map(box.overlaps, taken)) and not any(
+                        curve.intersects_bbox(box, filled=False) for curve in curves):
+                    break
+            taken.append(box)
+    return figure
+
+
+try:
+    folders = [word for word in sys.argv[1:] if os.path.isdir(word) or ('=' not in word and word[:1] != '-')]
+    configure(globals(), [word for word in sys.argv[1:] if word not in folders])
+    labels = [name.strip() for name in names.split(',')] if names else [folder.rstrip('/') for folder in folders]
+    if len(set(labels)) != len(folders) or not folders:
+        raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and as many names")
+    path = Path(out or Path(folders[0] if len(folders) == 1 else '', 'loss.png'))
+    figure = draw({label: read(Path(folder)) for label, folder in zip(labels, folders)})
+    with files.replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or 'png')
+    print(f"picture: {path}")
+except (ValueError, OSError, ImportError) as error:
+    from runtime import fail  # it imports torch, which takes seconds
+    fail(f"{error}: pip install matplotlib" if isinstance(error, ImportError) else error)

@@ -1,0 +1,157 @@
+"""Muon against its definition, matrix by matrix; groups by role; the schedules."""
+import copy
+import math
+
+import pytest
+import torch
+from conftest import TINY, run, same
+from torch import nn
+
+import checkpoint
+import optimizer
+from models import build
+
+LRS = {'matrix': 0.02, 'embedding': 0.3, 'head': 0.005}
+
+
+def small(**fields):
+    torch.manual_seed(0)
+    model = build('gpt', **{**dict(block_size=8, vocab_size=12, n_layer=2, n_head=2, n_embd=16, bias=False), **fields})
+    model.lm_head.weight = nn.Parameter(torch.randn(12, 16))     # untied, so that there is a head
+    return model
+
+
+def muon(model, weight_decay=0.0, **options):
+    return model.configure_optimizers(weight_decay, 1e-3, (0.9, 0.95), 'cpu', lrs=LRS, **options)
+
+
+def test_orthogonalize():
+    torch.manual_seed(0)
+    for shape in ((5, 24, 48), (3, 16, 64), (2, 64, 16)):
+        batch = torch.randn(shape)
+        out = optimizer.orthogonalize(batch)
+        values = torch.linalg.svdvals(out)
+        assert out.shape == batch.shape and values.min() > 0.6 and values.max() < 1.25
+        u, _, vh = torch.linalg.svd(batch, full_matrices=False)
+        assert ((out - u @ vh).norm() / (u @ vh).norm()) < 0.3        # the same directions
+        alone = torch.cat([optimizer.orthogonalize(one[None]) for one in batch])
+        assert torch.allclose(out, alone, atol=1e-4)
+
+
+def test_steps_are_the_definition():
+    """Momentum from 0.85 up, Nesterov's look ahead, each matrix on its own (q, k and v too), scaled by its shape."""
+    model = small()
+    opt, average = muon(model, weight_decay=0.5), {}
+    watched = {'c_attn': model.transformer.h[1].attn.c_attn.weight, 'c_fc': model.transformer.h[0].mlp.c_fc.weight,
+               'c_proj': model.transformer.h[0].mlp.c_proj.weight}
+    for step in range(3):
+        expected = {}
+        for name, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(hash(name) % 1000 + step))
+        for name, p in watched.items():
+            momentum = 0.85 + 0.10 * step / 300
+            average[name] = momentum * average.get(name, 0) + (1 - momentum) * p.grad
+            update = (1 - momentum) * p.grad + momentum * average[name]
+            parts = update.chunk(3) if name == 'c_attn' else [update]
+            update = torch.cat([optimizer.orthogonalize(part[None])[0] * math.sqrt(max(1, part.size(0) / part.size(1)))
+                                for part in parts])
+            decay = 0.5 * p.detach() * (update * p.detach() > 0)        # cautious
+            expected[name] = p.detach() - 0.02 * (update + decay)
+        for group in opt.param_groups:
+            group['lr'] = 1e-3 * group['lr_ratio']
+        opt.step()
+        for name, p in watched.items():
+            assert torch.allclose(p, expected[name], atol=1e-5), (step, name)
+
+
+def test_groups_by_role_and_width():
+    model = small(n_embd=192, n_head=2)
+    model.lm_head.weight = nn.Parameter(torch.randn(12, 192))
+    groups = muon(model, weight_decay=0.1).param_groups
+    role_of = {id(p): role for role, ps in model.param_groups().items() for p in ps}
+    seen = {}
+    for group in groups:
+        for p in group['params']:
+            seen[role_of[id(p)]] = (round(1e-3 * group['lr_ratio'], 6), group['weight_decay'], group['muon'])
+    assert seen == {'matrix': (0.02, 0.1, True), 'embedding': (0.6, 0.1, False), 'head': (0.01, 0.1, False),
+                    'vector': (1e-3, 0.0, False)}       # 192 is a quarter of 768: twice the rate, where it is scaled
+    assert sum(len(group['params']) for group in groups) == len(list(model.parameters()))
+
+
+def test_without_rates_of_their_own_it_is_nanogpts_adamw():
+    model = small()
+    opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', lrs=dict.fromkeys(LRS, 0.0))
+    assert type(opt) is torch.optim.AdamW and [g['weight_decay'] for g in opt.param_groups] == [0.1, 0.0]
+    assert {g['lr_ratio'] for g in opt.param_groups} == {1.0}
+
+
+def test_a_rate_without_learning_rate_is_refused():
+    with pytest.raises(ValueError, match='learning_rate=0'):
+        small().configure_optimizers(0.1, 0.0, (0.9, 0.95), 'cpu', lrs=LRS)
+
+
+def test_state_goes_through_a_state_dict():
+    torch.manual_seed(0)
+    model, twin = small(), small()
+    opt, other = muon(model), muon(twin)
+
+    def step(model, opt, seed):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        opt.step()
+    for seed in range(2):
+        step(model, opt, seed)
+    twin.load_state_dict(model.state_dict())
+    optimizer.load(other, copy.deepcopy(opt.state_dict()))
+    step(model, opt, 2)
+    step(twin, other, 2)
+    assert same(model.state_dict(), twin.state_dict())
+
+
+def test_float16_skips_a_step_whose_gradients_are_not_finite():
+    model = small()
+    opt = muon(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float('nan'))
+    opt.grad_scale, opt.found_inf = None, torch.tensor(1.0)     # as GradScaler sets them
+    opt.step()
+    assert same(before, model.state_dict())
+    opt.found_inf = torch.tensor(0.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert not same(before, model.state_dict())
+
+
+def test_cooldown_is_a_straight_line_after_a_plateau():
+    def lr(step):
+        return optimizer.schedule(step, peak=1.0, floor=0.1, warmup_steps=10, decay_steps=100, cooldown=0.4)
+    assert lr(0) == pytest.approx(1 / 11) and lr(10) == lr(60) == 1.0
+    assert lr(80) == pytest.approx(0.55) and lr(100) == lr(1000) == 0.1
+    assert lr(70) - lr(75) == pytest.approx(lr(90) - lr(95))
+
+
+MUON = [*TINY, '--muon_lr=0.02', '--embed_lr=0.01', '--head_lr=0.01', '--cooldown=0.5', '--weight_decay=0.2', '--n_embd=32']
+
+
+@pytest.mark.parametrize('model', ['gpt', 'modern'])
+def test_two_processes_learn_what_one_does(text_folder, tmp_path, model):
+    """They share the matrices to orthogonalise; the result is one process's, but for the order of sums."""
+    for processes in (1, 2):
+        done = run('train.py', *MUON, f'--model={model}', '--n_layer=3', f'--dataset={text_folder}',
+                   f'--out_dir={tmp_path}/{processes}', processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (checkpoint.read(tmp_path / f'{n}/ckpt.pt')['model'] for n in (1, 2))
+    assert all(torch.allclose(one[k], two[k], atol=2e-4) for k in one)
+    assert any(not torch.equal(one[k], p) for k, p in build(model, **checkpoint.read(
+        tmp_path / '1/ckpt.pt')['model_args']).state_dict().items() if k in one)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(text_folder, tmp_path):
+    settings = [*MUON, '--model=modern', '--ngram=3', '--ngram_rows=64', '--ngram_dropout=0.5', f'--dataset={text_folder}']
+    assert run('train.py', *settings, f'--out_dir={tmp_path}/whole').returncode == 0
+    assert run('train.py', *settings, '--max_iters=4', f'--out_dir={tmp_path}/cut').returncode == 0
+    assert run('train.py', '--init_from=resume', '--max_iters=6', f'--out_dir={tmp_path}/cut').returncode == 0
+    whole, cut = (checkpoint.read(tmp_path / f'{name}/ckpt.pt') for name in ('whole', 'cut'))
+    assert same(whole['model'], cut['model']) and same(whole['optimizer']['state'], cut['optimizer']['state'])
