@@ -1,4 +1,5 @@
 """The machine's part: devices, formats, peaks, compilation and what stands in for it where it can't be had."""
+import json
 import math
 import sys
 
@@ -90,12 +91,48 @@ def test_without_a_compiler_a_run_goes_on_eagerly_unless_told_to_compile(text_fo
     assert 'torch.compile does not work here' in done.stderr and 'Traceback' not in done.stderr
 
 
-# `auto` compiles on CUDA only; this run takes it to compile everywhere.
+# `auto` compiles only where the run is long; this one compiles however short it is.
 COMPILE_ALWAYS = '''
 import runpy, sys
 sys.path.insert(0, '.')
 import runtime
 runtime.resolve_compile = lambda wish, device: wish in (True, 'auto')
+runpy.run_path('train.py', run_name='__main__')
+'''
+
+
+@pytest.mark.parametrize('steps, others, is_compiled', [(10, False, False), (10 ** 9, False, True), (10, True, True)])
+def test_auto_compiles_where_the_run_is_long_enough(steps, others, is_compiled):
+    """`others`: another process has decided so."""
+    class Model(torch.nn.Linear):
+        def compile(self):
+            self._compiled_call_impl = self.forward
+    model = Model(4, 4)
+    model.register_buffer('seen', torch.zeros(()))
+
+    def try_step():
+        model.seen += 1
+        model(torch.randn(2, 4)).sum().backward()
+    compiled = runtime.compile_model(model, try_step, 'auto', False, 'cpu', steps, agree=lambda flag: flag or others)
+    assert compiled == is_compiled and model.seen == 0 and model.weight.grad is None
+
+
+def test_a_decision_to_compile_is_kept_on_resume(text_folder, tmp_path):
+    settings = [*(word for word in TINY if 'compile' not in word), f'--dataset={text_folder}', f'--out_dir={tmp_path}']
+    code = COMPILE_IN_NAME_ONLY.format(steps=1)
+    assert run('-c', code, *settings).returncode == 0
+    assert json.loads((tmp_path / 'config.json').read_text())['resolved']['compile'] is True
+    done = run('-c', COMPILE_IN_NAME_ONLY.format(steps=10 ** 9), '--init_from=resume', f'--out_dir={tmp_path}', '--max_iters=8')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'config.json').read_text())['resolved']['compile'] is True
+
+
+COMPILE_IN_NAME_ONLY = '''
+import runpy, sys
+sys.path.insert(0, '.')
+import runtime, torch
+torch.nn.Module.compile = lambda self: setattr(self, '_compiled_call_impl', self._call_impl)
+runtime.COMPILE_PAYS = {{'cpu': {steps} * 1e-9}}
 runpy.run_path('train.py', run_name='__main__')
 '''
 
