@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
         raise ValueError(f"{type(self).__name__} has block_size={self.config.block_size} and can't change it")
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, **options):
-        """The optimizer over `param_groups`: AdamW, or with the options of optimizer.build Muon; None without parameters."""
+        """The optimizer over `param_groups`: AdamW, or Muon by optimizer.build's options; None without parameters."""
         width = getattr(self.config, 'n_embd', 768)
         return optimizer.build(self.param_groups(), weight_decay, learning_rate, betas, device_type, width=width, **options)
 

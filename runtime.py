@@ -251,6 +251,8 @@ def compile_model(model, try_step, wish, insist, device, steps, agree):
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     if wish != 'auto' or agree(_seconds_of(try_step, device) * steps > COMPILE_PAYS[device.split(':')[0]]):
         try:
+            if os.environ.get('RANK', '0') == '0':
+                print("compiling, which takes a minute", flush=True)
             model.compile()
             try_step()
         except Exception as error:      # the compiler's ways to fail are many and undocumented

@@ -234,8 +234,8 @@ with user_errors():
     if compile and not model.fit:
         parallel.exchange_gradients(wrapped, False)
         with runtime.memory_errors(advice):
-            compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), compile, config['compile'] is True, device,
-                                            len(micros) * (max_iters - iter_num), parallel.anyone)
+            compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), compile, config['compile'] is True,
+                                            device, len(micros) * (max_iters - iter_num), parallel.anyone)
     facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
                  compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
     if parallel.IS_MASTER:
@@ -248,8 +248,7 @@ if wandb_log:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 stop = runtime.StopRequest()
 with user_errors(), runtime.memory_errors(advice):
-    watch = Stopwatch(device, progress.get('train_seconds', 0.0))
-    saved_at, loss = time.monotonic(), 0.0
+    watch, saved_at, loss = Stopwatch(device, progress.get('train_seconds', 0.0)), time.monotonic(), 0.0
     profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
     while True:
         # evaluate, and save

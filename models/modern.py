@@ -40,7 +40,7 @@ class ModernConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a modern GPT needs at least 1")
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={self.n_head}: rotary positions turn pairs")
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={self.n_head}: rotation is of pairs")
         for name in ('dropout', 'ngram_dropout'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: take a probability from 0 up to, not including, 1")
@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn.weight.n_matrices = 3       # to Muon: q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.n_head = config.n_head
-        self.first_value = None if is_first else nn.Parameter(torch.tensor(0.5))   # the share of the first layer's values
+        self.first_value = None if is_first else nn.Parameter(torch.tensor(0.5))   # share of the first layer's values
 
     def forward(self, x, rotary, v1):
         B, T, C = x.shape
@@ -85,7 +85,7 @@ class Block(nn.Module):
         self.skip = nn.Parameter(torch.tensor([1.0, 0.0]))      # how much of x, and of the embedding, goes in
 
     def forward(self, x, x0, rotary, v1):
-        """x, x0: (B, T, C); v1: (B, H, T, D), the first block's values, or None in it. Returns x and this block's values."""
+        """x, x0: (B, T, C); v1: (B, H, T, D), the first block's values, None in it. Returns x and this block's values."""
         x = layers.mix(x, x0, self.skip)
         dropout = self.dropout if self.training else 0.0
         y, v = self.attn(norm(x), rotary, v1)

@@ -21,7 +21,7 @@ from tokenizer import TiktokenTokenizer, check_description, load
 
 SIZE = 8192
 AWKWARD = "'<|endoftext|>' as text, ünï 🎉 日本語\n\n\n    # \t  trailing \n" + 'ab' * 300 + ' ' * 300
-SMALL = [f'number = {i}\n' for i in range(100)]
+SMALL = [f'number = {i}\n' for i in range(400)]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ CORPUS = [AWKWARD, SMALL[7], *(text for i, text in enumerate(SMALL) if i % 2 and
 
 
 def split_of(text):
-    return 'val' if int(hashlib.sha256(f'1337/{text}'.encode()).hexdigest(), 16) % 20 == 0 else 'train'
+    return 'val' if int(hashlib.sha256(f'1337/{text}'.encode()).hexdigest(), 16) % 100 == 0 else 'train'
 
 
 def test_each_text_of_the_environment_is_taken_once(roots):
@@ -74,7 +74,7 @@ def test_a_text_s_split_depends_on_nothing_else(roots):
     splits = {text: split for split, text in script['documents'](paths)}
     assert splits == {text: split for split, text in script['documents'](reversed(paths))}
     assert splits == {text: split_of(text) for text in CORPUS}
-    assert 1 <= list(splits.values()).count('val') <= 12        # of 103, one in twenty
+    assert 1 <= list(splits.values()).count('val') <= 12        # of 403, one in a hundred
 
 
 @needs_gpt2

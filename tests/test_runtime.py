@@ -122,7 +122,8 @@ def test_a_decision_to_compile_is_kept_on_resume(text_folder, tmp_path):
     code = COMPILE_IN_NAME_ONLY.format(steps=1)
     assert run('-c', code, *settings).returncode == 0
     assert json.loads((tmp_path / 'config.json').read_text())['resolved']['compile'] is True
-    done = run('-c', COMPILE_IN_NAME_ONLY.format(steps=10 ** 9), '--init_from=resume', f'--out_dir={tmp_path}', '--max_iters=8')
+    code = COMPILE_IN_NAME_ONLY.format(steps=10 ** 9)
+    done = run('-c', code, '--init_from=resume', f'--out_dir={tmp_path}', '--max_iters=8')
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / 'config.json').read_text())['resolved']['compile'] is True
 

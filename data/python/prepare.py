@@ -5,7 +5,7 @@
 All .py files of the running interpreter's standard library and of the packages installed beside it that are UTF-8 and
 at most 1 MB (larger ones are generated tables), each content once. Beside torch and transformers that is some 200 MB in
 12,000 files, encoded in a minute or two, each under its own package's licence; only GPT-2's vocabulary is downloaded.
-Whole files go to a split, one in twenty to validation, by the sha256 of the seed and their content, in the order of
+Whole files go to a split, one in a hundred to validation, by the sha256 of the seed and their content, in the order of
 their names, <|endoftext|> after each. Near copies, such as vendored packages, may lie on both sides. The corpus is this
 environment's: losses compare where its sha256, which is printed, is the same.
 """
@@ -52,7 +52,7 @@ def documents(paths):
     """(split, text) of each of these files."""
     for text in map(text_of, paths):
         number = int(hashlib.sha256(f'{SEED}/{text}'.encode()).hexdigest(), 16)
-        yield 'val' if number % 20 == 0 else 'train', text
+        yield 'val' if number % 100 == 0 else 'train', text
 
 
 if __name__ == '__main__':
