@@ -92,12 +92,12 @@ def time_steps(words, out_dir, name):
     path, enough, began = out_dir / 'metrics.jsonl', warmup + min(steps, 3), time.monotonic()
 
     def is_over():
-        done = path.read_text().count('\n')
+        done = path.read_text().count('"ms"')
         return done >= warmup + steps or (done >= enough and time.monotonic() - began > seconds)
 
     words += ['--log_interval=1', '--eval_interval=0', '--save_minutes=0', f'--profile={profile}']
     *_, last_words = train(words, out_dir, name, is_over)
-    lines = [json.loads(line) for line in path.read_text().split('\n')[warmup:-1]]     # the last may be half written
+    lines = [json.loads(line) for line in path.read_text().split('\n')[:-1] if '"ms"' in line][warmup:]
     if len(lines) < enough - warmup:
         fail(f"train.py ended before it had taken {enough} steps (a larger --max_iters?): {last_words}")
     facts = json.loads((out_dir / 'config.json').read_text())['resolved']

@@ -5,6 +5,7 @@ sums.json, the sha256 of what each of them may be. The order of a save: the new 
 into sums.json, beside the old ones; ckpt.pt becomes ckpt.prev.pt; the new file becomes ckpt.pt. After a crash between
 any two of these, every file that is there still verifies.
 """
+import contextlib
 import dataclasses
 import json
 import os
@@ -177,18 +178,32 @@ def settings(state):
     return config
 
 
-def restore(state, **overrides):
+def model_config(values):
+    """The Config class of the model that train.py's settings are about: that of the run in a folder that they start from.
+
+    Raises ValueError where they ask for what it does not have.
+    """
+    name, folder = values['model'], values['out_dir'] if values['init_from'] == 'resume' else values['init_from']
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # else what is wrong there is said later
+        name = json.loads(Path(folder, 'config.json').read_text())['model']
+    Config = models.architecture(name).Config
+    for key in ('bias', 'dropout'):
+        if values.get(key) and key not in {field.name for field in dataclasses.fields(Config)}:
+            raise ValueError(f"model={name} has no {key}: leave out {key}={values[key]}")
+    return Config
+
+
+def restore(state, settings=None):
     """(model, tokenizer description or None) of a checkpoint's content, on the CPU. nanoGPT's checkpoints work too.
 
-    overrides: Config fields that hold no weights, such as dropout; a model without such a field passes over it.
+    settings: train.py's; of them it takes the Config fields that hold no weights (models.FREE), such as dropout.
     """
     Model = models.architecture(state.get('model_name', 'gpt'))
     weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
     if 'model_name' not in state:       # nanoGPT's; on old torch versions it kept its causal mask among the weights
         weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
     try:
-        known = {field.name for field in dataclasses.fields(Model.Config)}
-        model = Model(Model.Config(**state['model_args'] | {k: v for k, v in overrides.items() if k in known}))
+        model = Model(Model.Config(**state['model_args'] | _free(Model.Config, settings)))
         model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's weights and model_args are not a {Model.__name__}'s: "
@@ -203,21 +218,25 @@ def restore(state, **overrides):
     return model, description
 
 
-def open_model(source, **overrides):
+def _free(Config, settings):
+    return {f.name: settings[f.name] for f in dataclasses.fields(Config) if f.name in models.FREE & (settings or {}).keys()}
+
+
+def open_model(source, settings=None):
     """(model, tokenizer description or None) from an out_dir, a checkpoint, a Hugging Face folder or an OpenAI name.
 
     From an out_dir: the best weights, or the latest where its run had always_save_checkpoint. Raises ValueError, OSError.
     """
     path = Path(source)
     if path.is_file():
-        return restore(read(path), **overrides)
+        return restore(read(path), settings)
     names = [name for name in _preference(path) if (path / name).exists()]
     if names:
-        return restore(_first_good([path / name for name in names], 'taking'), **overrides)
+        return restore(_first_good([path / name for name in names], 'taking'), settings)
     if not (path / 'config.json').exists() and source not in OPENAI:
         what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{source!r} {what}; the names that need no folder are {', '.join(OPENAI)}")
-    model = GPT.from_pretrained(source, **overrides)
+    model = GPT.from_pretrained(source, **_free(GPT.Config, settings))
     return model, dict(dataset.GPT2) if model.config.vocab_size == 50257 else None
 
 

@@ -61,8 +61,8 @@ def compute_type(x):
 
 
 def norm(x):
-    """LayerNorm without weights, over the last dimension. One kernel, where RMSNorm is several on a CPU."""
-    return F.layer_norm(x, x.shape[-1:])
+    """LayerNorm without weights, over the last dimension, in x's type. One kernel, where RMSNorm is several on a CPU."""
+    return F.layer_norm(x, x.shape[-1:]).type_as(x)     # CUDA's autocast returns float32
 
 
 def rotary(T, D, base=10000):
@@ -76,6 +76,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rotary):
+        rotary = rotary.type_as(x)
         ctx.save_for_backward(rotary)
         return (x * rotary[0]).addcmul_(x.roll(x.shape[-1] // 2, -1), rotary[1])
 
@@ -114,12 +115,6 @@ def add_some(x, y, p):
         return x + y
     kept = torch.rand(*y.shape[:2], 1, device=y.device) >= p
     return torch.addcmul(x, y, (kept / (1 - p)).type_as(y))
-
-
-def mix(x, y, weights):
-    """weights[0] · x + weights[1] · y, in x's type."""
-    a, b = weights.type_as(x)
-    return torch.addcmul(a * x, b, y)
 
 
 def add(x, y):

@@ -74,10 +74,14 @@ class LanguageModel(nn.Module):
         """Shorten the longest context in place, for models that can."""
         raise ValueError(f"{type(self).__name__} has block_size={self.config.block_size} and can't change it")
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, **options):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, lrs=None, **options):
         """The optimizer over `param_groups`: AdamW, or Muon by optimizer.build's options; None without parameters."""
         width = getattr(self.config, 'n_embd', 768)
-        return optimizer.build(self.param_groups(), weight_decay, learning_rate, betas, device_type, width=width, **options)
+        for name, p in self.named_parameters():
+            if name.endswith('c_attn.weight'):
+                p.n_matrices = 3        # q, k and v, one above the other
+        return optimizer.build(self.param_groups(), weight_decay, learning_rate, betas, device_type, lrs, width=width,
+                               **options)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens): idx continued, one sampled token after the other."""
@@ -111,7 +115,6 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_attn.weight.n_matrices = 3       # to Muon: q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)

@@ -7,28 +7,27 @@ import torch.distributed as dist
 MUON_MOMENTUM = 0.85, 0.95, 300     # from, to, within so many steps: early gradients are soon out of date
 
 
-def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, width=768, bfloat16=False):
+def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, width=768, bfloat16=False, is_asked=False):
     """The optimizer of {role: [parameters]}; None where there is nothing to learn.
 
     Without `lrs` it is AdamW in nanoGPT's two groups: what has two dimensions or more decays, vectors don't. lrs: learning
     rates by role ('matrix', 'embedding', 'head'; one that is missing or 0 is `learning_rate`). With one for matrices
     these are Muon's. Those of embeddings and heads hold for 768 channels, and are scaled with width^-1/2 to `width`.
-    bfloat16: orthogonalise in bfloat16, which is exact enough and fast where the chip has it.
+    bfloat16: orthogonalise in bfloat16, which is exact enough and fast where the chip has it. is_asked: somebody wants this
+    learning_rate, so it is an error (ValueError) if nothing is trained with it.
     Fused: one kernel for all parameters, measured faster on each device.
     """
     lrs = {role: lr * (1 if role == 'matrix' else math.sqrt(768 / width)) for role, lr in (lrs or {}).items() if lr}
     if lrs and not learning_rate:
         raise ValueError("learning_rate=0 with another rate above 0: it is what the schedule starts from, take it > 0")
-    sets = {}       # (ratio to learning_rate, weight decay, is Muon's): parameters
-    for role in ('embedding', 'matrix', 'head', 'vector'):
-        key = (lrs[role] / learning_rate if role in lrs else 1.0, weight_decay * (role != 'vector'),
-               role == 'matrix' and 'matrix' in lrs)
-        sets.setdefault(key, []).extend(groups.get(role, ()))
-    sets.setdefault((1.0, 0.0, False), [])
-    if not any(sets.values()):
+    decaying = [['embedding'], ['matrix'], ['head']] if lrs else [['embedding', 'matrix', 'head']]
+    groups = [dict(params=[p for role in roles for p in groups.get(role, ())], muon='matrix' in lrs and roles == ['matrix'],
+                   lr_ratio=lrs[roles[0]] / learning_rate if roles[0] in lrs else 1.0,
+                   weight_decay=0.0 if roles == ['vector'] else weight_decay) for roles in [*decaying, ['vector']]]
+    if not any(group['params'] for group in groups):
         return None
-    groups = [dict(params=params, lr_ratio=ratio, weight_decay=decay, muon=muon)
-              for (ratio, decay, muon), params in sets.items()]
+    if is_asked and all(group['lr_ratio'] != 1.0 for group in groups if group['params']):
+        raise ValueError(f"learning_rate={learning_rate} trains nothing here: set muon_lr, embed_lr and head_lr instead")
     fused = device_type in ('cuda', 'mps', 'cpu')
     if 'matrix' not in lrs:
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
@@ -39,13 +38,13 @@ class Muon(torch.optim.AdamW):
     """AdamW; and for the groups with muon=True: momentum, made orthogonal, is the update (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon).
 
-    A parameter holds p.n_matrices (absent: 1) matrices, one above the other, each orthogonalised on its own; those of one
-    shape are one batch, which the processes share. Weight decay only where it goes the update's way (cautious, Chen et
-    al. 2025, arXiv 2510.12402).
+    A parameter holds p.n_matrices (absent: 1) matrices, one above the other, or a stack of them along other dimensions;
+    each is orthogonalised on its own, those of one shape as one batch that the processes share. Weight decay only where it
+    goes the update's way (cautious, Chen et al. 2025, arXiv 2510.12402).
     """
 
     def __init__(self, groups, bfloat16, **options):
-        super().__init__(groups, **options)
+        super().__init__([group | dict(fused=False) if group['muon'] else group for group in groups], **options)
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
 
     @torch.no_grad()
@@ -75,7 +74,8 @@ class Muon(torch.optim.AdamW):
             momentum = start + (end - start) * min(1, state['step'].item() / steps)
             state['step'] += 1
             average = state['momentum_buffer'].lerp_(p.grad, 1 - momentum)
-            update = p.grad.lerp(average, momentum).unflatten(0, (getattr(p, 'n_matrices', 1), -1))     # Nesterov
+            update = p.grad.lerp(average, momentum)     # Nesterov
+            update = update.reshape(-1, p.size(-2) // getattr(p, 'n_matrices', 1), p.size(-1))
             batches.setdefault(update.shape[1:], []).append((p, update))
         for (rows, columns), items in batches.items():
             size = group['lr'] * math.sqrt(max(1, rows / columns))
@@ -102,7 +102,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(batch, steps=5):
-    """The nearest orthogonal matrix to each of batch (N, rows, columns), roughly: singular values 0.7 to 1.2.
+    """The nearest orthogonal matrix to each of batch (N, rows, columns), roughly: all but the smallest singular values
+    become 0.7 to 1.2.
 
     Newton-Schulz iteration of fifth order with Jordan's coefficients, which give up exactness for speed.
     """
@@ -136,7 +137,10 @@ def schedule(step, peak, floor, warmup_steps, decay_steps, decay=True, cooldown=
 def load(optimizer, state):
     """Load a state_dict's moments; the options stay this run's. Raises ValueError where the state is another model's."""
     options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    if [len(group['params']) for group in state['param_groups']] != [len(g['params']) for g in optimizer.param_groups]:
-        raise ValueError("the checkpoint's optimizer state is another model's: its parameter groups have other sizes")
+    theirs, ours = ([(len(group['params']), group.get('muon', False)) for group in groups]
+                    for groups in (state['param_groups'], optimizer.param_groups))
+    if theirs != ours:
+        raise ValueError("the checkpoint's optimizer state does not fit: it is another model's, or one of muon_lr, "
+                         "embed_lr and head_lr was 0 and is not now, or the other way round; leave them as they were")
     groups = [{**group, **own} for group, own in zip(state['param_groups'], options, strict=True)]
     optimizer.load_state_dict({**state, 'param_groups': groups})

@@ -69,7 +69,7 @@ decay_lr = True  # down to min_lr after a linear warm-up; False: constant
 cooldown = 0.0  # the last share of lr_decay_iters, in which it falls in a straight line; 0: a cosine from the warm-up on
 warmup_iters = 2000  # steps of the warm-up
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
-min_lr = 6e-5  # usually learning_rate / 10
+min_lr = 6e-5  # usually learning_rate / 10; rates of their own fall by the same factor
 # the machine
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
@@ -82,8 +82,7 @@ profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or
 # ----------------------------------------------------------------------------------------------------------------------
 
 with user_errors():
-    config, given = configure(globals(), sys.argv[1:], runtime.resolve_device,
-                              lambda values: models.architecture(values['model']).Config)
+    config, given = configure(globals(), sys.argv[1:], runtime.resolve_device, checkpoint.model_config)
 
 
 def adopt(kept, whose, free):
@@ -99,11 +98,12 @@ def adopt(kept, whose, free):
 with user_errors():
     stored = checkpoint.read_latest(out_dir) if init_from == 'resume' else None
 if stored:
-    adopt({'model': stored.get('model_name', 'gpt')} | stored['model_args'], out_dir, {'dropout'})
+    adopt({'model': stored.get('model_name', 'gpt')} | stored['model_args'], out_dir, models.FREE)
     adopt(checkpoint.settings(stored), out_dir, config.keys())
 runtime.check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')
 runtime.check_at_least(0, config, 'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay '
-                                  'grad_clip warmup_iters lr_decay_iters min_lr')
+                                  'grad_clip warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown')
+runtime.check_at_most(1, config, 'cooldown')
 if gradient_accumulation_steps % parallel.WORLD_SIZE:
     fail(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of {parallel.WORLD_SIZE} processes")
 
@@ -128,10 +128,11 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
         prepare_if_small(dataset)
     runtime.seed_everything(seed, 1)
     if stored:
-        model, trained_on = checkpoint.restore(stored, dropout=dropout)
+        model, trained_on = checkpoint.restore(stored, config)
     elif init_from != 'scratch':
-        trained, trained_on = checkpoint.open_model(init_from, dropout=dropout)
-        adopt({'model': models.name_of(trained)} | dataclasses.asdict(trained.config), init_from, {'dropout', 'block_size'})
+        trained, trained_on = checkpoint.open_model(init_from, config)
+        adopt({'model': models.name_of(trained)} | dataclasses.asdict(trained.config), init_from,
+              models.FREE | {'block_size'})
         model = trained
         if block_size != model.config.block_size:
             model.crop_block_size(block_size)
@@ -143,11 +144,10 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
         fail(f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
              f"{out_dir if stored else init_from}")
-    model.to(device)
-    model.gradient_checkpointing = gradient_checkpointing
+    model.to(device).gradient_checkpointing = gradient_checkpointing
     optimizer = model.configure_optimizers(
-        weight_decay, learning_rate, (beta1, beta2), device_type, bfloat16=dtype == 'bfloat16',
-        lrs={'matrix': muon_lr, 'embedding': embed_lr, 'head': head_lr})
+        weight_decay, learning_rate, (beta1, beta2), device_type, dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
+        bfloat16=dtype == 'bfloat16', is_asked=given.get('learning_rate') == 'command line')
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if stored and optimizer:
         if not stored['optimizer']:

@@ -15,6 +15,6 @@ else:
     batch_size, block_size, n_layer, n_head, n_embd, max_iters = 32, 512, 6, 3, 384, 500
 lr_decay_iters = max_iters
 ngram, ngram_dropout = 5, 0.4
-muon_lr, embed_lr, head_lr, learning_rate, min_lr = 0.04, 0.006, 0.008, 0.02, 0.0
+muon_lr, embed_lr, head_lr, min_lr = 0.04, 0.006, 0.008, 0.0
 beta1, weight_decay, grad_clip = 0.8, 0.5, 0.0
 warmup_iters, cooldown = 10, 0.75

@@ -12,6 +12,6 @@ else:
     batch_size, block_size, n_layer, n_head, n_embd, max_iters = 32, 512, 6, 3, 384, 1000
 lr_decay_iters = max_iters
 ngram, ngram_dropout = 5, 0.1  # a small part of an epoch: there is little to overfit
-muon_lr, embed_lr, head_lr, learning_rate, min_lr = 0.04, 0.012, 0.008, 0.02, 0.0
+muon_lr, embed_lr, head_lr, min_lr = 0.04, 0.012, 0.008, 0.0
 beta1, weight_decay, grad_clip = 0.8, 0.1, 0.0
 warmup_iters, cooldown = 10, 0.75

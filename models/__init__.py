@@ -3,6 +3,8 @@ import difflib
 import importlib
 from pathlib import Path
 
+FREE = {'dropout', 'ngram_dropout'}     # Config fields that hold no weights: they may change between runs
+
 
 def architecture(name):
     """The LanguageModel class called `name`. Raises ValueError, naming the nearest, where there is none."""

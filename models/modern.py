@@ -2,11 +2,10 @@
 
 Changes from GPT: rotary positions (RoFormer, arXiv 2104.09864) on normalised queries and keys (arXiv 2010.04245); squared
 ReLU (Primer, arXiv 2109.08668); norms without weights, and no biases; projections into the residual stream begin at zero; a
-head of its own whose logits are soft-capped (Gemma 2, arXiv 2408.00118); each layer mixes the first layer's values into
-its own (value residual, arXiv 2410.17897) and the embedding into its input (x0). Most were put together first in the speed
-runs at https://github.com/KellerJordan/modded-nanogpt. For small models, `ngram`: embeddings of the last 2, 3, … tokens
-together, in one hashed table, added to the token's own; a lookup costs next to no arithmetic.
-Train with Muon: --muon_lr. RESULTS.md has what each part brings.
+head of its own whose logits are soft-capped (Gemma 2, arXiv 2408.00118). Most were put together first in the speed runs at
+https://github.com/KellerJordan/modded-nanogpt. For small models, `ngram`: embeddings of the last 2, 3, … tokens together,
+in one hashed table, added to the token's own; a lookup costs next to no arithmetic.
+Train with Muon: --muon_lr. RESULTS.md has what each part brings, and what was tried and left out.
 
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
@@ -49,21 +48,18 @@ class ModernConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, is_first):
+    def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.c_attn.weight.n_matrices = 3       # to Muon: q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.n_head = config.n_head
-        self.first_value = None if is_first else nn.Parameter(torch.tensor(0.5))   # share of the first layer's values
 
-    def forward(self, x, rotary, v1):
+    def forward(self, x, rotary):
         B, T, C = x.shape
         qk, v = layers.split_heads(self.c_attn(x), self.n_head).split([2, 1])       # (2, B, H, T, D), (1, B, H, T, D)
         q, k = layers.rotate(norm(qk), rotary)
-        v = v[0] if v1 is None else torch.lerp(v[0], v1, self.first_value.type_as(v1))
-        y = layers.causal_attention(q, k, v)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v
+        y = layers.causal_attention(q, k, v[0])
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -77,29 +73,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, is_first):
+    def __init__(self, config):
         super().__init__()
-        self.attn = CausalSelfAttention(config, is_first)
+        self.attn = CausalSelfAttention(config)
         self.mlp = MLP(config)
         self.dropout = config.dropout
-        self.skip = nn.Parameter(torch.tensor([1.0, 0.0]))      # how much of x, and of the embedding, goes in
 
-    def forward(self, x, x0, rotary, v1):
-        """x, x0: (B, T, C); v1: (B, H, T, D), the first block's values, None in it. Returns x and this block's values."""
-        x = layers.mix(x, x0, self.skip)
+    def forward(self, x, rotary):
         dropout = self.dropout if self.training else 0.0
-        y, v = self.attn(norm(x), rotary, v1)
-        x = layers.add_some(x, y, dropout)
-        return layers.add_some(x, self.mlp(norm(x)), dropout), v
+        x = layers.add_some(x, self.attn(norm(x), rotary), dropout)
+        return layers.add_some(x, self.mlp(norm(x)), dropout)
 
 
-class NgramEmbedding(nn.Module):
+class NgramEmbedding(nn.Embedding):
     """The sum of the embeddings of the last 2, 3, … n tokens, which hash to rows of one table."""
 
     def __init__(self, n, rows, C, dropout):
-        super().__init__()
+        super().__init__(rows + 1, C, padding_idx=rows)     # the last row stays zero: what is left out
         self.n, self.rows, self.dropout = n, rows, dropout
-        self.weight = nn.Parameter(torch.zeros(rows + 1, C))    # the last row stays zero: what is left out
+        nn.init.zeros_(self.weight)
 
     def forward(self, idx):
         B, T = idx.shape
@@ -121,7 +113,7 @@ class Modern(LanguageModel):
         super().__init__(config)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            h=nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))))
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer))))
         if config.ngram:
             self.transformer['ngram'] = NgramEmbedding(config.ngram, config.ngram_rows, config.n_embd, config.ngram_dropout)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -143,27 +135,17 @@ class Modern(LanguageModel):
         x = self.transformer.wte(idx)                                       # (B, T, C)
         if self.config.ngram:
             x = x + self.transformer.ngram(idx)
-        x = x0 = norm(layers.compute_type(x))
-        rotary, v1 = self.rotary[:, :T].type_as(x), None
+        x = norm(layers.compute_type(x))
+        rotary = self.rotary[:, :T].type_as(x)
         for block in self.transformer.h:
             recompute = self.gradient_checkpointing and self.training
-            x, v = (checkpoint(block, x, x0, rotary, v1, use_reentrant=False) if recompute else block(x, x0, rotary, v1))
-            v1 = v if v1 is None else v1
+            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary)
         x = norm(x)
         logits = self.lm_head(x if targets is not None else x[:, -1:])      # (B, T, V), or (B, 1, V)
         logits = 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    def param_groups(self):
-        """The n-gram table is an embedding like wte."""
-        groups = super().param_groups()
-        if self.config.ngram:
-            table = self.transformer.ngram.weight
-            groups['matrix'] = [p for p in groups['matrix'] if p is not table]
-            groups['embedding'].append(table)
-        return groups
 
     def flops_per_token(self, T):
         """6 per parameter that is multiplied with (tables are looked up), and 12·C·T per layer for attention's products."""

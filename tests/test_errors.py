@@ -139,7 +139,15 @@ SETTINGS = [
     ('--attention=flash', "attention='flash' is unknown: take auto, sdpa or plain"),
     *[(word, word[2:].split('=')[0])
       for word in ('--max_iters=-1', '--seed=-1', '--grad_clip=-1', '--weight_decay=-1', '--min_lr=-1', '--warmup_iters=-1',
-                   '--eval_interval=-1', '--save_minutes=-1', '--early_stop=-1')],
+                   '--eval_interval=-1', '--save_minutes=-1', '--early_stop=-1', '--muon_lr=-1', '--embed_lr=-1',
+                   '--head_lr=-1', '--cooldown=-1')],
+    ('--cooldown=1.5', 'cooldown=1.5 must be at most 1'),
+    ('--learning_rate=0 --muon_lr=0.1', 'learning_rate=0 with another rate above 0'),
+    ('--model=modern --n_embd=18', 'n_embd=18 is not divisible by 2 x n_head=2'),
+    ('--model=modern --ngram=1', 'ngram=1: take 0, or'),
+    ('--ngram=4', "there is no setting 'ngram'"),
+    ('--model=modern --muon_lr=0.1 --embed_lr=0.1 --head_lr=0.1', 'learning_rate=0.01 trains nothing here'),
+    ('--model=modern --bias=True', 'model=modern has no bias'),
     ('--backend=mpi', "backend='mpi' is unknown"),
     ('--compile=0', 'compile=0 is unknown'),
     (f'--n_embd={2 ** 40}', 'out of memory'),
@@ -148,7 +156,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize('word, message', SETTINGS)
 def test_a_wrong_setting(train, word, message):
-    check(train(word), message)
+    check(train(*word.split()), message)
 
 
 @pytest.mark.parametrize('text, message', [

@@ -1,4 +1,5 @@
 """models/modern.py against its equations, written out plainly in float64, and the parts of layers.py that it is made of."""
+import json
 import math
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from conftest import TINY, run
 
 import layers
+import runtime
 from models import build
 
 SHAPE = dict(block_size=12, vocab_size=20, n_layer=3, n_head=2, n_embd=16, ngram=4, ngram_rows=50)
@@ -17,7 +19,7 @@ def shaken(**fields):
     model = build('modern', **{**SHAPE, **fields}).double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.1))
+            p.add_(torch.randn_like(p) * 0.3)
         if model.config.ngram:
             model.transformer.ngram.weight[-1] = 0
     return model
@@ -44,21 +46,16 @@ def by_hand(model, ids):
     x = w['transformer.wte.weight'][ids]
     if c.ngram:
         x = x + model.transformer.ngram(ids[None])[0]
-    x = x0 = layer_norm(x)
+    x = layer_norm(x)
     for i in range(c.n_layer):
         of = {k.split('.', 3)[3]: v for k, v in w.items() if k.startswith(f'transformer.h.{i}.')}
-        x = of['skip'][0] * x + of['skip'][1] * x0
         q, k, v = (layer_norm(x) @ of['attn.c_attn.weight'].T).split(c.n_embd, -1)
-        values, out = v, []
-        if i == 0:
-            v1 = v
-        else:
-            values = v + of['attn.first_value'] * (v1 - v)
+        out = []
         for h in range(c.n_head):
             part = slice(h * D, (h + 1) * D)
             scores = turned(layer_norm(q[:, part])) @ turned(layer_norm(k[:, part])).T / math.sqrt(D)
             scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-            out.append(scores.softmax(-1) @ values[:, part])
+            out.append(scores.softmax(-1) @ v[:, part])
         x = x + torch.cat(out, -1) @ of['attn.c_proj.weight'].T
         x = x + (layer_norm(x) @ of['mlp.c_fc.weight'].T).clamp(min=0) ** 2 @ of['mlp.c_proj.weight'].T
     return 15 * torch.tanh(layer_norm(x) @ w['lm_head.weight'].T / 15)
@@ -138,6 +135,34 @@ def test_gradients_written_by_hand(f, plain):
     assert torch.autograd.gradcheck(f, x)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('attention', ['plain', 'sdpa'])
+def test_each_number_format_with_each_attention(dtype, attention):
+    model, idx = shaken().float(), torch.randint(20, (2, 12))
+    expected = model(idx, idx)[0]
+    try:
+        layers.use_attention(attention)
+        with runtime.autocast('cpu', dtype):
+            logits, loss = model.train()(idx, idx)
+            loss.backward()
+    finally:
+        layers.use_attention('auto')
+    tolerance = {'float32': 1e-5, 'bfloat16': 0.2, 'float16': 0.03}[dtype]
+    assert ((logits - expected).norm() / expected.norm()) < tolerance and logits.dtype == torch.float32
+
+
+def test_recomputing_blocks_changes_nothing_with_masks_too():
+    grads = []
+    for recompute in (False, True):
+        model = shaken(dropout=0.3, ngram_dropout=0.3).train()
+        model.gradient_checkpointing = recompute
+        idx = torch.arange(24).view(2, 12) % 20
+        torch.manual_seed(3)
+        model(idx, idx)[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(*grads))
+
+
 def test_cropping_needs_no_weights():
     model, idx = shaken(), torch.randint(20, (1, 12))
     model.crop_block_size(24)
@@ -171,5 +196,9 @@ def test_trains_and_samples_from_the_command_line(text_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     losses = [float(line.split('val loss ')[1].split()[0]) for line in done.stdout.splitlines() if 'val loss' in line]
     assert len(losses) == 3 and losses[-1] < losses[0] - 0.3
+    done = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}', '--max_iters=22', '--ngram_dropout=0.1')
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['ngram_dropout'] == 0.1 and config['ngram'] == 3 and config['model'] == 'modern'
     done = run('sample.py', f'--out_dir={tmp_path}', '--device=cpu', '--num_samples=1', '--max_new_tokens=20')
     assert done.returncode == 0 and len(done.stdout) > 20, done.stderr

@@ -46,8 +46,8 @@ def test_steps_are_the_definition():
                'c_proj': model.transformer.h[0].mlp.c_proj.weight}
     for step in range(3):
         expected = {}
-        for name, p in model.named_parameters():
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(hash(name) % 1000 + step))
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
         for name, p in watched.items():
             momentum = 0.85 + 0.10 * step / 300
             average[name] = momentum * average.get(name, 0) + (1 - momentum) * p.grad
@@ -83,6 +83,36 @@ def test_without_rates_of_their_own_it_is_nanogpts_adamw():
     opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', lrs=dict.fromkeys(LRS, 0.0))
     assert type(opt) is torch.optim.AdamW and [g['weight_decay'] for g in opt.param_groups] == [0.1, 0.0]
     assert {g['lr_ratio'] for g in opt.param_groups} == {1.0}
+
+
+def test_groups_do_not_depend_on_the_values_of_rates_and_decay():
+    """Or a run could not be resumed with others."""
+    def sizes(weight_decay, lrs):
+        opt = small().configure_optimizers(weight_decay, 1e-3, (0.9, 0.95), 'cpu', lrs=lrs)
+        return [len(group['params']) for group in opt.param_groups]
+    assert sizes(0.0, None) == sizes(0.1, {}) and len(sizes(0.0, None)) == 2
+    assert sizes(0.0, LRS) == sizes(0.1, LRS) == sizes(0.1, dict.fromkeys(LRS, 0.1)) == sizes(0.1, {'head': 1e-3})
+
+
+@pytest.mark.parametrize('first, then', [(LRS, {**LRS, 'matrix': 0}), ({**LRS, 'matrix': 0}, LRS), ({}, LRS), (LRS, {})])
+def test_a_state_of_other_optimizers_is_refused(first, then):
+    def opt(lrs):
+        return small().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', lrs=lrs)
+    with pytest.raises(ValueError, match='muon_lr, embed_lr and head_lr'):
+        optimizer.load(opt(then), opt(first).state_dict())
+
+
+def test_a_stack_of_matrices_is_orthogonalised_one_by_one():
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(3, 8, 16))
+    alone = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    grads = torch.randn(3, 8, 16)
+    for params, grad in (([stack], [grads]), (alone, grads)):
+        opt = optimizer.build({'matrix': params}, 0.1, 1e-3, (0.9, 0.95), 'cpu', {'matrix': 0.02})
+        for p, g in zip(params, grad):
+            p.grad = g.clone()
+        opt.step()
+    assert torch.allclose(stack, torch.stack(list(alone)), atol=1e-5)
 
 
 def test_a_rate_without_learning_rate_is_refused():
@@ -135,21 +165,24 @@ def test_cooldown_is_a_straight_line_after_a_plateau():
 MUON = [*TINY, '--muon_lr=0.02', '--embed_lr=0.01', '--head_lr=0.01', '--cooldown=0.5', '--weight_decay=0.2', '--n_embd=32']
 
 
-@pytest.mark.parametrize('model', ['gpt', 'modern'])
-def test_two_processes_learn_what_one_does(text_folder, tmp_path, model):
+@pytest.mark.parametrize('model, dtype, atol', [('gpt', 'float32', 2e-4), ('modern', 'float32', 2e-4),
+                                                ('modern', 'bfloat16', 5e-2)])
+def test_two_processes_learn_what_one_does(text_folder, tmp_path, model, dtype, atol):
     """They share the matrices to orthogonalise; the result is one process's, but for the order of sums."""
     for processes in (1, 2):
-        done = run('train.py', *MUON, f'--model={model}', '--n_layer=3', f'--dataset={text_folder}',
+        done = run('train.py', *MUON, f'--model={model}', '--n_layer=3', f'--dataset={text_folder}', f'--dtype={dtype}',
                    f'--out_dir={tmp_path}/{processes}', processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = (checkpoint.read(tmp_path / f'{n}/ckpt.pt')['model'] for n in (1, 2))
-    assert all(torch.allclose(one[k], two[k], atol=2e-4) for k in one)
+    assert all(torch.allclose(one[k], two[k], atol=atol) for k in one)
     assert any(not torch.equal(one[k], p) for k, p in build(model, **checkpoint.read(
         tmp_path / '1/ckpt.pt')['model_args']).state_dict().items() if k in one)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(text_folder, tmp_path):
-    settings = [*MUON, '--model=modern', '--ngram=3', '--ngram_rows=64', '--ngram_dropout=0.5', f'--dataset={text_folder}']
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(text_folder, tmp_path, dtype):
+    settings = [*MUON, f'--dtype={dtype}', '--model=modern', '--ngram=3', '--ngram_rows=64', '--ngram_dropout=0.5',
+                f'--dataset={text_folder}']
     assert run('train.py', *settings, f'--out_dir={tmp_path}/whole').returncode == 0
     assert run('train.py', *settings, '--max_iters=4', f'--out_dir={tmp_path}/cut').returncode == 0
     assert run('train.py', '--init_from=resume', '--max_iters=6', f'--out_dir={tmp_path}/cut').returncode == 0
