@@ -2,7 +2,7 @@
 out_dir = 'out-shakespeare-char'
 model = 'modern'
 dataset = 'shakespeare_char'
-eval_interval = 100
+eval_interval = 110
 eval_iters = 5
 log_interval = 10
 always_save_checkpoint = False  # it overfits: keep the best
@@ -10,7 +10,7 @@ wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
 gradient_accumulation_steps = 1
 if device == 'cpu':
-    batch_size, block_size, n_layer, n_head, n_embd, max_iters = 16, 512, 4, 1, 128, 300
+    batch_size, block_size, n_layer, n_head, n_embd, max_iters = 16, 512, 4, 1, 128, 330
 else:
     batch_size, block_size, n_layer, n_head, n_embd, max_iters = 32, 512, 6, 3, 384, 500
 lr_decay_iters = max_iters
