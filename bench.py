@@ -88,7 +88,7 @@ def train(words, out_dir, name, is_over=lambda: False):
 
 
 def time_steps(words, out_dir, name):
-    """Run train.py until enough steps are timed; returns a line on them and their median."""
+    """Run train.py until enough steps are timed; returns a line on them and their median seconds per token."""
     path, enough, began = out_dir / 'metrics.jsonl', warmup + min(steps, 3), time.monotonic()
 
     def is_over():
@@ -109,7 +109,7 @@ def time_steps(words, out_dir, name):
     peak = peaks[device, dtype]
     mfu = peak and f", mfu {facts['flops_per_token'] * speed / peak / facts['processes']:.1%} of {peak / 1e12:.3g} TFLOP/s"
     return (f"{median:.2f} ms/step ({low:.2f} to {high:.2f}), {speed:,.0f} tokens/s, "
-            f"{lines[-1]['peak_memory'] / 2 ** 30:.2f} GiB, {device}, {dtype}{mfu or ''}"), median
+            f"{lines[-1]['peak_memory'] / 2 ** 30:.2f} GiB, {device}, {dtype}{mfu or ''}"), 1 / speed
 
 
 def time_run(words, out_dir, name):

@@ -100,3 +100,10 @@ def test_whole_runs_of_train_itself(text_folder):
     assert done.returncode == 0, done.stderr
     assert shlex.split(done.stdout.splitlines()[0])[2:] == [*TINY, f'--dataset={text_folder}']     # nothing is added
     assert 'A reaches val loss ≤ 9 in' in done.stdout
+
+
+def test_a_run_that_ends_before_the_steps_wanted_is_timed_by_those_it_has(text_folder):
+    done = run('bench.py', *TINY, f'--dataset={text_folder}', '--steps=100', '--warmup=1')
+    assert done.returncode == 0 and 'ms/step' in done.stdout, done.stderr
+    done = run('bench.py', *TINY, f'--dataset={text_folder}', '--steps=100', '--warmup=10')
+    assert done.returncode == 2 and "larger --max_iters" in done.stderr

@@ -39,6 +39,11 @@ def test_arrows_between_modules(name):
     assert known <= allowed
 
 
+@pytest.mark.parametrize('path', sorted(ROOT.glob('models/[a-z]*.py')), ids=lambda path: path.stem)
+def test_an_architecture_knows_only_what_a_model_is_and_its_parts(path):
+    assert set(imports(path)) & set(modules()) <= {'model', 'layers'}
+
+
 @pytest.mark.parametrize('name', LINES)
 def test_a_root_script_stays_short(name):
     assert len((ROOT / name).read_text().splitlines()) <= LINES[name]
@@ -56,6 +61,10 @@ def test_every_file_of_the_readmes_table_exists():
     named = [cell for cell in first_cells if cell.endswith('.py') and ' ' not in cell]
     assert len(named) >= len(modules()) - 1
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_no_text_has_a_gap_left_to_fill():
+    assert not [path.name for path in ROOT.glob('*.md') if '@' * 2 in path.read_text(encoding='utf-8')]
 
 
 def test_data_that_was_prepared_is_not_committed():
