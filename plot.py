@@ -74,7 +74,7 @@ def draw(runs):
                 if points:
                     x, y = [point[column] / size for point in points], [point[2] for point in points]
                     axes.plot(x, y, color=colour, **style)
-                    heights += y[len(y) // 25 + (len(y) > 4):]     # the first ones would press all others together
+                    heights += y[len(y) // 12 + (len(y) > 2):]     # the first ones would press all others together
             axes.annotate(f"{textwrap.fill(name, 20)} {y[-1]:.3f}", (x[-1], y[-1]), (9, 0), textcoords='offset points',
                           color=colour, va='center', parse_math=False, in_layout=False)
         axes.set_xlabel(unit)
