@@ -86,7 +86,6 @@ def configure(settings, argv, resolve_device=None, config_class=None):
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
             hint = '--help lists all' if where == 'command line' else 'names of the file\'s own begin with _'
-            hint += f"; model={values['model']}" if 'model' in values else ''
             raise ValueError(f"{where}: there is no setting {key!r}; the nearest is {near[0]!r} ({hint})")
         assign(key, value, where)
     settings.update(values)

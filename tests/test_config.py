@@ -233,7 +233,8 @@ def test_nanogpts_config_files_run_unchanged(file):
 def test_nanogpts_command_line_runs_unchanged():
     values = of(ROOT / 'config' / 'train_shakespeare_char.py', '--device=cpu', '--compile=False', '--eval_iters=20',
                 '--log_interval=1', '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128',
-                '--max_iters=2000', '--lr_decay_iters=2000', '--dropout=0.0', script=train_settings())
+                '--max_iters=2000', '--lr_decay_iters=2000', '--dropout=0.0', script=train_settings(),
+                config_class=lambda values: models.architecture(values['model']).Config)
     assert values['n_embd'] == 128 and values['max_iters'] == 2000 and values['dropout'] == 0.0
 
 

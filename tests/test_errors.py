@@ -418,7 +418,7 @@ def test_a_state_that_no_run_can_go_on_from(copy, change):
     (['--n_layer=2'], ['has n_layer=1, command line asks for 2', 'leave it out']),
     (['--gelu=tanh'], ["has gelu='exact', command line asks for 'tanh'"]),
     (['--block_size=8'], ['has block_size=16']),
-    (['--model=mamba9'], ["model='mamba9' is unknown"]),
+    (['--model=mamba9'], ["has model='gpt', command line asks for 'mamba9'"]),
     (['--dropout=2'], ['dropout=2.0']),
     (['--batch_size=0'], ['batch_size=0 must be at least 1']),
 ])
