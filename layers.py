@@ -92,7 +92,7 @@ def rotate(x, rotary):
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """One product forward and two backward; composed of torch's operators it is two and four."""
+    """relu(x)², whose backward pass is two operators; that of relu and square would be three."""
 
     @staticmethod
     def forward(ctx, x):

@@ -4,7 +4,7 @@ Changes from GPT: rotary positions (RoFormer, arXiv 2104.09864) on normalised qu
 ReLU (Primer, arXiv 2109.08668); norms without weights, and no biases; projections into the residual stream begin at zero; a
 head of its own whose logits are soft-capped (Gemma 2, arXiv 2408.00118). Most were put together first in the speed runs at
 https://github.com/KellerJordan/modded-nanogpt. For small models, `ngram`: embeddings of the last 2, 3, … tokens together,
-in one hashed table, added to the token's own; a lookup costs next to no arithmetic.
+in one hashed table, added to the token's own; it costs no products, but memory traffic for the table's gradient.
 Train with Muon: --muon_lr. RESULTS.md has what each part brings, and what was tried and left out.
 
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
