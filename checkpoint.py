@@ -19,9 +19,10 @@ import torch
 
 import dataset
 import files
+import huggingface
 import models
 import tokenizer
-from model import GPT, OPENAI
+from model import GPT
 
 SUMS = 'sums.json'
 FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl')
@@ -223,21 +224,24 @@ def _free(Config, settings):
 
 
 def open_model(source, settings=None):
-    """(model, tokenizer description or None) from an out_dir, a checkpoint, a Hugging Face folder or an OpenAI name.
+    """(model, tokenizer description or None) from an out_dir, a checkpoint, a Hugging Face folder or .safetensors
+    file, or an OpenAI name.
 
     From an out_dir: the best weights, or the latest where its run had always_save_checkpoint. Raises ValueError, OSError.
     """
     path = Path(source)
-    if path.is_file():
+    is_weights = path.suffix == '.safetensors'
+    if path.is_file() and not is_weights:
         return restore(read(path), settings)
     names = [name for name in _preference(path) if (path / name).exists()]
     if names:
         return restore(_first_good([path / name for name in names], 'taking'), settings)
-    if not (path / 'config.json').exists() and source not in OPENAI:
-        what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{source!r} {what}; the names that need no folder are {', '.join(OPENAI)}")
+    folder, names = path.parent if is_weights else path, huggingface.OPENAI
+    if not (folder / 'config.json').exists() and source not in names:
+        what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}")
     model = GPT.from_pretrained(source, **_free(GPT.Config, settings))
-    return model, dict(dataset.GPT2) if model.config.vocab_size == 50257 else None
+    return model, tokenizer.from_files(folder) or (dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None)
 
 
 def _preference(folder):

@@ -3,11 +3,8 @@
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 GPT-2: Radford et al. 2019, https://github.com/openai/gpt-2 (pre-LayerNorm, learned positions, scaled residual init).
 """
-import json
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,15 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import generate
+import huggingface
 import layers
 import optimizer
 from layers import LayerNorm
-
-# The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face Hub.
-OPENAI = {
-    'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e', 'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
-    'gpt2-large': '32b71b12589c2f8d625668d2335a01cac3249519', 'gpt2-xl': '15ea56dee5df4983c59b2538573817e1667135e2',
-}
 
 
 class LanguageModel(nn.Module):
@@ -210,76 +202,13 @@ class GPT(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
-        """GPT-2 by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once) or from a Hugging Face folder.
+        """GPT-2 by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or from a Hugging Face folder or a
+        .safetensors file.
 
-        overrides: Config fields that hold no weights, such as dropout. Raises ValueError or OSError where the folder
-        holds no GPT-2, a file is missing or the download fails.
+        overrides: Config fields that hold no weights, such as dropout. Raises ValueError or OSError where there is no
+        GPT-2, a file is missing or the download fails.
         """
-        folder = Path(name) if Path(name).is_dir() else _download(name)
-        try:
-            hf = json.loads((folder / 'config.json').read_text())
-            if hf.get('model_type') != 'gpt2':
-                raise ValueError(f"the folder holds a {hf.get('model_type')!r} model, not gpt2")
-            config = dict(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
-                          n_head=hf['n_head'], n_embd=hf['n_embd'], bias=True)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not a GPT-2's ({type(error).__name__}: {error})") from None
-        gelus = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
-        activation = hf.get('activation_function', 'gelu_new')
-        usual = (hf.get('n_inner') in (None, 4 * hf['n_embd']) and hf.get('scale_attn_weights', True)
-                 and not hf.get('scale_attn_by_inverse_layer_idx') and hf.get('tie_word_embeddings', True))
-        if activation not in gelus or not usual:
-            raise ValueError(f"{name} is a GPT-2 whose activation, MLP width, attention scale or head differs from GPT's")
-        model = cls(cls.Config(**{**config, 'gelu': gelus[activation], **overrides}))
-        linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')      # stored (in, out) there: Conv1D
-        state = {}
-        for key, tensor in _hf_tensors(folder):
-            key = 'transformer.' + key.removeprefix('transformer.')
-            if key.endswith(('.attn.bias', '.attn.masked_bias')) or key == 'transformer.lm_head.weight':
-                continue                                                # masks, and the head, which is wte
-            state[key] = tensor.t() if key.endswith(linear) else tensor
-        state['lm_head.weight'] = state.get('transformer.wte.weight')
-        wrong = {k for k, p in model.state_dict().items() if k not in state or state[k].shape != p.shape} | (
-            state.keys() - model.state_dict().keys())
-        if wrong:
-            raise ValueError(f"{name}: {len(wrong)} weights are missing or don't fit its config.json, {min(wrong)} for one")
-        model.load_state_dict(state)
+        _, fields, weights = huggingface.read(name)
+        model = cls(cls.Config(**fields | overrides))
+        huggingface.fill(model, weights, name)
         return model
-
-
-def _download(name):
-    """The folder with config.json and model.safetensors of an OpenAI size; NANOGPT_MIRROR may hold it as NAME/."""
-    if name not in OPENAI:
-        raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(OPENAI)}")
-    mirror = os.environ.get('NANOGPT_MIRROR', '')
-    if mirror and '://' not in mirror:
-        if not (Path(mirror) / name / 'config.json').is_file():
-            raise FileNotFoundError(f"NANOGPT_MIRROR={mirror} has no {name}/config.json")
-        return Path(mirror) / name
-    from huggingface_hub import hf_hub_download, logging
-    logging.set_verbosity_error()   # it would tell of each retry
-    try:
-        for file in ('config.json', 'model.safetensors'):
-            path = hf_hub_download(f'openai-community/{name}', file, revision=OPENAI[name], endpoint=mirror or None)
-    except Exception as error:      # the library raises its own errors and those of two HTTP libraries
-        raise OSError(f"cannot download {name} ({type(error).__name__}): without a network, put its config.json and "
-                      "model.safetensors into a folder and give that as --init_from") from None
-    return Path(path).parent
-
-
-def _hf_tensors(folder):
-    """(name, tensor) of all weights in a Hugging Face folder: safetensors or .bin, one file or shards."""
-    paths = sorted(folder.glob('model*.safetensors')) or sorted(folder.glob('pytorch_model*.bin'))
-    if not paths:
-        raise FileNotFoundError(f"{folder} has no model.safetensors or pytorch_model.bin")
-    for path in paths:
-        try:
-            if path.suffix == '.bin':
-                tensors = torch.load(path, map_location='cpu', weights_only=True)
-            else:
-                from safetensors.torch import load_file
-                tensors = load_file(path)
-        except Exception as error:      # each format's own errors
-            reason = ' '.join(str(error).split())[:120]
-            raise ValueError(f"{path} is damaged or not plain weights ({type(error).__name__}: {reason})") from None
-        yield from tensors.items()

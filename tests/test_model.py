@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import checkpoint
 import layers
-from model import GPT, OPENAI, GPTConfig, LanguageModel
+from huggingface import OPENAI
+from model import GPT, GPTConfig, LanguageModel
 from models import architecture, build
 
 

@@ -1,0 +1,63 @@
+"""A model as a folder in Hugging Face's format, which `transformers` and what is built on it load as it is.
+
+    python export.py --out_dir=out-shakespeare-char --folder=shakespeare-hf
+    python export.py --init_from=gpt2 --folder=gpt2-bf16 --dtype=bfloat16
+
+The way back is --init_from=FOLDER, of train.py, sample.py and this.
+"""
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import safetensors.torch
+
+import checkpoint
+import files
+import huggingface
+import models
+import runtime
+from configurator import configure
+from runtime import fail, user_errors
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+init_from = 'resume'  # resume (the run in out_dir), gpt2[-medium|-large|-xl], a Hugging Face folder, a checkpoint file
+out_dir = 'out'  # the run to export
+folder = ''  # to write: one that is not there yet, or empty
+dtype = 'float32'  # of the weights: float32, bfloat16, float16
+# ----------------------------------------------------------------------------------------------------------------------
+
+with user_errors():
+    configure(globals(), sys.argv[1:])
+    if dtype not in runtime.DTYPES:
+        fail(f"dtype={dtype!r} is unknown: take {', '.join(runtime.DTYPES)}")
+    path = Path(folder)
+    if not folder or path.is_file() or (path.is_dir() and any(path.iterdir())):
+        fail(f"folder={folder!r}: take --folder=NAME of one that is not there yet, or empty")
+    model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from)
+    content, weights = huggingface.content(model, models.name_of(model), dtype)
+    fresh = path.with_name(f'.{path.name}.tmp')     # whole or not there
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        for name, value in content.items():
+            text = value if type(value) is str else json.dumps(value, indent=2, ensure_ascii=False)
+            (fresh / name).write_text(text, encoding='utf-8', newline='\n')
+        try:
+            safetensors.torch.save_file(weights, fresh / 'model.safetensors', {'format': 'pt'})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {folder} ({error})") from None
+        if path.is_dir():
+            path.rmdir()
+        os.replace(fresh, path)
+        files.sync_folder(path.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    n_vocab = model.config.vocab_size
+    if model.tokenizer is None:
+        print(f"{folder} has no tokenizer: the model does not say which its {n_vocab} ids belong to")
+    elif model.tokenizer.vocab_size < n_vocab:
+        print(f"vocab_size is {model.tokenizer.vocab_size} there: the {n_vocab} here are padded, for speed")
+    print(f"{folder}: {model.num_params():,} parameters in {dtype}, "
+          f"{sum(file.stat().st_size for file in path.iterdir()) / 1e6:.1f} MB")

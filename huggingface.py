@@ -1,0 +1,158 @@
+"""Hugging Face's format, both ways: a model's config, weights and tokenizer as `transformers` and its kin read them.
+
+TWINS has the architectures that `transformers` has too, each with a class that says what its config and its weights are
+called there. To add one: write such a class, and enter it under the architecture's name.
+"""
+import json
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import tokenizer
+
+# The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face Hub.
+OPENAI = {
+    'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e', 'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
+    'gpt2-large': '32b71b12589c2f8d625668d2335a01cac3249519', 'gpt2-xl': '15ea56dee5df4983c59b2538573817e1667135e2',
+}
+
+
+class GPT2:
+    """model.GPT as GPT2LMHeadModel: linear weights lie (in, out) there, biases are always there, the head is wte."""
+
+    model_type, architecture = 'gpt2', 'GPT2LMHeadModel'
+    names = (('block_size', 'n_positions'), *((name, name) for name in ('vocab_size', 'n_layer', 'n_head', 'n_embd')))
+    gelus = (('gelu', 'exact'), ('gelu_new', 'tanh'), ('gelu_pytorch_tanh', 'tanh'))    # the last is torch's own kernel
+    linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
+
+    @staticmethod
+    def fixed(n_embd):
+        """What a config.json may say otherwise, and GPT can't."""
+        return dict(n_inner=4 * n_embd, layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True,
+                    scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+
+    @classmethod
+    def config(cls, c):
+        """config.json's part of a Config `c`."""
+        return {**{theirs: getattr(c, ours) for ours, theirs in cls.names}, **cls.fixed(c.n_embd), 'n_ctx': c.block_size,
+                'activation_function': {ours: theirs for theirs, ours in cls.gelus}[c.gelu],
+                **dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout)}
+
+    @classmethod
+    def fields(cls, config):
+        """The Config fields of a config.json. Raises ValueError."""
+        gelu = dict(cls.gelus).get(config.get('activation_function', 'gelu_new'))
+        if not gelu or any(config.get(k) not in (None, v) for k, v in cls.fixed(config['n_embd']).items()):
+            raise ValueError("a GPT-2 whose activation, MLP width, attention, norms or head differ from GPT's")
+        return {**{ours: config[theirs] for ours, theirs in cls.names}, 'bias': True, 'gelu': gelu}
+
+    @classmethod
+    def stored(cls, state, vocab_size):
+        """The weights as they are stored there, out of a state dict; of wte the first vocab_size rows."""
+        state = {k: v.t() if k.endswith(cls.linear) else v for k, v in state.items() if k != 'lm_head.weight'}
+        state['transformer.wte.weight'] = state['transformer.wte.weight'][:vocab_size]
+        return {k.removesuffix('weight') + 'bias': v.new_zeros(v.shape[-1]) for k, v in state.items()
+                if k.endswith('.weight') and k not in ('transformer.wte.weight', 'transformer.wpe.weight')} | state
+
+    @classmethod
+    def state(cls, stored):
+        """The state dict out of what is stored there, {name: tensor}, the names with or without `transformer.`."""
+        stored = {'transformer.' + k.removeprefix('transformer.'): v for k, v in stored.items()}
+        state = {k: v.t() if k.endswith(cls.linear) else v for k, v in stored.items()
+                 if not k.endswith(('.attn.bias', '.attn.masked_bias', '.lm_head.weight'))}     # masks, and wte once more
+        return state | {'lm_head.weight': state.get('transformer.wte.weight')}
+
+
+TWINS = {'gpt': GPT2}
+
+
+def read(source):
+    """(architecture, Config fields, state dict) of an OpenAI size by name (downloaded once), a folder, a .safetensors file.
+
+    Raises ValueError or OSError where that holds no model of TWINS, a file is missing or the download fails.
+    """
+    path = Path(source)
+    is_file = path.suffix == '.safetensors'
+    folder = path.parent if is_file else path if path.is_dir() else _download(source)
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        known = {twin.model_type: (name, twin) for name, twin in TWINS.items()}
+        if config.get('model_type') not in known:
+            raise ValueError(f"the folder holds a {config.get('model_type')!r} model, not {' or '.join(known)}")
+        name, twin = known[config['model_type']]
+        fields = twin.fields(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} can't be used ({type(error).__name__}: {error})") from None
+    return name, fields, twin.state(_weights(path if is_file else folder))
+
+
+def fill(model, weights, source):
+    """Put the state dict that `read` got from `source` into `model`. Raises ValueError unless it is its own."""
+    own = model.state_dict()
+    wrong = [k for k in own | weights if k not in own or weights.get(k) is None or weights[k].shape != own[k].shape]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} weights are missing or don't fit its config.json, {min(wrong)} for one")
+    model.load_state_dict(weights)
+
+
+def _download(name):
+    """The folder with config.json and model.safetensors of an OpenAI size; NANOGPT_MIRROR may hold it as NAME/."""
+    if name not in OPENAI:
+        raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(OPENAI)}")
+    mirror = os.environ.get('NANOGPT_MIRROR', '')
+    if mirror and '://' not in mirror:
+        if not (Path(mirror) / name / 'config.json').is_file():
+            raise FileNotFoundError(f"NANOGPT_MIRROR={mirror} has no {name}/config.json")
+        return Path(mirror) / name
+    from huggingface_hub import hf_hub_download, logging
+    logging.set_verbosity_error()   # it would tell of each retry
+    try:
+        for file in ('config.json', 'model.safetensors'):
+            path = hf_hub_download(f'openai-community/{name}', file, revision=OPENAI[name], endpoint=mirror or None)
+    except Exception as error:      # the library raises its own errors and those of two HTTP libraries
+        raise OSError(f"cannot download {name} ({type(error).__name__}): without a network, put its config.json and "
+                      "model.safetensors into a folder and give that as --init_from") from None
+    return Path(path).parent
+
+
+def _weights(path):
+    """{name: tensor} of a file, or of a folder: of the one file there, or of those that its index names."""
+    if path.is_dir():
+        kinds, folder = ('model.safetensors', 'pytorch_model.bin'), path
+        there = [folder / f'{kind}{index}' for kind in kinds for index in ('', '.index.json')]
+        path = next((file for file in there if file.is_file()), None)
+        if not path:
+            raise FileNotFoundError(f"{folder} has no {' or '.join(kinds)}")
+    try:
+        if path.suffix == '.bin':
+            return dict(torch.load(path, map_location='cpu', weights_only=True))
+        if path.suffix != '.json':
+            return safetensors.torch.load_file(path)
+        shards = sorted({path.parent / name for name in json.loads(path.read_text())['weight_map'].values()})
+    except Exception as error:      # each format's own errors
+        reason = ' '.join(str(error).split())[:120]
+        raise ValueError(f"{path} is damaged or not plain weights ({type(error).__name__}: {reason})") from None
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing, one of {len(shards)} files that {path} names")
+    return {name: tensor for shard in shards for name, tensor in _weights(shard).items()}
+
+
+def content(model, name, dtype):
+    """({file: text or JSON}, {weight: tensor}) of a model, of the architecture `name`, and its tokenizer, where it has one.
+
+    Ids that the tokenizer doesn't have are left out. Raises ValueError where the architecture has no twin.
+    """
+    if name not in TWINS:
+        raise ValueError(f"Hugging Face's format has no architecture like {name!r}, only like {', '.join(TWINS)}")
+    twin, own = TWINS[name], model.tokenizer
+    vocab_size, eot = own.vocab_size if own else model.config.vocab_size, getattr(own, 'eot', None)
+    ends = {'bos_token_id': eot, 'eos_token_id': eot}
+    config = {'architectures': [twin.architecture], 'model_type': twin.model_type, **twin.config(model.config),
+              'vocab_size': vocab_size, **ends, 'torch_dtype': dtype}
+    files = {'config.json': config, 'generation_config.json': {**ends, 'pad_token_id': eot}}
+    weights = twin.stored(model.state_dict(), vocab_size).items()
+    return (files | (tokenizer.to_files(own, model.config.block_size) if own else {}),
+            {name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights})
