@@ -1,4 +1,5 @@
-"""What a run tells: console lines and a progress bar, metrics.jsonl, wandb. On the master process only."""
+"""What a run tells: console lines and progress bars, metrics.jsonl, wandb, TensorBoard. On the master process only."""
+import difflib
 import json
 import math
 import os
@@ -11,6 +12,13 @@ from tqdm import tqdm
 import files
 from runtime import synchronize
 
+LOGGERS = 'tensorboard', 'wandb'    # each also the name of its package
+
+# OpenAI's models: parameters, and nanoGPT's figures for them on OpenWebText (README.md there, "baselines"): train and
+# validation loss, nats per token in windows of 1,024.
+PUBLISHED = {'gpt2': (124_439_808, 3.11, 3.12), 'gpt2-medium': (354_823_168, 2.85, 2.84),
+             'gpt2-large': (774_030_080, 2.66, 2.67), 'gpt2-xl': (1_557_611_200, 2.56, 2.54)}
+
 
 class Metrics:
     """The log of one run in `out_dir`; `on` is false on processes that stay silent.
@@ -19,38 +27,71 @@ class Metrics:
     """
 
     def __init__(self, out_dir, on, max_iters, start_iter=0, done_eval=-1):
-        self.on, self.wandb, self.wandb_id, self.bar = on, None, None, None
+        self.on, self.start_iter, self.loggers, self.wandb_id, self.bar = on, start_iter, [], None, None
         if not on:
             return
         self.path = Path(out_dir) / 'metrics.jsonl'
-        kept = [line for line in self._lines() if _is_before(line, start_iter, done_eval)]
+        self.kept = [line for line in self._lines() if _is_before(line, start_iter, done_eval)]
         with files.replacing(self.path) as file:
-            file.writelines(line.encode() + b'\n' for line in kept)
+            file.writelines(line.encode() + b'\n' for line in self.kept)
         if sys.stderr.isatty():
             self.bar = tqdm(total=max_iters, initial=start_iter, unit='it', dynamic_ncols=True, smoothing=0.05)
 
     def _lines(self):
         return self.path.read_text(encoding='utf-8', errors='replace').splitlines() if self.path.exists() else []
 
-    def start_wandb(self, project, name, config, run_id=None):
-        """Log to Weights & Biases too; without a login offline, without the package not at all: each is said."""
+    def start(self, config, loggers, wandb_id=None):
+        """Write config.json, and log to `loggers` too: a line says which can't be had. wandb_id: of a resumed run.
+
+        One that has nothing of this run yet gets what metrics.jsonl has.
+        """
         if not self.on:
             return
-        try:
-            import wandb
-        except ImportError:
-            self.say("wandb is not installed (pip install wandb): going on without it; metrics.jsonl has everything")
-            return
+        with files.replacing(self.path.with_name('config.json')) as file:
+            file.write(json.dumps(config, indent=1).encode())
+        for name in loggers:
+            try:
+                write, close, since = (self._open_wandb(config, wandb_id) if name == 'wandb' else
+                                       self._open_tensorboard(self.path.with_name('tensorboard')))
+            except ImportError:
+                self.say(f"{name} is not installed (pip install {name}): going on without it; metrics.jsonl has everything")
+            except RuntimeError as error:
+                self.say(f"{name} does not start ({' '.join(str(error).split())[:120]}): going on without it")
+            else:
+                for record in map(json.loads, self.kept):
+                    if record['iter'] >= since:
+                        write(record)
+                self.loggers.append((write, close))
+        del self.kept
+
+    def _open_wandb(self, config, run_id):
+        """(write, close, the first step to write); without a login offline, which is said."""
+        import wandb
         mode = None
         if 'WANDB_MODE' not in os.environ and not _has_login(wandb):
             mode = 'offline'
             self.say("wandb has no login (`wandb login` makes one): going on offline; `wandb sync` sends the run later")
         try:
-            self.wandb = wandb.init(project=project, name=name, config=config, id=run_id, resume='allow', mode=mode)
+            run = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, id=run_id,
+                             resume='allow', mode=mode)
         except wandb.errors.Error as error:
-            self.say(f"wandb does not start ({' '.join(str(error).split())[:120]}): going on without it")
-            return
-        self.wandb_id = self.wandb.id
+            raise RuntimeError(error) from None
+        self.wandb_id = run.id
+        return (lambda record: run.log({k: v for k, v in record.items() if v is not None}, step=record['iter']), run.finish,
+                self.start_iter if run_id else 0)
+
+    def _open_tensorboard(self, folder):
+        """(write, close, the first step to write); what the folder has of later steps is hidden from now on."""
+        from torch.utils.tensorboard import SummaryWriter
+        since = self.start_iter if folder.exists() else 0
+        writer = SummaryWriter(folder, purge_step=since)
+
+        def write(record):
+            for key in record.keys() - {'iter'}:
+                if record[key] is not None:
+                    writer.add_scalar(key, record[key], record['iter'])
+            writer.flush()      # 0.2 ms: a run that is killed loses no point
+        return write, writer.close, since
 
     def say(self, text):
         """Print a line, above the progress bar where there is one."""
@@ -58,7 +99,7 @@ class Metrics:
             tqdm.write(text) if self.bar else print(text, flush=True)
 
     def log(self, record):
-        """Add one line to metrics.jsonl, and the record to wandb; numbers that are not finite become null."""
+        """Add one line to metrics.jsonl, and the record to the loggers; numbers that are not finite become null."""
         if not self.on:
             return
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -67,8 +108,8 @@ class Metrics:
                 file.write(json.dumps(record) + '\n')
         except OSError as error:
             raise OSError(f"cannot write {self.path}: {error.strerror}") from None
-        if self.wandb:
-            self.wandb.log({k: v for k, v in record.items() if v is not None}, step=record['iter'])
+        for write, _ in self.loggers:
+            write(record)
 
     def step(self, record, steps_left):
         """One step is done; `record` is its line for the log, or None."""
@@ -95,8 +136,24 @@ class Metrics:
     def close(self):
         if self.bar is not None:
             self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
+        for _, close in self.loggers:
+            close()
+
+
+def loggers(log_to, wandb_log=False):
+    """The names in `log_to`, which commas separate, and wandb if nanoGPT's setting wants it. Raises ValueError."""
+    names = [name.strip() for name in log_to.split(',') if name.strip()]
+    for name in names:
+        if name not in LOGGERS:
+            near, = difflib.get_close_matches(name.lower(), LOGGERS, n=1, cutoff=0)
+            raise ValueError(f"log_to={log_to!r}: there is no {name!r}; the nearest is {near!r} (metrics.jsonl is always "
+                             "written)")
+    return sorted({*names, 'wandb'} if wandb_log else set(names))
+
+
+def progress_bar(items, what):
+    """`items`, with a bar on a terminal that is gone when they are done."""
+    return tqdm(items, what, leave=False, dynamic_ncols=True, disable=None if os.environ.get('RANK', '0') == '0' else True)
 
 
 def _has_login(wandb):
@@ -106,6 +163,21 @@ def _has_login(wandb):
         return bool(wandb.api.api_key)
     except wandb.errors.Error:
         return False
+
+
+def evaluation_table(name, model, losses, data):
+    """The losses of `model` on `data` as aligned lines, beside the published figures where those are of such data."""
+    known = PUBLISHED if (data.folder.name, data.vocab_size, data.block_size) == ('openwebtext', 50257, 1024) else {}
+    found = {f'{split} loss': f"{loss:.4f}" for split, loss in losses.items()}
+    if bpb := data.bits_per_byte('val', losses['val']):
+        found['bits per byte'] = f"{bpb:.4f}"
+    rows = [['model', 'parameters', *found, *(['published: train', 'val'] if known else [])]]
+    for row in {**known, name: None}:
+        n, *figures = known.get(row, (0, '-', '-') if known else (0,))
+        cells = [short(model.num_params()), *found.values()] if row == name else [short(n), *'-' * len(found)]
+        rows.append([row, *cells, *map(str, figures)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 class Stopwatch:

@@ -10,7 +10,6 @@ import time
 _start = time.perf_counter()    # before the imports: they are part of what a user waits for
 
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -18,7 +17,6 @@ import sys
 import torch
 
 import checkpoint
-import files
 import generate
 import models
 import optimizer as optimizers
@@ -27,7 +25,7 @@ import runtime
 from configurator import configure
 from dataset import open_dataset, prepare_if_small
 from layers import use_attention
-from metrics import Metrics, Stopwatch, short
+from metrics import Metrics, Stopwatch, evaluation_table, loggers, progress_bar, short
 from runtime import fail, user_errors
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText ----------------------------------------------------------
@@ -41,8 +39,9 @@ log_interval = 1  # steps between lines of the log
 always_save_checkpoint = True  # sample.py takes the latest weights; False: those with the best validation loss
 save_minutes = 15.0  # also save after so many minutes without a save; 0: at evaluations only
 early_stop = 0  # end after so many evaluations in a row without a better validation loss; 0: never
-wandb_log = False  # also log to Weights & Biases
-wandb_project = 'owt'  # its project
+log_to = ''  # besides metrics.jsonl: tensorboard (into out_dir/tensorboard), wandb, or both with a comma
+wandb_log = False  # nanoGPT's name for log_to=wandb
+wandb_project = 'owt'  # the project at Weights & Biases
 wandb_run_name = 'gpt2'  # and the name of the run there
 dataset = 'openwebtext'  # a folder in data/ (or a path) with train.bin and val.bin; random: random tokens
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all processes together
@@ -118,6 +117,7 @@ with user_errors():
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
+    wanted = loggers(log_to, wandb_log)
 threads = runtime.set_threads(before.get('threads'))
 runtime.be_fast()
 ctx = runtime.autocast(device, dtype)
@@ -178,7 +178,7 @@ def evaluate(split, limit=None):
     """The mean loss (nats per token) over `limit` batches of the split, or all, which the processes share."""
     model.eval()
     losses = []
-    for i in range(parallel.RANK, data.eval_batches(split, limit), parallel.WORLD_SIZE):
+    for i in progress_bar(range(parallel.RANK, data.eval_batches(split, limit), parallel.WORLD_SIZE), f'{split} loss'):
         idx, targets, valid = data.eval_batch(split, i, limit)
         with ctx:
             losses.append((model(*runtime.to_device(device, idx, targets))[1], valid))
@@ -211,15 +211,19 @@ tokens_per_step = gradient_accumulation_steps * data.batch_tokens
 peak = runtime.peak_flops(device, dtype)
 say(f"model: {config['model']}, {short(model.num_params())} parameters, from {init_from}")
 say(f"data: {dataset}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on")
-say(f"steps: {max(0, max_iters - iter_num):,} of {gradient_accumulation_steps} x {batch_size} x {block_size} = "
-    f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
+if eval_only:
+    say(f"evaluation: of each split {eval_iters} x {batch_size} x {block_size} tokens, or all where that is less")
+else:
+    say(f"steps: {max(0, max_iters - iter_num):,} of {gradient_accumulation_steps} x {batch_size} x {block_size} = "
+        f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
 say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}, {threads} threads")
 advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
           "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
 is_over = init_from == 'resume' and (iter_num >= max_iters > 0 or 0 < early_stop <= bad_evals)
 if eval_only:
     with runtime.memory_errors(advice):
-        say(f"step {iter_num}: train loss {evaluate('train', eval_iters):.4f}, val loss {evaluate('val', eval_iters):.4f}")
+        losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
+    say(evaluation_table(f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from, model, losses, data))
 elif is_over:
     say(f"{out_dir} holds the end of this run, step {iter_num}: give a larger --max_iters (or --early_stop) to go on")
 if eval_only or is_over:
@@ -238,12 +242,8 @@ with user_errors():
                                             device, len(micros) * (max_iters - iter_num), parallel.anyone)
     facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
                  compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
-    if parallel.IS_MASTER:
-        with files.replacing(f'{out_dir}/config.json') as file:
-            file.write(json.dumps(config | {'resolved': facts}, indent=1).encode())
     metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
-if wandb_log:
-    metrics.start_wandb(wandb_project, wandb_run_name, config, progress.get('wandb_id'))
+    metrics.start(config | {'resolved': facts}, wanted, progress.get('wandb_id'))
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 stop = runtime.StopRequest()
