@@ -1,53 +1,214 @@
-"""Decoding: tokens from a model, one after the other."""
+"""Decoding: from a model's logits to tokens, texts and beams.
+
+The model reads the prompt once and then one token at a time, over a cache of keys and values where it has one (init_cache).
+A full context slides: the last three quarters of it are read again, which costs little and needs nothing from the model.
+"""
 import codecs
 import itertools
 import sys
+from dataclasses import dataclass
 
 import torch
 
+import layers
 import tokenizer
 
 
-def sample(logits, temperature, top_k, n_vocab=None):
-    """One token per row of logits (B, V) -> (B, 1). n_vocab: ids from there on are padding, never drawn."""
-    if n_vocab is not None:
-        logits = logits[:, :n_vocab]
-    if temperature < 1e-6:      # logits over so little overflow
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1)
+@dataclass
+class Sampling:
+    """How the next token is drawn from logits; the settings apply in this order of the fields, the penalty before all.
+
+    repetition_penalty: CTRL's, arXiv 1909.05858. top_p: arXiv 1904.09751. min_p: arXiv 2407.01082. Raises ValueError.
+    """
+    temperature: float = 1.0        # 1: as the model says; below: more predictable; 0: always the likeliest token
+    top_k: int | None = None        # only from so many likeliest tokens; None: from all
+    top_p: float = 1.0              # only from the likeliest tokens that together have this probability
+    min_p: float = 0.0              # only from tokens at least this times as probable as the likeliest
+    repetition_penalty: float = 1.0     # above 1: tokens that are there already become less likely
+
+    def __post_init__(self):
+        for name, low, high in (('temperature', 0, None), ('top_k', 1, None), ('min_p', 0, 1)):
+            value = getattr(self, name)
+            if value is not None and not (value >= low and (high is None or value <= high)):
+                raise ValueError(f"{name}={value} must be at least {low}" + (f" and at most {high}" if high else ''))
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing")
+
+    def __call__(self, logits, rows, chances):
+        """One id per row of logits (B, V): rows are the ids so far, chances (B,) uniform numbers that decide. Returns (B,)."""
+        logits = penalised(logits, rows, self.repetition_penalty)
+        if self.temperature < 1e-6:     # logits over so little overflow
+            return logits.argmax(-1)
+        ids = None
+        if self.top_k and self.top_k < logits.size(-1):
+            logits, ids = logits.topk(self.top_k)
+        elif self.top_p < 1:
+            logits, ids = logits.sort(descending=True)
+        probs = (logits / self.temperature).softmax(-1)
+        if self.top_p < 1:              # what comes before a token has less than top_p: so the first one always stays
+            probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0)
+        if self.min_p:
+            probs = probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0)
+        sums = (probs.float() if probs.device.type == 'mps' else probs.double()).cumsum(-1)     # MPS has no float64
+        at = (sums <= chances.to(sums)[:, None] * sums[:, -1:]).sum(-1, keepdim=True).clamp(max=sums.size(-1) - 1)
+        return (at if ids is None else ids.gather(-1, at))[:, 0]
+
+
+def penalised(logits, rows, penalty):
+    """Logits (B, V) in at least float32, those of the ids in each row divided by `penalty`, or times it where negative."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if penalty == 1:
+        return logits
+    logits = logits.clone()
+    for row, ids in zip(logits, rows):
+        seen = torch.tensor(list(set(ids)), device=row.device)
+        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    return logits
+
+
+class Context:
+    """The tokens so far, rows [[id]], and what the model says of the next: `logits`. Only what is new gets read.
+
+    room: how many tokens a row will have at most. Rows with the same tokens are read once. Raises ValueError.
+    """
+
+    def __init__(self, model, rows, room):
+        if not all(rows):
+            raise ValueError("the prompt is empty: generation needs at least one token to start from")
+        self.model, self.rows, self.block_size = model, [list(row) for row in rows], model.config.block_size
+        self.room, self.cache, self.unread, self.last = min(room, self.block_size), None, None, None
+        self.weight = next(itertools.chain(model.parameters(), model.buffers()))
+        self.n_vocab = model.tokenizer.vocab_size if model.tokenizer else None      # ids from there on are padding
+
+    @torch.inference_mode()
+    def logits(self):
+        """Logits (B, V) of the token after each row."""
+        if self.cache is None and self.unread != 0:
+            self.last = self._read(self.block_size)
+        elif self.unread and self.cache.length + self.unread > self.room:
+            self.room = self.block_size
+            self.last = self._read(max(1, self.block_size * 3 // 4))
+        elif self.unread:
+            idx = torch.tensor([row[-self.unread:] for row in self.rows], device=self.weight.device)
+            self.last = self.model(idx, cache=self.cache)[0]
+        self.unread = 0
+        return self.last[:, -1, :self.n_vocab]
+
+    def _read(self, limit):
+        """Read the last `limit` tokens of each row, into a new cache where the model has one."""
+        keys, device, dtype = [tuple(row[-limit:]) for row in self.rows], self.weight.device, self.model.cache_dtype
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = dtype or (torch.get_autocast_dtype(device.type) if autocast else self.weight.dtype)
+        caches = {key: self.model.init_cache(1, len(key), device, dtype) for key in keys}
+        if None in caches.values() and len({len(key) for key in keys}) == 1:
+            return self.model(torch.tensor(keys, device=device))[0]
+        logits = {key: self.model(torch.tensor([key], device=device), cache=cache)[0] for key, cache in caches.items()}
+        if None not in caches.values():
+            self.cache = layers.KVCache.join([caches[key] for key in keys], self.room)
+        return torch.cat([logits[key] for key in keys])
+
+    def add(self, idx):
+        """idx (B, T) come next in each row."""
+        for row, ids in zip(self.rows, idx.tolist()):
+            row += ids
+        self.unread = None if self.unread is None else self.unread + idx.size(1)
+
+    @torch.inference_mode()
+    def select(self, rows):
+        """Go on with these rows, in this order; a row may come more than once."""
+        self.rows, self.last = [list(self.rows[row]) for row in rows], self.last[rows]
+        if self.cache is not None:
+            self.cache.select(torch.tensor(rows, device=self.weight.device))
 
 
 @torch.inference_mode()
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None):
-    """Yield max_new_tokens times the next token (B, 1) of idx (B, T); the context is the last block_size tokens.
+def stream(context, max_new_tokens, sampling, seeds=None):
+    """Add the next id to each row of the context, max_new_tokens times, and yield them, (B,).
 
-    temperature 0 takes the likeliest token; top_k None draws from the whole vocabulary. Raises ValueError.
+    seeds: one per row, which alone decide on its draws, whatever the other rows are; None: torch's own random numbers.
     """
-    for name, value, least in (('temperature', temperature, 0), ('top_k', top_k, 1), ('max_new_tokens', max_new_tokens, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    if idx.size(1) == 0:
-        raise ValueError("the prompt is empty: generation needs at least one token to start from")
-    n_vocab = model.tokenizer.vocab_size if model.tokenizer else None
-    for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.config.block_size:])
-        token = sample(logits[:, -1], temperature, top_k, n_vocab)
-        yield token
-        idx = torch.cat([idx, token], dim=1)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    if seeds is None:
+        chances = torch.rand(len(context.rows), max_new_tokens, dtype=torch.float64)
+    else:
+        chances = torch.stack([torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                               for seed in seeds])
+    for n in range(max_new_tokens):
+        ids = sampling(context.logits(), context.rows, chances[:, n])
+        context.add(ids[:, None])
+        yield ids
 
 
-def show(model, ids, max_new_tokens, temperature, top_k):
-    """Print the text of `ids` and its continuation, on a terminal as it is generated, a whole character at a time."""
-    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
-    idx = torch.tensor([ids], dtype=torch.long, device=device)
-    tokens = stream(model, idx, max_new_tokens, temperature, top_k)
-    for some in itertools.chain([ids], ([token.item()] for token in tokens)):
-        print(decoder.decode(model.tokenizer.decode_bytes(some)), end='', flush=sys.stdout.isatty())
-    print(decoder.decode(b'', final=True), flush=True)
+def continue_ids(model, idx, max_new_tokens, sampling):
+    """idx (B, T) -> (B, T + max_new_tokens)."""
+    context = Context(model, idx.tolist(), idx.size(1) + max_new_tokens)
+    return torch.cat([idx, *(ids[:, None] for ids in stream(context, max_new_tokens, sampling))], dim=1)
+
+
+@torch.inference_mode()
+def beam_search(context, max_new_tokens, num_beams, length_penalty=1.0, is_end=lambda ids: False):
+    """The likeliest continuations of the context's one row: up to num_beams pairs (score, ids), the best first.
+
+    The score is the sum of log-probabilities over length ** length_penalty (above 0: longer texts are preferred). is_end(ids) says
+    whether a continuation is complete; the search ends when none that is still open can pass the complete ones.
+    """
+    start, scores, complete = len(context.rows[0]), torch.zeros(1, device=context.weight.device), []
+    for n in range(1, max_new_tokens + 1):
+        sums = context.logits().float().log_softmax(-1) + scores[:, None]         # (beams, V)
+        best, at = sums.flatten().topk(min(2 * num_beams, sums.numel()))        # twice as many: half may be complete
+        still_open = []
+        for rank, (total, i) in enumerate(zip(best.tolist(), at.tolist())):
+            beam, token = divmod(i, sums.size(1))
+            ids = context.rows[beam][start:] + [token]
+            if not is_end(ids):
+                still_open.append((total, beam, token, ids))
+            elif rank < num_beams:
+                complete.append((total / n ** length_penalty, ids))
+        still_open, complete = still_open[:num_beams], sorted(complete, reverse=True)[:num_beams]
+        if not still_open or (len(complete) == num_beams and still_open[0][0] / n ** length_penalty <= complete[-1][0]):
+            return complete
+        if n < max_new_tokens:
+            totals, beams, tokens, _ = zip(*still_open)
+            context.select(list(beams))
+            context.add(torch.tensor(tokens)[:, None])
+            scores = torch.tensor(totals, device=scores.device)
+    return sorted(complete + [(total / n ** length_penalty, ids) for total, *_, ids in still_open], reverse=True)[:num_beams]
+
+
+class Text:
+    """What a row's ids say, given out as it becomes certain: whole characters, up to the first of the `stops`."""
+
+    def __init__(self, tokenizer, stops=()):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+        self.held, self.done = '', False
+
+    def add(self, ids, final=False):
+        """The text that is certain with these further ids; `done` says whether a stop came."""
+        if self.done:
+            return ''
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
+        ends = [at for at in map(self.held.find, self.stops) if at >= 0]
+        if ends:
+            self.done, certain = True, min(ends)
+        else:       # what may be the beginning of a stop has to wait
+            waiting = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
+            certain = len(self.held) - (0 if final else max(waiting, default=0))
+        text, self.held = self.held[:certain], self.held[certain:]
+        return text
+
+
+def texts(context, max_new_tokens, sampling, seeds=None, stops=()):
+    """Yield, token by token, the text that each row gained: [str]; until max_new_tokens, or a stop in every row."""
+    outs = [Text(context.model.tokenizer, stops) for _ in context.rows]
+    for ids in stream(context, max_new_tokens, sampling, seeds):
+        yield [out.add([i]) for out, i in zip(outs, ids.tolist())]
+        if all(out.done for out in outs):
+            return
+    yield [out.add([], final=True) for out in outs]
 
 
 def closing_sample(model, description, start, out_dir):
@@ -58,4 +219,8 @@ def closing_sample(model, description, start, out_dir):
         return print(f"no sample: {error}")
     print(f"---- a sample, after the first words of the validation text; for more: python sample.py --out_dir={out_dir}")
     model._compiled_call_impl = None    # or it would be compiled anew for every length
-    show(model.eval(), start, max_new_tokens=400, temperature=0.8, top_k=200)
+    context = Context(model.eval(), [start], len(start) + 400)
+    print(model.tokenizer.decode(start), end='')
+    for text, in texts(context, 400, Sampling(temperature=0.8, top_k=200)):
+        print(text, end='', flush=sys.stdout.isatty())
+    print(flush=True)

@@ -46,6 +46,80 @@ def causal_attention(q, k, v, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
+class KVCache:
+    """The keys and values of the tokens so far: with them, one token more costs one row of each product.
+
+    Every row of the batch fills the columns up to `length`. Prompts of different lengths end in the same column, so that
+    the rows go on together; row b's tokens then begin at column first[b]. kv: for each layer two of (B, H, room, D).
+    """
+
+    def __init__(self, n_layer, B, H, room, D, device=None, dtype=None):
+        self.kv = [[torch.zeros(B, H, room, D, device=device, dtype=dtype) for _ in 'kv'] for _ in range(n_layer)]
+        self.ids = torch.full((B, room), -1, device=device)     # -1: before a row's first token
+        self.room, self.length, self.first, self.seen = room, 0, None, None
+
+    def extend(self, idx):
+        """Make room for idx (B, T), the next tokens of each row. Returns their positions, (T,) or (B, T). Raises ValueError."""
+        (_, T), start = idx.shape, self.length
+        if start + T > self.room:
+            raise ValueError(f"{T} tokens do not fit into a cache for {self.room} that holds {start}")
+        self.length += T
+        self.ids[:, start:self.length] = idx
+        columns, self.seen = torch.arange(start, self.length, device=idx.device), None
+        if self.first is not None or (start and T > 1):     # otherwise all that is there is seen, or it is a whole prompt
+            places = torch.arange(self.length, device=idx.device)
+            self.seen = places <= columns[:, None]                                              # (T, length)
+            if self.first is not None:
+                self.seen = self.seen & (places >= self.first.view(-1, 1, 1, 1))                # (B, 1, T, length)
+        return columns if self.first is None else columns - self.first[:, None]
+
+    @property
+    def layers(self):
+        """A Past for each layer."""
+        return [Past(self, k, v) for k, v in self.kv]
+
+    def recent(self, n, T):
+        """The n ids before the last T of each row, -1 where there was none: (B, n)."""
+        return F.pad(self.ids[:, :self.length - T], (n, 0), value=-1)[:, -n:]
+
+    def select(self, rows):
+        """Go on with these rows (N,) of the batch, in this order."""
+        self.kv = [(k[rows], v[rows]) for k, v in self.kv]
+        self.ids, self.first = self.ids[rows], self.first if self.first is None else self.first[rows]
+
+    @classmethod
+    def join(cls, caches, room):
+        """One cache with the rows of several, which have one row each, and room for so many columns."""
+        length, k = max(cache.length for cache in caches), caches[0].kv[0][0]
+        whole = cls(len(caches[0].kv), len(caches), k.size(1), room, k.size(3), k.device, k.dtype)
+        whole.length, starts = length, [length - cache.length for cache in caches]
+        for b, (start, cache) in enumerate(zip(starts, caches)):
+            whole.ids[b, start:length] = cache.ids[0, :cache.length]
+            for mine, past in zip(whole.kv, cache.kv):
+                for x, y in zip(mine, past):
+                    x[b, :, start:length] = y[0, :, :cache.length]
+        whole.first = torch.tensor(starts, device=k.device) if any(starts) else None
+        return whole
+
+
+class Past:
+    """What one layer has of a KVCache: k and v, (B, H, room, D) each."""
+
+    def __init__(self, cache, k, v):
+        self.cache, self.k, self.v = cache, k, v
+
+    def attend(self, q, k, v):
+        """Keep k and v of the new tokens, and attend to all that q (B, H, T, D) may see: (B, H, T, D), in q's type."""
+        end, dtype = self.cache.length, self.k.dtype
+        start = end - q.size(2)
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        if not start and self.cache.seen is None:
+            return causal_attention(*(x.to(dtype) for x in (q, k, v))).to(q.dtype)
+        past_k, past_v = self.k[:, :, :end], self.v[:, :, :end]
+        return F.scaled_dot_product_attention(q.to(dtype), past_k, past_v, attn_mask=self.cache.seen).to(q.dtype)
+
+
 def _use_plain(q):
     # Measured forward + backward on a CPU with AMX: in bfloat16 the plain products win 1.2 to 5 times up to T = 512,
     # and keep B·H·T² numbers per layer for the backward pass; in float32 SDPA wins from T = 64.

@@ -3,10 +3,10 @@
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 GPT-2: Radford et al. 2019, https://github.com/openai/gpt-2 (pre-LayerNorm, learned positions, scaled residual init).
 """
+import itertools
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -24,12 +24,14 @@ class LanguageModel(nn.Module):
     A model sets `Config`, a dataclass of only the fields it uses, among them block_size and vocab_size, and defines
     forward(idx, targets=None, cache=None) -> (logits, loss): idx (B, T) int64; targets the same shape, -1 is ignored;
     loss the mean cross-entropy in nats (in eval mode exactly that; training may add to it). With targets in eval mode
-    logits are (B, T, V), in training they may be None; without targets they are the last position's, (B, 1, V).
+    logits are (B, T, V), in training they may be None; without targets they are the last position's, (B, 1, V). With a
+    cache, of init_cache, idx are the tokens after those that it has taken in before, and it takes them in too.
     The rest has defaults to build on.
     """
 
     Config = None
     fit = None                      # counted models: fit(batches of (idx, targets)) replaces the optimizer's steps
+    cache_dtype = None              # of init_cache, where it is not the weights' own; set by weights.prepare
     tokenizer = None                # set by checkpoint.load_model: what the ids stand for
     gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
 
@@ -75,9 +77,12 @@ class LanguageModel(nn.Module):
         return optimizer.build(self.param_groups(), weight_decay, learning_rate, betas, device_type, lrs, width=width,
                                **options)
 
+    def init_cache(self, batch, length, device=None, dtype=None):
+        """What forward(…, cache=…) keeps of up to `length` tokens of each of `batch` rows; None: it has no such thing."""
+
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens): idx continued, one sampled token after the other."""
-        return torch.cat([idx, *generate.stream(self, idx, max_new_tokens, temperature, top_k)], dim=1)
+        return generate.continue_ids(self, idx, max_new_tokens, generate.Sampling(temperature, top_k))
 
 
 @dataclass
@@ -111,10 +116,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, past=None):
         B, T, C = x.shape
         q, k, v = layers.split_heads(self.c_attn(x), self.n_head)      # (B, H, T, D) each
-        y = layers.causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        y = past.attend(q, k, v) if past else layers.causal_attention(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -139,8 +144,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = layers.add(x, self.attn(self.ln_1(x)))
+    def forward(self, x, past=None):
+        x = layers.add(x, self.attn(self.ln_1(x), past))
         return layers.add(x, self.mlp(self.ln_2(x)))
 
 
@@ -173,16 +178,20 @@ class GPT(LanguageModel):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]     # (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[cache.extend(idx) if cache else slice(T)]   # (B, T, C)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
+        for block, past in zip(self.transformer.h, cache.layers if cache else itertools.repeat(None)):
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        x = self.transformer.ln_f(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x, past)
+        x = self.transformer.ln_f(x if targets is not None else x[:, -1:])
+        logits = self.lm_head(x)                                            # (B, T, V), or (B, 1, V)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None                            # (B, 1, V)
-        logits = self.lm_head(x)                                            # (B, T, V)
+            return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def init_cache(self, batch, length, device=None, dtype=None):
+        return layers.KVCache(self.config.n_layer, batch, self.config.n_head, length,
+                              self.config.n_embd // self.config.n_head, device, dtype)
 
     def num_params(self, non_embedding=True):
         """Parameters; by default without the position embeddings, as GPT-2's sizes are told."""

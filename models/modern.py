@@ -9,6 +9,7 @@ Train with Muon: --muon_lr. RESULTS.md has what each part brings, and what was t
 
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -54,11 +55,11 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.n_head = config.n_head
 
-    def forward(self, x, rotary):
+    def forward(self, x, rotary, past=None):
         B, T, C = x.shape
         qk, v = layers.split_heads(self.c_attn(x), self.n_head).split([2, 1])       # (2, B, H, T, D), (1, B, H, T, D)
         q, k = layers.rotate(norm(qk), rotary)
-        y = layers.causal_attention(q, k, v[0])
+        y = (past.attend if past else layers.causal_attention)(q, k, v[0])
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -79,9 +80,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x, rotary):
+    def forward(self, x, rotary, past=None):
         dropout = self.dropout if self.training else 0.0
-        x = layers.add_some(x, self.attn(norm(x), rotary), dropout)
+        x = layers.add_some(x, self.attn(norm(x), rotary, past), dropout)
         return layers.add_some(x, self.mlp(norm(x)), dropout)
 
 
@@ -93,11 +94,13 @@ class NgramEmbedding(nn.Embedding):
         self.n, self.rows, self.dropout = n, rows, dropout
         nn.init.zeros_(self.weight)
 
-    def forward(self, idx):
+    def forward(self, idx, before=None):
+        """idx, and the n - 1 ids before each row's first, -1 where there were none: (B, T), (B, n - 1) -> (B, T, C)."""
         B, T = idx.shape
+        past = F.pad(idx, (self.n - 1, 0), value=-1) if before is None else torch.cat([before, idx], 1)
         key, keys = idx + 1, []
         for i in range(1, self.n):      # below 2^31 each, so that no product overflows
-            key = (key * 0x5851F42D + F.pad(idx + 1, (i, 0))[:, :T] * 0x14057B7F) % 0x7FFFFFFF
+            key = (key * 0x5851F42D + (past[:, self.n - 1 - i:][:, :T] + 1) * 0x14057B7F) % 0x7FFFFFFF
             keys.append((key ^ (key >> 15)) % self.rows)
         keys = torch.stack(keys, -1).view(B * T, -1)
         if self.training and self.dropout:
@@ -132,20 +135,26 @@ class Modern(LanguageModel):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        rotary = self.rotary[:, cache.extend(idx) if cache else slice(T)]   # (2, T, D)
+        rotary = rotary if rotary.dim() == 3 else rotary[:, :, None]        # (2, B, 1, T, D)
         x = self.transformer.wte(idx)                                       # (B, T, C)
         if self.config.ngram:
-            x = x + self.transformer.ngram(idx)
+            x = x + self.transformer.ngram(idx, cache and cache.recent(self.config.ngram - 1, T))
         x = norm(layers.compute_type(x))
-        rotary = self.rotary[:, :T].type_as(x)
-        for block in self.transformer.h:
+        rotary = rotary.type_as(x)
+        for block, past in zip(self.transformer.h, cache.layers if cache else itertools.repeat(None)):
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary)
-        x = norm(x)
-        logits = self.lm_head(x if targets is not None else x[:, -1:])      # (B, T, V), or (B, 1, V)
+            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary, past)
+        x = norm(x if targets is not None else x[:, -1:])
+        logits = self.lm_head(x)                                            # (B, T, V), or (B, 1, V)
         logits = 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def init_cache(self, batch, length, device=None, dtype=None):
+        return layers.KVCache(self.config.n_layer, batch, self.config.n_head, length,
+                              self.config.n_embd // self.config.n_head, device, dtype)
 
     def flops_per_token(self, T):
         """6 per parameter that is multiplied with (tables are looked up), and 12·C·T per layer for attention's products."""

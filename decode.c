@@ -1,0 +1,157 @@
+/* One token's way through the weights, for a few rows at once.
+
+   Generation reads every weight once per token and does little with it, so that the memory sets the speed. What helps is to
+   ask for it early (AHEAD bytes were the fastest; a core alone asks for too little), and no pause between two matrices.
+   WEIGHT: the weights' type (n, k): float, uint16_t for bfloat16, or int8_t with a scale per row. CACHE: that of keys and
+   values. Everything else is float32. What a row gives does not depend on the rows beside it. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define AHEAD 4096
+#define LANES 64
+#define INLINE static inline __attribute__((always_inline))
+
+enum { SET, ADD, GELU_EXACT, GELU_TANH };       /* what becomes of a product */
+
+INLINE float from_float(float v) { return v; }
+INLINE float from_int8_t(int8_t v) { return v; }
+INLINE float from_uint16_t(uint16_t v) { uint32_t bits = (uint32_t)v << 16; float f; memcpy(&f, &bits, 4); return f; }
+INLINE float to_float(float v) { return v; }
+INLINE uint16_t to_uint16_t(float v)
+{
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;    /* the nearest; of two, the even one */
+}
+#define JOIN(a, b) a##b
+#define FROM(type) JOIN(from_, type)
+#define TO(type) JOIN(to_, type)
+
+INLINE void finish(float *y, float v, int what)
+{
+    if (what == ADD)
+        v += *y;
+    else if (what == GELU_EXACT)
+        v *= 0.5f * (1 + erff(v * 0.70710678f));
+    else if (what == GELU_TANH)
+        v /= 1 + expf(-1.59576912f * (v + 0.044715f * v * v * v));
+    *y = v;
+}
+
+/* the products of one row of weights with `rows` rows of x */
+INLINE void dots(const WEIGHT *w, const float *x, long k, int rows, float *y)
+{
+    float sum[4][LANES] = {{0}};
+    long j = 0;
+    for (; j + LANES <= k; j += LANES) {
+        for (long u = 0; u < LANES * (long)sizeof(WEIGHT); u += 64)
+            __builtin_prefetch((const char *)(w + j) + u + AHEAD);
+        #pragma omp simd
+        for (long u = 0; u < LANES; u++) {
+            float weight = FROM(WEIGHT)(w[j + u]);
+            for (int b = 0; b < rows; b++)
+                sum[b][u] += weight * x[b * k + j + u];
+        }
+    }
+    for (int b = 0; b < rows; b++) {
+        for (long u = j; u < k; u++)
+            sum[b][u - j] += FROM(WEIGHT)(w[u]) * x[b * k + u];
+        float total = 0;
+        for (int u = 0; u < LANES; u++)
+            total += sum[b][u];
+        y[b] = total;
+    }
+}
+
+/* x (B, k) -> y (B, n), by the threads together, as all that follows; matrix: weights, scale or null, bias or null */
+static void multiply(void **matrix, const float *x, float *y, long B, long n, long k, int what)
+{
+    const WEIGHT *w = matrix[0];
+    const float *scale = matrix[1], *bias = matrix[2];
+    #pragma omp for schedule(static)
+    for (long i = 0; i < n; i++)
+        for (long b = 0; b < B;) {
+            float sums[4];
+            int rows = B < 4 ? 1 : 4, old = b + rows > B ? b + rows - B : 0;    /* the last four, some of them once more */
+            if (rows == 1)
+                dots(w + i * k, x + b * k, k, 1, sums);
+            else
+                dots(w + i * k, x + (b - old) * k, k, 4, sums);
+            for (int r = old; r < rows; r++, b++)
+                finish(y + b * n + i, sums[r] * (scale ? scale[i] : 1) + (bias ? bias[i] : 0), what);
+        }
+}
+
+static void norm(void **layer, const float *x, float *y, long B, long C)
+{
+    const float *weight = layer[0], *bias = layer[2];
+    #pragma omp for
+    for (long b = 0; b < B; b++) {
+        float mean = 0, square = 0;
+        for (long i = b * C; i < (b + 1) * C; i++)
+            mean += x[i];
+        mean /= C;
+        for (long i = b * C; i < (b + 1) * C; i++)
+            square += (x[i] - mean) * (x[i] - mean);
+        float scale = 1 / sqrtf(square / C + 1e-5f);
+        for (long i = 0; i < C; i++)
+            y[b * C + i] = (x[b * C + i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+    }
+}
+
+/* qkv (B, 3, H, D) of the token in column `at`: keeps k and v (B, H, length, D); y (B, H, D): what q finds from `first` on */
+static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, float *y,
+                   long B, long H, long D, long length, long at)
+{
+    #pragma omp for collapse(2)
+    for (long b = 0; b < B; b++)
+        for (long h = 0; h < H; h++) {
+            const float *q = qkv + (3 * b * H + h) * D;
+            CACHE *keys = k + (b * H + h) * length * D, *values = v + (b * H + h) * length * D;
+            long from = first ? first[b] : 0;
+            float weight[at + 1], most = -1e30f, sum = 0, *out = y + (b * H + h) * D;
+            for (long d = 0; d < D; d++) {
+                keys[at * D + d] = TO(CACHE)(q[H * D + d]);
+                values[at * D + d] = TO(CACHE)(q[2 * H * D + d]);
+                out[d] = 0;
+            }
+            for (long t = from; t <= at; t++) {
+                float dot = 0;
+                for (long d = 0; d < D; d++)
+                    dot += q[d] * FROM(CACHE)(keys[t * D + d]);
+                weight[t] = dot / sqrtf(D);
+                most = fmaxf(most, weight[t]);
+            }
+            for (long t = from; t <= at; t++)
+                sum += weight[t] = expf(weight[t] - most);
+            for (long t = from; t <= at; t++) {
+                float share = weight[t] / sum;
+                for (long d = 0; d < D; d++)
+                    out[d] += share * FROM(CACHE)(values[t * D + d]);
+            }
+        }
+}
+
+void product(void **matrix, const float *x, float *y, long B, long n, long k)
+{
+    #pragma omp parallel
+    multiply(matrix, x, y, B, n, k, SET);
+}
+
+/* GPT-2's Block: x (B, C), in place; layers: (weight, scale, bias) of ln_1, c_attn, c_proj, ln_2, c_fc, c_proj */
+void block(void **layers, float *x, CACHE *k, CACHE *v, const int64_t *first, float *space,
+           long B, long C, long H, long length, long at, long gelu)
+{
+    float *normed = space, *wide = space + B * C, *attended = space + 5 * B * C;    /* 6 B C in all */
+    #pragma omp parallel
+    {
+        norm(layers, x, normed, B, C);
+        multiply(layers + 3, normed, wide, B, 3 * C, C, SET);
+        attend(wide, k, v, first, attended, B, H, C / H, length, at);
+        multiply(layers + 6, attended, x, B, C, C, ADD);
+        norm(layers + 9, x, normed, B, C);
+        multiply(layers + 12, normed, wide, B, 4 * C, C, gelu);
+        multiply(layers + 15, wide, x, B, C, 4 * C, ADD);
+    }
+}

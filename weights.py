@@ -1,0 +1,132 @@
+"""Weights for generation, in bfloat16, float16 or int8: a token costs reading them all once, so half the bytes are half the time.
+
+On a CPU, decode.c does a token's products, and GPT-2's whole blocks; it is compiled when it is first needed.
+"""
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import model as gpt
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
+C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}  # and the cache's
+FEW = 16    # rows, for which decode.c is the faster way
+
+
+def prepare(model, dtype):
+    """Keep the matrices of `model`'s Linears, in place, in dtype, one of DTYPES, and its cache too (int8: in bfloat16).
+
+    Embeddings, norms and biases stay float32, and so does what flows between them. Raises ValueError where int8 is no gain:
+    it is for a CPU with a C compiler.
+    """
+    device = next(model.parameters(), torch.empty(0)).device.type
+    library = _library(*C_TYPES[dtype]) if device == 'cpu' and dtype in C_TYPES else None
+    if dtype == 'int8' and not library:
+        raise ValueError("dtype='int8' is for a CPU with a C compiler (cc): take --dtype=auto")
+    if dtype == 'float32' and not library:
+        return
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Linear(child, DTYPES[dtype], library))
+    for i, block in enumerate(model.transformer.h if library and isinstance(model, gpt.GPT) else []):
+        model.transformer.h[i] = Block(block, library)
+    model.cache_dtype = torch.bfloat16 if dtype == 'int8' else DTYPES[dtype]
+
+
+class Linear(nn.Module):
+    """An nn.Linear with its matrix in `dtype`. int8: whole numbers up to 127, times a scale per output.
+
+    library: decode.c, for up to FEW rows; what one of them gives does not depend on the others, to the bit.
+    """
+
+    def __init__(self, linear, dtype, library=None):
+        super().__init__()
+        weight, scale = linear.weight.detach(), None
+        if dtype == torch.int8:
+            scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+            weight = (weight / scale[:, None]).round()
+        self.register_buffer('weight', weight.to(dtype).contiguous())
+        self.register_buffer('scale', scale)
+        self.register_buffer('bias', None if linear.bias is None else linear.bias.detach())
+        self.product = library and library.product
+        self.matrix = library and _pointers(self.weight, scale, self.bias)
+
+    def forward(self, x):
+        *before, k = x.shape
+        B, n = x.numel() // k, len(self.weight)
+        if self.product and B <= FEW and x.dtype == torch.float32:
+            x, y = x.contiguous(), x.new_empty(*before, n)
+            self.product(self.matrix, x.data_ptr(), y.data_ptr(), B, n, k)
+            return y
+        kind = torch.bfloat16 if self.scale is not None else self.weight.dtype
+        y = F.linear(x.to(kind), self.weight.to(kind), None if self.bias is None or self.scale is not None else self.bias.to(kind))
+        y = y.to(x.dtype)
+        if self.scale is None:
+            return y
+        return y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
+
+
+class Block(nn.Module):
+    """GPT-2's Block, one token of a few rows at a time by decode.c, and everything else by `block`, whose Linears it takes."""
+
+    def __init__(self, block, library):
+        super().__init__()
+        self.block, self.run, self.n_head = block, library.block, block.attn.n_head
+        self.gelu = {'none': 2, 'tanh': 3}[block.mlp.gelu.approximate]     # as decode.c counts them
+        layers = (block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj)
+        self.layers = _pointers(*(x for layer in layers for x in (layer.weight, getattr(layer, 'scale', None), layer.bias)))
+
+    def forward(self, x, past=None):
+        B, T, C = x.shape
+        if past is None or T > 1 or B > FEW:
+            return self.block(x, past)
+        x, space, cache = x.clone(), x.new_empty(6 * B * C), past.cache
+        first = None if cache.first is None else cache.first.data_ptr()
+        self.run(self.layers, x.data_ptr(), past.k.data_ptr(), past.v.data_ptr(), first, space.data_ptr(),
+                 B, C, self.n_head, past.k.stride(0) // C, cache.length - 1, self.gelu)
+        return x
+
+
+def _pointers(*tensors):
+    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+
+@functools.cache
+def _library(weight, cache):
+    """decode.c for these types, compiled for this CPU and kept in the user's cache; None where there is no C compiler."""
+    source = Path(__file__).with_name('decode.c')
+    flags = f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC'.split()
+    flags += '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno'.split()
+    flags += ['-mprefer-vector-width=512'] * (platform.machine().lower() in ('x86_64', 'amd64'))
+    about = [source.read_text(), platform.machine(), platform.processor(), *flags]
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+        about += [line for line in file if line.startswith(('flags', 'Features', 'model name'))]
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'
+    path = folder / f"decode-{hashlib.sha256(''.join(about).encode()).hexdigest()[:16]}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as fresh:
+                for threads in (['-fopenmp'], []):      # Apple's compiler has none
+                    command = ['cc', *flags, *threads, str(source), '-lm', '-o', f'{fresh}/decode.so']
+                    if subprocess.run(command, capture_output=True).returncode == 0:
+                        os.replace(f'{fresh}/decode.so', path)
+                        break
+        library = ctypes.CDLL(str(path))
+    except OSError:     # no compiler, or nowhere to write
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    library.product.argtypes, library.product.restype = [pointer] * 3 + [number] * 3, None
+    library.block.argtypes, library.block.restype = [pointer] * 6 + [number] * 6, None
+    return library
