@@ -17,6 +17,7 @@ OPENAI = {
     'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e', 'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
     'gpt2-large': '32b71b12589c2f8d625668d2335a01cac3249519', 'gpt2-xl': '15ea56dee5df4983c59b2538573817e1667135e2',
 }
+FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
 
 
 class GPT2:
@@ -28,8 +29,7 @@ class GPT2:
     linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
 
     @staticmethod
-    def fixed(n_embd):
-        """What a config.json may say otherwise, and GPT can't."""
+    def fixed(n_embd):      # what another GPT-2's config.json may say otherwise
         return dict(n_inner=4 * n_embd, layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True,
                     scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 
@@ -58,7 +58,7 @@ class GPT2:
 
     @classmethod
     def state(cls, stored):
-        """The state dict out of what is stored there, {name: tensor}, the names with or without `transformer.`."""
+        """The state dict out of what is stored there, whose names may lack `transformer.`."""
         stored = {'transformer.' + k.removeprefix('transformer.'): v for k, v in stored.items()}
         state = {k: v.t() if k.endswith(cls.linear) else v for k, v in stored.items()
                  if not k.endswith(('.attn.bias', '.attn.masked_bias', '.lm_head.weight'))}     # masks, and wte once more
@@ -69,13 +69,12 @@ TWINS = {'gpt': GPT2}
 
 
 def read(source):
-    """(architecture, Config fields, state dict) of an OpenAI size by name (downloaded once), a folder, a .safetensors file.
+    """(architecture, Config fields, state dict) of an OpenAI size by name, a folder or a .safetensors file in one.
 
-    Raises ValueError or OSError where that holds no model of TWINS, a file is missing or the download fails.
+    Raises ValueError or OSError.
     """
-    path = Path(source)
-    is_file = path.suffix == '.safetensors'
-    folder = path.parent if is_file else path if path.is_dir() else _download(source)
+    path = Path(source) if Path(source).is_dir() or str(source).endswith('.safetensors') else _download(source)
+    folder = path.parent if path.suffix == '.safetensors' else path
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         known = {twin.model_type: (name, twin) for name, twin in TWINS.items()}
@@ -85,7 +84,7 @@ def read(source):
         fields = twin.fields(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} can't be used ({type(error).__name__}: {error})") from None
-    return name, fields, twin.state(_weights(path if is_file else folder))
+    return name, fields, twin.state(_weights(path))
 
 
 def fill(model, weights, source):
@@ -120,11 +119,10 @@ def _download(name):
 def _weights(path):
     """{name: tensor} of a file, or of a folder: of the one file there, or of those that its index names."""
     if path.is_dir():
-        kinds, folder = ('model.safetensors', 'pytorch_model.bin'), path
-        there = [folder / f'{kind}{index}' for kind in kinds for index in ('', '.index.json')]
-        path = next((file for file in there if file.is_file()), None)
-        if not path:
-            raise FileNotFoundError(f"{folder} has no {' or '.join(kinds)}")
+        there = [path / name for name in FILES if (path / name).is_file()]
+        if not there:
+            raise FileNotFoundError(f"{path} has no {FILES[0]} or {FILES[2]}")
+        path = there[0]
     try:
         if path.suffix == '.bin':
             return dict(torch.load(path, map_location='cpu', weights_only=True))
@@ -141,18 +139,18 @@ def _weights(path):
 
 
 def content(model, name, dtype):
-    """({file: text or JSON}, {weight: tensor}) of a model, of the architecture `name`, and its tokenizer, where it has one.
+    """({file: text or JSON}, {name: tensor}) of a model of the architecture `name`, without ids that its tokenizer lacks.
 
-    Ids that the tokenizer doesn't have are left out. Raises ValueError where the architecture has no twin.
+    Raises ValueError where the architecture, or the tokenizer, has no twin.
     """
     if name not in TWINS:
         raise ValueError(f"Hugging Face's format has no architecture like {name!r}, only like {', '.join(TWINS)}")
-    twin, own = TWINS[name], model.tokenizer
-    vocab_size, eot = own.vocab_size if own else model.config.vocab_size, getattr(own, 'eot', None)
+    twin, c, own = TWINS[name], model.config, model.tokenizer
+    vocab_size, eot = min(own.vocab_size, c.vocab_size) if own else c.vocab_size, getattr(own, 'eot', None)
     ends = {'bos_token_id': eot, 'eos_token_id': eot}
-    config = {'architectures': [twin.architecture], 'model_type': twin.model_type, **twin.config(model.config),
-              'vocab_size': vocab_size, **ends, 'torch_dtype': dtype}
-    files = {'config.json': config, 'generation_config.json': {**ends, 'pad_token_id': eot}}
-    weights = twin.stored(model.state_dict(), vocab_size).items()
-    return (files | (tokenizer.to_files(own, model.config.block_size) if own else {}),
-            {name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights})
+    files = {'config.json': {'architectures': [twin.architecture], 'model_type': twin.model_type,
+                             **twin.config(c), 'vocab_size': vocab_size, **ends, 'torch_dtype': dtype},
+             'generation_config.json': {**ends, 'pad_token_id': eot}}
+    files |= tokenizer.to_files(own, c.block_size) if own else {}
+    weights = twin.stored(model.state_dict(), vocab_size)
+    return files, {k: v.to(getattr(torch, dtype)).contiguous() for k, v in weights.items()}

@@ -16,7 +16,7 @@ GPT2_MERGES = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 SPELLING = ''.join(chr(b if b in PRINTABLE else 256 + OTHERS.index(b)) for b in range(256))   # of bytes, in byte-level BPE
-BYTES = {ord(c): b for b, c in enumerate(SPELLING)}
+BYTES = {c: b for b, c in enumerate(SPELLING)}
 
 
 def _spell(entry):
@@ -76,7 +76,7 @@ class ByteTokenizer:
 
     def entries(self):
         """{entry as byte-level BPE spells it: id}."""
-        return {c: b for b, c in enumerate(SPELLING)}
+        return dict(BYTES)
 
     def to_json(self):
         return byte_level(self.entries(), [], words=False)
@@ -165,9 +165,9 @@ class HuggingFaceTokenizer:
                              f"{type(self.tokenizer.decoder).__name__}): others can't be used here")
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.bytes = {i: bytes(BYTES[ord(c)] for c in entry) for entry, i in self.tokenizer.get_vocab(False).items()
-                      if i not in added} | {i: token.content.encode() for i, token in added.items()}
+        added = self.tokenizer.get_added_tokens_decoder().keys()
+        self.bytes = {i: entry.encode() if i in added or not BYTES.keys() >= set(entry) else bytes(BYTES[c] for c in entry)
+                      for entry, i in self.tokenizer.get_vocab().items()}
         self.vocab_size, self.eot = max(self.bytes) + 1, self.tokenizer.token_to_id(EOT)
 
     def encode(self, text):
@@ -266,18 +266,20 @@ def from_files(folder):
 
 def _known(found):
     """The description of the tokenizer here that is the one in a tokenizer.json, or None."""
-    model, vocab = found['model'], found['model']['vocab']
+    model, vocab, split = found['model'], found['model']['vocab'], found.get('pre_tokenizer') or {}
     if model['type'] == 'WordLevel':
         own = CharTokenizer(''.join(sorted(vocab, key=vocab.get)))
         rest = dict.fromkeys(('truncation', 'padding', 'post_processor'))       # transformers may add one
         return own.describe() if json.loads(own.to_json()) == found | rest else None
-    if model['type'] == 'BPE':
-        if hashlib.sha256(_merges_txt(model['merges']).encode()).hexdigest() == GPT2_MERGES:
-            return dict(GPT2)
-        if 256 <= len(vocab) < 50257:
-            with contextlib.suppress(OSError):      # tiktoken's file is not there to compare with
-                own = ByteTokenizer() if len(vocab) == 256 else TiktokenTokenizer('gpt2', len(vocab))
-                return own.describe() if vocab == own.entries() else None
+    if (model['type'] != 'BPE' or split.get('type') != 'ByteLevel' or split.get('add_prefix_space')
+            or found.get('normalizer') or any(token['content'] != EOT for token in found.get('added_tokens', []))):
+        return None
+    if hashlib.sha256(_merges_txt(model['merges']).encode()).hexdigest() == GPT2_MERGES:
+        return dict(GPT2)
+    if 256 <= len(vocab) < 50257:
+        with contextlib.suppress(OSError):      # tiktoken's file is not there to compare with
+            own = ByteTokenizer() if len(vocab) == 256 else TiktokenTokenizer('gpt2', len(vocab))
+            return own.describe() if vocab == own.entries() else None
 
 
 class _NoCode(pickle.Unpickler):

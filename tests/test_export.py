@@ -1,0 +1,429 @@
+"""The door to Hugging Face's format: `transformers` loads what export.py writes, without a word, and computes the same;
+what it writes loads here; and a model that went out and came back is the same, bit for bit."""
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT, run, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import checkpoint
+import layers
+import models
+import tokenizer
+from model import GPT
+from tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer
+
+TEXT = (ROOT / 'train.py').read_text(encoding='utf-8')
+CUT = {'kind': 'tiktoken', 'name': 'gpt2', 'size': 500}
+DESCRIPTIONS = {'char': CharTokenizer.of(TEXT).describe(), 'byte': {'kind': 'byte'}, 'gpt2': tokenizer.GPT2, 'cut': CUT}
+HARD = ["  two  spaces, \t\ttabs\n\n\nand lines \n ", "I've we'll THEY'RE 'quoted' 1234567890 3.14e-5", '', ' ',
+        "naïve 日本語 🚀👩\u200d👧 ﷽ \u200d\ufeff e\u0301", "\r\n\x00\x7f\x85\xa0\u2028",
+        "<|endoftext|>a<|endoftext|><|endoftext|> <|endoftext |>"]
+TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
+
+
+@pytest.fixture(scope='session')
+def transformers():
+    module = pytest.importorskip('transformers')
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+@functools.cache
+def load(name):
+    """One of DESCRIPTIONS' tokenizers."""
+    try:
+        return tokenizer.load(DESCRIPTIONS[name])
+    except OSError:
+        pytest.skip("tiktoken's gpt2 is not in TIKTOKEN_CACHE_DIR, and there is no network")
+
+
+def random_model(name='gpt', **fields):
+    """A model whose weights are all large enough to count, biases and norms too."""
+    torch.manual_seed(0)
+    model = models.build(name, **{**dict(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=100), **fields}).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+def saved(path, model, description=None):
+    """A checkpoint file of a model."""
+    torch.save({'model': model.state_dict(), 'model_name': models.name_of(model), 'tokenizer': description,
+                'model_args': dataclasses.asdict(model.config)}, path)
+    return path
+
+
+def export(*words):
+    """export.py as from the command line, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (mock.patch.object(sys, 'argv', ['export.py', *map(str, words)]), contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
+        try:
+            runpy.run_path(str(ROOT / 'export.py'), run_name='__main__')
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def exported(tmp_path, model, description=None, *words):
+    """The folder that export.py makes of a model."""
+    tmp_path.mkdir(exist_ok=True)
+    done = export(f'--init_from={saved(tmp_path / "model.pt", model, description)}', f'--folder={tmp_path / "hf"}', *words)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / 'hf'
+
+
+def check(done, *parts):
+    """`done` ended on a user's mistake, with these parts in its one line."""
+    line, = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith('error: ')
+    for part in parts:
+        assert part in line
+
+
+def logits(model, idx):
+    with torch.no_grad():
+        return model(idx, idx)[0] if isinstance(model, GPT) else model(idx).logits
+
+
+# ---- out: the model --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('ours, theirs', [('sdpa', 'sdpa'), ('plain', 'eager')])
+@pytest.mark.parametrize('fields', [{}, dict(gelu='tanh'), dict(bias=False), dict(bias=False, gelu='tanh', dropout=0.3),
+                                    dict(n_layer=3, n_head=6, n_embd=192, block_size=128)], ids=str)
+def test_transformers_computes_the_same_bit_for_bit(transformers, tmp_path, monkeypatch, fields, ours, theirs):
+    model = random_model(**fields)
+    monkeypatch.setattr(layers, 'ATTENTION', ours)
+    other = transformers.AutoModelForCausalLM.from_pretrained(exported(tmp_path, model), attn_implementation=theirs)
+    idx = torch.randint(100, (2, model.config.block_size))
+    difference = (logits(model, idx) - logits(other, idx)).abs().max()
+    if torch.backends.mkl.is_available():       # elsewhere, a product with a transposed matrix may round otherwise
+        assert difference == 0.0
+    assert difference < 1e-4
+
+
+def test_everything_loads_without_a_word(tmp_path):
+    """A process of its own, so that nothing was said before: transformers says some things once."""
+    pytest.importorskip('transformers')
+    folder = exported(tmp_path, random_model(vocab_size=128), DESCRIPTIONS['char'])
+    script = ('import sys, transformers\nfolder = sys.argv[1]\ntransformers.utils.logging.disable_progress_bar()\n'
+              'model = transformers.AutoModelForCausalLM.from_pretrained(folder)\n'
+              'tokenizer = transformers.AutoTokenizer.from_pretrained(folder)\n'
+              'ids = model.generate(**tokenizer("train ", return_tensors="pt"), max_new_tokens=9, do_sample=False)\n'
+              'print(ids[0].tolist())\n')
+    (tmp_path / 'script.py').write_text(script)
+    done = run(tmp_path / 'script.py', folder, cwd=tmp_path, env={'HF_HUB_OFFLINE': '1'})
+    assert done.returncode == 0 and done.stderr == ''
+    model = checkpoint.load_model(folder)
+    prompt = torch.tensor([model.tokenizer.encode('train ')])
+    assert json.loads(done.stdout) == model.generate(prompt, 9, temperature=0).tolist()[0]
+
+
+def test_padding_of_the_vocabulary_stays_here(transformers, tmp_path):
+    model = random_model(vocab_size=128)
+    done = export(f'--init_from={saved(tmp_path / "a.pt", model, DESCRIPTIONS["char"])}', f'--folder={tmp_path / "hf"}')
+    n = len(DESCRIPTIONS['char']['chars'])
+    assert f'vocab_size is {n} there: the 128 here are padded' in done.stdout and len(done.stdout.splitlines()) == 2
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    idx = torch.randint(n, (2, 64))
+    assert other.config.vocab_size == n and logits(other, idx).shape[-1] == n
+    assert (logits(model, idx)[..., :n] - logits(other, idx)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_weights_in_another_format(transformers, tmp_path, dtype):
+    model = random_model()
+    folder = exported(tmp_path, model, None, f'--dtype={dtype}')
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype='auto')
+    expected = {k: v.to(getattr(torch, dtype)) for k, v in model.state_dict().items()}
+    assert same({k: v.t() if k.endswith(TRANSPOSED) else v for k, v in other.state_dict().items()}, expected)
+
+
+def test_names_are_those_that_transformers_writes_and_llama_cpp_reads(transformers, tmp_path):
+    from safetensors import safe_open
+    folder = exported(tmp_path, random_model(bias=False))
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / 'theirs')
+    names = [set(safe_open(f / 'model.safetensors', 'pt').keys()) for f in (folder, tmp_path / 'theirs')]
+    assert names[0] == names[1] and 'transformer.h.0.attn.c_attn.bias' in names[0] and 'lm_head.weight' not in names[0]
+    config = json.loads((folder / 'config.json').read_text())
+    assert config.items() >= dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', n_ctx=64, n_positions=64, n_embd=32,
+                                  n_layer=2, n_head=2, layer_norm_epsilon=1e-5, torch_dtype='float32', vocab_size=100,
+                                  tie_word_embeddings=True, bos_token_id=None, eos_token_id=None).items()
+
+
+# ---- out: the tokenizer ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def theirs(transformers, tmp_path_factory):
+    """theirs(name) -> AutoTokenizer's tokenizer from the export of a model with that one of DESCRIPTIONS."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            own, folder = load(name), tmp_path_factory.mktemp(name)
+            model = random_model(vocab_size=own.vocab_size)
+            made[name] = transformers.AutoTokenizer.from_pretrained(exported(folder, model, own.describe()))
+        return made[name]
+    return make
+
+
+@pytest.mark.parametrize('name', DESCRIPTIONS)
+def test_ids_and_texts_are_the_same_there(theirs, name):
+    own, other = load(name), theirs(name)
+    texts = [TEXT[:5000], TEXT[-3000:], *(HARD if name != 'char' else [''.join(own.chars), own.chars[0] * 3, ' \n x \n '])]
+    for text in texts:
+        assert other(text)['input_ids'] == own.encode(text)
+        assert other.decode(own.encode(text)) == text == own.decode(own.encode(text))
+    assert len(other) == own.vocab_size and other.eos_token_id == getattr(own, 'eot', None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize('name', DESCRIPTIONS)
+def test_any_text_has_the_same_ids_there(theirs, name, data):
+    own, other = load(name), theirs(name)
+    pieces = st.sampled_from(own.chars) if name == 'char' else st.text(max_size=4) | st.sampled_from(
+        [' ', '\n', '\t', "'s", '<|endoftext|>', 'the', ' The', '0', '.', 'é', 'e\u0301', '日', '🚀', '\u00a0', '\u2029'])
+    text = ''.join(data.draw(st.lists(pieces, max_size=30)))
+    assert other(text)['input_ids'] == own.encode(text) and other.decode(own.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(chars=st.sets(st.characters(exclude_categories=['Cs']), min_size=1, max_size=40), data=st.data())
+def test_any_characters_can_be_a_vocabulary(chars, data):
+    Tokenizer = pytest.importorskip('tokenizers').Tokenizer
+    own = CharTokenizer(''.join(chars))
+    other, text = Tokenizer.from_str(own.to_json()), ''.join(data.draw(st.lists(st.sampled_from(own.chars))))
+    assert other.encode(text).ids == own.encode(text) and other.decode(own.encode(text)) == text
+
+
+def test_a_character_that_the_model_does_not_know_is_an_error_there_too(theirs):
+    with pytest.raises(Exception, match='Missing'):
+        theirs('char')('日')
+
+
+def test_gpt2s_files_are_openais(tmp_path):
+    cache = Path(os.environ.get('TIKTOKEN_CACHE_DIR', ''))
+    if not (cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').is_file():
+        pytest.skip("OpenAI's files are not in TIKTOKEN_CACHE_DIR")
+    written = tokenizer.to_files(load('gpt2'), 1024)
+    assert written['merges.txt'] == (cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').read_text(encoding='utf-8')
+    assert written['vocab.json'] == json.loads((cache / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6').read_text())
+
+
+@pytest.mark.parametrize('name', DESCRIPTIONS)
+def test_tokenizer_json_is_as_the_library_writes_it(name):
+    Tokenizer = pytest.importorskip('tokenizers').Tokenizer
+    text = load(name).to_json()
+    found = json.loads(Tokenizer.from_str(text).to_str())
+    if 'merges' in found['model']:      # ours are in the form that old versions read too
+        found['model']['merges'] = [' '.join(merge) for merge in found['model']['merges']]
+    assert found == json.loads(text)
+
+
+# ---- in --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', DESCRIPTIONS)
+@pytest.mark.parametrize('saved_there', [False, True], ids=['exported', 'saved there again'])
+def test_there_and_back(transformers, theirs, tmp_path, name, saved_there):
+    own = load(name)
+    model = random_model(vocab_size=own.vocab_size)
+    folder = exported(tmp_path, model, own.describe())
+    if saved_there:
+        transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / 'again')
+        theirs(name).save_pretrained(tmp_path / 'again')
+        folder = tmp_path / 'again'
+    back = checkpoint.load_model(folder)
+    assert back.tokenizer.describe() == own.describe() and back.config == model.config
+    assert same(dict(back.state_dict()), dict(model.state_dict()))
+    assert export(f'--init_from={folder}', f'--folder={tmp_path / "twice"}').returncode == 0
+    for path in (tmp_path / 'hf').iterdir():
+        assert path.read_bytes() == (tmp_path / 'twice' / path.name).read_bytes()
+
+
+def test_biases_that_a_model_lacks_come_back_as_zeros(tmp_path):
+    model = random_model(bias=False)
+    back, idx = checkpoint.load_model(exported(tmp_path, model)), torch.randint(100, (2, 64))
+    assert back.config.bias and torch.equal(logits(back, idx), logits(model, idx))
+
+
+@pytest.fixture
+def shards(transformers, tmp_path):
+    """A GPT-2 that transformers has saved in shards, and its folder."""
+    config = dict(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64, bos_token_id=None, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / 'sharded', max_shard_size='50KB')
+    assert len(list((tmp_path / 'sharded').glob('*.safetensors'))) > 2
+    return model, tmp_path / 'sharded'
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'bin'])
+def test_shards_are_those_that_the_index_names(shards, kind):
+    model, folder = shards
+    (path,) = folder.glob('*.index.json')
+    index = json.loads(path.read_text())
+    (folder / 'below').mkdir()
+    for name in sorted(set(index['weight_map'].values())):
+        if kind == 'bin':
+            from safetensors.torch import load_file
+            torch.save(load_file(folder / name), folder / 'below' / f'{name}.bin')
+            (folder / name).unlink()
+        else:
+            shutil.move(folder / name, folder / 'below' / f'{name}.{kind}')
+    index['weight_map'] = {k: f'below/{v}.{kind}' for k, v in index['weight_map'].items()}
+    path.unlink()
+    name = {'safetensors': 'model.safetensors', 'bin': 'pytorch_model.bin'}[kind]
+    (folder / f'{name}.index.json').write_text(json.dumps(index))
+    (folder / f'model-of-something-else.{kind}').write_bytes(b'not read')
+    idx = torch.randint(64, (2, 32))
+    assert torch.allclose(logits(checkpoint.load_model(folder), idx), logits(model, idx), atol=1e-5)
+
+
+def test_a_missing_shard(shards, tmp_path):
+    _, folder = shards
+    words, first = [f'--init_from={folder}', f'--folder={tmp_path / "out"}'], min(folder.glob('*.safetensors'))
+    first.unlink()
+    check(export(*words), f'{first} is missing, one of', 'index.json names')
+    (folder / 'model.safetensors.index.json').write_text('{"weight_map": 3}')
+    check(export(*words), 'model.safetensors.index.json is damaged')
+
+
+def test_one_file_of_weights_with_its_config_beside_it(tmp_path):
+    model = random_model(vocab_size=128)
+    folder = exported(tmp_path, model, DESCRIPTIONS['char'])
+    (folder / 'model.safetensors').rename(folder / 'epoch-3.safetensors')
+    back = checkpoint.load_model(str(folder / 'epoch-3.safetensors'))
+    n = back.config.vocab_size
+    assert back.tokenizer.describe() == DESCRIPTIONS['char'] and torch.equal(back.lm_head.weight, model.lm_head.weight[:n])
+    check(export(f'--init_from={folder / "epoch-4.safetensors"}', f'--folder={tmp_path / "out"}'), 'epoch-4.safetensors')
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """The tokenizer.json of a byte-level BPE that is not one of ours."""
+    tokenizers = pytest.importorskip('tokenizers')
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT, *HARD], vocab_size=400, special_tokens=['<pad>', '<|endoftext|>', '<été>'])
+    bpe.save(str(tmp_path / 'foreign.json'))
+    return tokenizers.Tokenizer.from_file(str(tmp_path / 'foreign.json'))
+
+
+def test_a_tokenizer_from_elsewhere_goes_along(transformers, foreign, tmp_path):
+    folder = exported(tmp_path, random_model(vocab_size=foreign.get_vocab_size()))
+    foreign.save(str(folder / 'tokenizer.json'))
+    model = checkpoint.load_model(folder)
+    assert model.tokenizer.describe() == {'kind': 'huggingface', 'json': (folder / 'tokenizer.json').read_text()}
+    assert model.tokenizer.vocab_size == foreign.get_vocab_size() and model.tokenizer.eot == 1
+    for text in (TEXT[:2000], *HARD, '<pad><été>é'):
+        ids = model.tokenizer.encode(text)
+        assert ids == foreign.encode(text).ids and model.tokenizer.decode(ids) == text
+        assert b''.join(model.tokenizer.decode_bytes([i]) for i in ids) == text.encode()    # as it is streamed
+    again = exported(tmp_path / 'again', model, model.tokenizer.describe())
+    assert (again / 'tokenizer.json').read_text() == (folder / 'tokenizer.json').read_text()
+
+
+def test_a_tokenizer_of_only_vocab_and_merges(foreign, tmp_path):
+    folder = exported(tmp_path, random_model(vocab_size=foreign.get_vocab_size()))
+    foreign.model.save(str(folder))
+    own = checkpoint.load_model(folder).tokenizer
+    assert own.describe()['kind'] == 'huggingface' and own.encode(TEXT[:2000]) == foreign.encode(TEXT[:2000]).ids
+
+
+def test_gpt2s_own_files_need_neither_tiktoken_nor_tokenizers(tmp_path, monkeypatch):
+    for name, content in tokenizer.to_files(load('gpt2'), 1024).items():
+        (tmp_path / name).write_text(content if type(content) is str else json.dumps(content))
+    monkeypatch.setattr(tokenizer, 'TiktokenTokenizer', None)
+    assert tokenizer.from_files(tmp_path) == tokenizer.GPT2
+    (tmp_path / 'tokenizer.json').unlink()
+    assert tokenizer.from_files(tmp_path) == tokenizer.GPT2
+
+
+@pytest.mark.parametrize('change', [{'normalizer': {'type': 'Lowercase'}}, {'added_tokens': [{'content': '<pad>'}]}])
+def test_a_changed_tokenizer_is_not_taken_for_ours(tmp_path, change):
+    for own in (ByteTokenizer(), CharTokenizer('abc')):
+        (tmp_path / 'tokenizer.json').write_text(json.dumps(json.loads(own.to_json()) | change))
+        assert tokenizer.from_files(tmp_path)['kind'] == 'huggingface'
+
+
+@pytest.mark.parametrize('text, message', [
+    ('{}', 'damaged'), (CharTokenizer('ab').to_json().replace('"Fuse"', '"WordPiece", "prefix": "#", "cleanup": true'),
+                        'no byte-level BPE (WordLevel, WordPiece)')])
+def test_a_tokenizer_json_that_cannot_be_used(text, message):
+    pytest.importorskip('tokenizers')
+    with pytest.raises(ValueError, match=message.replace('(', r'\(').replace(')', r'\)')) as caught:
+        tokenizer.load({'kind': 'huggingface', 'json': text})
+    assert '\n' not in str(caught.value)
+
+
+def test_without_the_package_tokenizers(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    with pytest.raises(ValueError, match='pip install tokenizers'):
+        HuggingFaceTokenizer('{}')
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+def test_a_run_is_exported_and_sampled_from(trained, tmp_path):
+    done = run('export.py', f'--out_dir={trained}', f'--folder={tmp_path / "a" / "hf"}')
+    assert done.returncode == 0 and not done.stderr and f'{tmp_path / "a" / "hf"}: ' in done.stdout
+    assert [path.name for path in (tmp_path / 'a').iterdir()] == ['hf']
+    sampled = [run('sample.py', f'--init_from={source}', '--num_samples=1', '--max_new_tokens=20', '--device=cpu',
+                   '--dtype=float32') for source in (trained, tmp_path / 'a' / 'hf')]
+    assert sampled[0].returncode == 0 and sampled[0].stdout == sampled[1].stdout, sampled[1].stderr
+
+
+def test_a_model_without_a_tokenizer_is_exported_without_one(tmp_path):
+    done = export(f'--init_from={saved(tmp_path / "model.pt", random_model())}', f'--folder={tmp_path / "hf"}')
+    assert 'has no tokenizer: the model does not say which its 100 ids belong to' in done.stdout
+    assert {path.name for path in (tmp_path / 'hf').iterdir()} == {
+        'config.json', 'generation_config.json', 'model.safetensors'}
+
+
+def test_mistakes(tmp_path):
+    source = f'--init_from={saved(tmp_path / "model.pt", random_model())}'
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'precious').write_text('precious')
+    check(export(source), "folder='': take --folder=NAME of one that is not there yet")
+    check(export(source, f'--folder={tmp_path / "full"}'), 'not there yet, or empty')
+    check(export(source, f'--folder={tmp_path / "model.pt"}'), 'not there yet, or empty')
+    check(export(source, f'--folder={tmp_path / "model.pt" / "below"}'), 'model.pt')
+    check(export(source, f'--folder={tmp_path / "hf"}', '--dtype=int8'), "dtype='int8' is unknown: take float32, bfloat16")
+    check(export(f'--out_dir={tmp_path / "full"}', f'--folder={tmp_path / "hf"}'), 'holds no checkpoint')
+    check(export('--out_dir=nowhere', f'--folder={tmp_path / "hf"}'), "'nowhere' does not exist")
+    modern = saved(tmp_path / 'modern.pt', random_model('modern'))
+    check(export(f'--init_from={modern}', f'--folder={tmp_path / "hf"}'), "no architecture like 'modern', only like gpt")
+    char = saved(tmp_path / 'char.pt', random_model(), {'kind': 'char', 'chars': 'ab\ud800'})
+    check(export(f'--init_from={char}', f'--folder={tmp_path / "hf"}'), 'surrogates not allowed')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['char.pt', 'full', 'model.pt', 'modern.pt']
+    (tmp_path / 'empty').mkdir()
+    assert export(source, f'--folder={tmp_path / "empty"}').returncode == 0
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    resource = pytest.importorskip('resource')
+    source = f'--init_from={saved(tmp_path / "model.pt", random_model())}'
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for limit in (10, 2000, 50_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            check(export(source, f'--folder={tmp_path / "hf"}'))
+            assert [path.name for path in tmp_path.iterdir()] == ['model.pt']
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
