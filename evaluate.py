@@ -15,6 +15,7 @@ Bits per byte and word perplexity compare models with different tokenizers. Prob
 padding included, as in training; sums are float64.
 """
 import difflib
+import functools
 import json
 import math
 import re
@@ -32,7 +33,6 @@ import runtime
 from configurator import configure
 from dataset import ROOT, Dataset, prepare_if_small
 from runtime import fail, user_errors
-from tokenizer import load
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (the run in out_dir), gpt2[-medium|-large|-xl], a Hugging Face folder, a checkpoint file
@@ -61,6 +61,7 @@ DOWNLOADS = {   # each with the sha256 that the dataset_infos.json of its Huggin
 # A row is (ids, n): the last n ids are scored, given those before them. figures(logprobs, greedy) -> {name: number} takes
 # what `score` finds out about the rows.
 
+@functools.cache
 def read_text():
     """(ids, bytes, words) of the text: its ids as a NumPy array, the others counted. Raises ValueError or OSError."""
     name = dataset or 'shakespeare'
@@ -78,7 +79,7 @@ def read_text():
     else:
         prepare_if_small(name)
         data = Dataset(name, 1, 1)
-        if data.tokenizer != model.tokenizer.describe() and entries(load(data.tokenizer)) != entries(model.tokenizer):
+        if data.tokenizer != model.tokenizer.describe():
             raise ValueError(f"{data.folder} was made with another tokenizer than the model's: give the text itself, as "
                              "--dataset=FILE")
         ids = data.first('val', data.tokens['val']).astype(np.int64)
@@ -92,10 +93,6 @@ def read_text():
     return ids, n_bytes, n_words
 
 
-def entries(tokenizer):
-    return [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-
-
 def text_task(rolling):
     """Windows of T tokens: rolling ones reach back from the end of what they score, the others begin with it."""
     text, n_bytes, n_words = read_text()
@@ -105,7 +102,7 @@ def text_task(rolling):
     rows = [(ids[max(0, end - T) if rolling else before:end + 1], end - before) for before, end in zip([0, *ends], ends)]
 
     def figures(logprobs, greedy):
-        loss = -logprobs.sum() / last
+        loss = -logprobs.sum() / last       # a first token that is not scored counts as one like the others, below
         return {'loss': loss, 'token_perplexity': np.exp(loss), 'word_perplexity': np.exp(loss * len(text) / n_words),
                 'bits_per_byte': loss / math.log(2) * len(text) / n_bytes, 'tokens': last, 'bytes': n_bytes}
     return rows, figures
@@ -119,7 +116,7 @@ def read_examples(task, path, read):
         files.download(url, path, digest, mirrored_as=f'{task}/{path.name}')
     examples = []
     for i, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if line.strip() and not 0 < limit <= len(examples):
+        if line.strip() and len(examples) < (limit or math.inf):
             try:
                 examples.append(read(json.loads(line)))
             except ValueError as error:
@@ -192,7 +189,7 @@ def score(rows, name):
 
     Rows are padded at their ends, which a causal model does not see; too long ones lose their beginnings.
     """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))    # the first batch needs the most memory
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))    # like lengths together, the largest batch first
     logprobs, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
     for first in tqdm(range(0, len(rows), batch_size), name, leave=False, disable=None):
         places = order[first:first + batch_size]
@@ -218,13 +215,16 @@ with user_errors():
     dtype = config['dtype'] = runtime.resolve_dtype(dtype, device)
     runtime.check_at_least(0, config, 'limit')
     runtime.check_at_least(1, config, 'batch_size')
+    if not Path(out).parent.is_dir():
+        fail(f"out={out}: there is no folder {Path(out).parent}")
     names = [name.strip() for name in tasks.split(',')]
     if unknown := [name for name in names if name not in TASKS]:
         near = difflib.get_close_matches(unknown[0], TASKS, n=1, cutoff=0)[0]
         fail(f"there is no task {unknown[0]!r}; the nearest is {near!r} (there are: {', '.join(TASKS)})")
-    model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from, device)
+    source = out_dir if init_from == 'resume' else init_from
+    model = checkpoint.load_model(source, device)
     if model.tokenizer is None:
-        fail(f"{init_from} does not say which tokenizer its {model.config.vocab_size} ids belong to")
+        fail(f"{source} does not say which tokenizer its {model.config.vocab_size} ids belong to")
     T, eot = model.config.block_size, getattr(model.tokenizer, 'eot', None)
     stride = config['stride'] = max(1, T // 2) if stride == 'auto' else stride
     if stride not in range(1, T + 1):

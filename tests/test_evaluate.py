@@ -99,7 +99,7 @@ TEXT = "Naïve: “one”  two\nthree\tfour, and a last one."
 
 
 @pytest.mark.parametrize('stride', [1, 5, 16])
-def test_each_token_is_scored_once_with_enough_context(results, evaluate, model, tmp_path, stride):
+def test_each_token_is_scored_once_with_enough_context(results, model, tmp_path, stride):
     (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
     ids, T = list(TEXT.encode()), 16
     found = results('--init_from=model.pt', '--tasks=perplexity', '--dataset=text.txt', f'--stride={stride}')['perplexity']
@@ -292,6 +292,13 @@ def test_padding_changes_nothing(results, tmp_path):
         assert alone[task] == pytest.approx(together[task], rel=1e-6)
 
 
+def test_bfloat16_is_near(results, model, tmp_path):
+    (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
+    exact, near = (results('--init_from=model.pt', '--dataset=text.txt', f'--dtype={dtype}')['bpb']['loss']
+                   for dtype in ('float32', 'bfloat16'))
+    assert near != exact and near == pytest.approx(exact, rel=0.01)
+
+
 def test_a_table_whose_columns_are_aligned(evaluate, model, tmp_path):
     (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
     (tmp_path / 'l.jsonl').write_text('{"text": "a b"}\n{"text": "c d"}\n')
@@ -352,7 +359,7 @@ HELLASWAG = {'activity_label': 'x', 'ctx_a': 'a', 'ctx_b': 'b', 'endings': ['1',
     (['--tasks=hellaswag', '--hellaswag=file'], json.dumps({**HELLASWAG, 'label': ''}), '1: an example of HellaSwag has'),
     (['--tasks=hellaswag', '--hellaswag=file'], json.dumps({**HELLASWAG, 'endings': ['1']}), 'four "endings"'),
     (['--tasks=hellaswag', '--hellaswag=file'], '[]', '"activity_label", "ctx_a", "ctx_b"'),
-    (['--dataset=file', '--out=no/where.json'], 'some text', 'cannot write no/where.json: No such file or directory'),
+    (['--out=no/where.json'], '', 'out=no/where.json: there is no folder no'),
 ])
 def test_a_mistake_ends_in_one_line(evaluate, model, tmp_path, words, content, message):
     byte_model(tmp_path / 'bare.pt', tokenizer=None)
