@@ -90,7 +90,7 @@ class Metrics:
             for key in record.keys() - {'iter'}:
                 if record[key] is not None:
                     writer.add_scalar(key, record[key], record['iter'])
-            writer.flush()      # 0.2 ms: a run that is killed loses no point
+            writer.flush()      # a run that is killed loses no point
         return write, writer.close, since
 
     def say(self, text):

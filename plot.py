@@ -1,11 +1,12 @@
-"""Loss curves of one or several runs, over wall time and over tokens, as a picture.
+"""Loss curves of one or several runs, or whatever else they logged, over wall time and over tokens, as a picture.
 
     python plot.py out-shakespeare-char                                     # makes out-shakespeare-char/loss.png
     python plot.py out-a out-b --names="small, large" --out=compared.svg    # without --out: ./loss.png
+    python plot.py out-a --y=loss,lr,grad_norm,tokens_per_second            # one below the other
 
-Points are validation losses; the thin line is the training loss, each value the mean of 2 % of the logged steps around it.
-The log has the wall time of evaluations, and how much of it went into steps: those between two evaluations are spread
-evenly over that time from the first one on, the rest is the second one's; those after the last take what was logged.
+It needs metrics.jsonl and config.json, no more. Points are evaluations, thin lines steps: each value the mean of 2 % of the
+logged ones around it, but lr's. The log has the wall time of evaluations, and how much of it went into steps: those between
+two are spread evenly over that time from the first on, the rest is the second's; those after the last take what was logged.
 """
 import json
 import os
@@ -17,7 +18,8 @@ import files
 from configurator import configure
 
 # ---- settings --------------------------------------------------------------------------------------------------------
-out = ''  # the picture, .png, .svg or .pdf; else loss.png in the run's folder, or in the current one for several runs
+y = 'loss'  # what to draw: loss (training and validation) or other names in metrics.jsonl, with commas between
+out = ''  # the picture, .png, .svg or .pdf; else named after y, in the run's folder, or here for several runs
 names = ''  # what to call the runs, with commas between; else their folders' names
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -26,9 +28,9 @@ UNITS = ([(1, 'wall time (seconds)'), (60, 'wall time (minutes)'), (3600, 'wall 
          [(1, 'tokens'), (1e3, 'tokens (thousands)'), (1e6, 'tokens (millions)'), (1e9, 'tokens (billions)')])
 
 
-def read(folder):
-    """A run's losses, {'val_loss' | 'loss': [(wall seconds, tokens, loss)]}."""
-    path, losses = folder / 'metrics.jsonl', {'loss': [], 'val_loss': []}
+def read(folder, wanted):
+    """What a run logged, {name in wanted: (of steps, of evaluations)}, each a list of (wall seconds, tokens, value)."""
+    path, steps, evaluations = folder / 'metrics.jsonl', {}, {}
     try:
         tokens = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['resolved']['tokens_per_step']
         lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
@@ -48,47 +50,57 @@ def read(folder):
             else:
                 now = wall = wall + (step + 1 - done) * record['ms'] / 1e3
                 done = step + 1
-            for key, points in losses.items():
-                if record.get(key) is not None:     # it is null where it was not finite
-                    points.append((now, tokens * step, record[key]))
+            for key in {key for key, value in record.items() if value is not None}:     # null: it was not finite
+                points = (evaluations if 'val_loss' in record else steps).setdefault(key, [])
+                points.append((now, tokens * step, float(record[key])))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{folder} holds no run of train.py: metrics.jsonl or config.json is missing or damaged") from None
-    if not any(losses.values()):
-        raise ValueError(f"{path} has no losses yet")
-    raw, reach = losses['loss'], max(1, len(losses['loss']) // 100)
-    near = [raw[i - min(i, reach):i + min(i, reach) + 1] for i in range(len(raw))]      # as many behind as before
-    losses['loss'] = [(*point[:2], sum(p[2] for p in points) / len(points)) for point, points in zip(raw, near)]
-    return losses
+    evaluations['loss'], found = evaluations.get('val_loss', []), {}
+    for name in wanted:
+        raw, reach = steps.get(name, []), max(1, len(steps.get(name, [])) // 100) if name != 'lr' else 0
+        near = [raw[i - min(i, reach):i + min(i, reach) + 1] for i in range(len(raw))]      # as many behind as before
+        found[name] = ([(*point[:2], sum(p[2] for p in points) / len(points)) for point, points in zip(raw, near)],
+                       evaluations.get(name, []))
+        if not any(found[name]):
+            raise ValueError(f"{path} has no {name} (y=), but {', '.join(sorted(steps | evaluations))}" if records else
+                             f"{path} has no losses yet")
+    return found
 
 
 def draw(runs):
-    """The figure of runs, {name: losses}."""
+    """The figure of runs, {run: what `read` found}: a row for each quantity."""
     import matplotlib.figure  # without pyplot, which would look for a display
     matplotlib.rcParams.update({'font.size': 12, 'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': '#e4e4e4'})
-    figure, heights = matplotlib.figure.Figure(figsize=(12, 5), dpi=150, layout='constrained'), []
-    for column, (axes, units) in enumerate(zip(figure.subplots(1, 2, sharey=True), UNITS)):
-        most = max(point[column] for run in runs.values() for points in run.values() for point in points)
+    wanted = list(next(iter(runs.values())))
+    figure = matplotlib.figure.Figure(figsize=(12, 2 + 3 * len(wanted)), dpi=150, layout='constrained')
+    grid = figure.subplots(len(wanted), 2, sharex='col', sharey='row', squeeze=False)
+    for column, units in enumerate(UNITS):
+        most = max(point[column] for run in runs.values() for found in run.values() for points in found for point in points)
         size, unit = [unit for unit in units if unit is units[0] or most >= 3 * unit[0]][-1]
-        for (name, run), colour in zip(runs.items(), COLOURS * len(runs)):
-            for points, style in zip(run.values(), (dict(lw=0.8, alpha=0.7), dict(lw=1.8, marker='o', ms=4.5))):
-                if points:
-                    x, y = [point[column] / size for point in points], [point[2] for point in points]
-                    axes.plot(x, y, color=colour, **style)
-                    heights += y[len(y) // 12 + (len(y) > 2):]     # the first ones would press all others together
-            axes.annotate(f"{textwrap.fill(name, 20)} {y[-1]:.3f}", (x[-1], y[-1]), (9, 0), textcoords='offset points',
-                          color=colour, va='center', parse_math=False, in_layout=False)
-        axes.set_xlabel(unit)
-        axes.spines[['top', 'right']].set_visible(False)
-    margin = 0.08 * (max(heights) - min(heights)) or 0.1
-    axes.set_ylim(min(heights) - margin, max(heights) + margin)
-    figure.axes[0].set_ylabel("loss (nats per token)")
-    figure.axes[0].set_title("points: validation, thin line: training, smoothed", fontsize=11, loc='left', color='#666666')
+        grid[-1, column].set_xlabel(unit)
+        for quantity, axes in zip(wanted, grid[:, column]):
+            heights = []
+            for (name, run), colour in zip(runs.items(), COLOURS * len(runs)):
+                for points, style in zip(run[quantity], (dict(lw=0.8, alpha=0.7), dict(lw=1.8, marker='o', ms=4.5))):
+                    if points:
+                        x, y = [point[column] / size for point in points], [point[2] for point in points]
+                        axes.plot(x, y, color=colour, **style)
+                        heights += y[(quantity != 'lr') * (len(y) // 12 + (len(y) > 2)):]   # the first would press the rest
+                last = f"{y[-1]:,.0f}" if abs(y[-1]) >= 100 else f"{y[-1]:.3f}" if abs(y[-1]) >= 0.1 else f"{y[-1]:.3g}"
+                axes.annotate(f"{textwrap.fill(name, 20)} {last}", (x[-1], y[-1]), (9, 0), textcoords='offset points',
+                              color=colour, va='center', parse_math=False, in_layout=False)
+            margin = 0.08 * (max(heights) - min(heights)) or 0.1 * abs(max(heights)) or 0.1
+            axes.set_ylim(min(heights) - margin, max(heights) + margin)
+            axes.spines[['top', 'right']].set_visible(False)
+            axes.set_ylabel('' if column else quantity.replace('_', ' ').replace('loss', 'loss (nats per token)'))
+    grid[0, 0].set_title("points: validation, thin line: training, smoothed", fontsize=11, loc='left', color='#666666')
     figure.draw_without_rendering()     # now the texts have a size
     for axes in figure.axes:
-        width, taken = axes.bbox.width, []
+        width = axes.bbox.width
         ends = [text.xy[0] * width / max(width - text.get_window_extent().width - 40, width / 3) for text in axes.texts]
-        axes.set_xlim(0, max(ends) or 1)
-        curves = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+        axes.set_xlim(0, max(*ends, axes.get_xlim()[1]))    # which the rows share
+    for axes in figure.axes:
+        taken, curves = [], [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
         for text in axes.texts:     # as near to the curve's end as there is no curve and no other text
             for up in sorted(range(-100, 101, 2), key=abs):
                 text.set_position((9, up))
@@ -103,11 +115,12 @@ def draw(runs):
 try:
     folders = [word for word in sys.argv[1:] if os.path.isdir(word) or ('=' not in word and word[:1] != '-')]
     configure(globals(), [word for word in sys.argv[1:] if word not in folders])
+    wanted = list(dict.fromkeys(name.strip() for name in y.split(',') if name.strip())) or ['loss']
     labels = [name.strip() for name in names.split(',')] if names else [folder.rstrip('/') for folder in folders]
     if len(set(labels)) != len(folders) or not folders:
         raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and as many names")
-    path = Path(out or Path(folders[0] if len(folders) == 1 else '', 'loss.png'))
-    figure = draw({label: read(Path(folder)) for label, folder in zip(labels, folders)})
+    path = Path(out or Path(folders[0] if len(folders) == 1 else '', f"{'-'.join(wanted)}.png"))
+    figure = draw({label: read(Path(folder), wanted) for label, folder in zip(labels, folders)})
     with files.replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:] or 'png')
     print(f"picture: {path}")

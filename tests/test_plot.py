@@ -1,12 +1,16 @@
 """plot.py: where the curves lie, what the picture says, how mistakes end."""
+import itertools
 import json
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
+
+import checkpoint
 
 
 def write_run(folder, records, tokens_per_step=100):
@@ -21,7 +25,7 @@ def evaluation(step, wall, train, loss=2.0):
 
 
 def line(step, ms, loss=3.0):
-    return dict(iter=step, ms=ms, loss=loss)
+    return dict(iter=step, ms=ms, loss=loss, lr=1e-3 * (step == 2))
 
 
 @pytest.fixture
@@ -50,30 +54,62 @@ def test_steps_lie_between_the_evaluations(plot, finished):
     code, out, _, made = plot(finished)
     assert (code, out) == (0, f'picture: {finished}/loss.png\n')
     assert (finished / 'loss.png').read_bytes()[:4] == b'\x89PNG'
-    losses = made['read'](finished)
-    assert losses['val_loss'] == [(5, 0, 4.0), (13, 500, 3.0), (21, 1000, 2.5)]
-    assert [point[:2] for point in losses['loss']] == [
+    line_of_steps, evaluations = made['read'](finished, ['loss'])['loss']
+    assert evaluations == [(5, 0, 4.0), (13, 500, 3.0), (21, 1000, 2.5)]
+    assert [point[:2] for point in line_of_steps] == [
         *((5 + i, 100 * i) for i in range(5)), *((13 + i, 500 + 100 * i) for i in range(5))]
 
 
 def test_steps_after_the_last_evaluation_take_what_was_logged(plot, tmp_path):
     records = [evaluation(0, 5, 0), line(0, 900.0), line(4, 500.0), line(8, 500.0)]     # log_interval=4
     _, _, _, made = plot(write_run(tmp_path / 'going', records))
-    assert [point[0] for point in made['read'](tmp_path / 'going')['loss']] == pytest.approx([5.9, 7.9, 9.9])
+    assert [point[0] for point in made['read'](tmp_path / 'going', ['loss'])['loss'][0]] == pytest.approx([5.9, 7.9, 9.9])
 
 
 def test_a_first_evaluation_at_the_end_leaves_the_steps_before_it(plot, tmp_path):
     records = [line(0, 1e3), line(1, 1e3), evaluation(2, 9, 2)]
     _, _, _, made = plot(write_run(tmp_path / 'run', records))
-    assert [point[0] for point in made['read'](tmp_path / 'run')['loss']] == [7, 8]
+    assert [point[0] for point in made['read'](tmp_path / 'run', ['loss'])['loss'][0]] == [7, 8]
 
 
 def test_training_loss_is_the_mean_of_its_neighbours(plot, tmp_path):
     folder = write_run(tmp_path / 'run', [line(i, 1.0, loss=float(i % 2)) for i in range(1000)])
     _, _, _, made = plot(folder)
-    smooth = [point[2] for point in made['read'](folder)['loss']]
+    smooth = [point[2] for point in made['read'](folder, ['loss'])['loss'][0]]
     assert smooth[0] == 0 and len(smooth) == 1000
     assert all(0.45 < value < 0.55 for value in smooth[10:-1])
+
+
+def test_other_quantities_are_drawn_below_each_other(plot, finished):
+    code, out, _, made = plot(finished, '--y=lr, loss,train_seconds')
+    assert (code, out) == (0, f'picture: {finished}/lr-loss-train_seconds.png\n')
+    axes = made['figure'].axes
+    assert [a.get_ylabel() for a in axes] == ['lr', '', 'loss (nats per token)', '', 'train seconds', '']
+    assert [a.get_xlabel() for a in axes] == ['', '', '', '', 'wall time (seconds)', 'tokens']
+    assert [len(a.lines) for a in axes] == [1, 1, 2, 2, 1, 1]
+    assert max(axes[0].lines[0].get_ydata()) == 1e-3 < axes[0].get_ylim()[1]     # a rate is neither smoothed nor cut off
+    assert list(axes[4].lines[0].get_ydata()) == [0, 5, 10] and axes[4].lines[0].get_marker() == 'o'
+    assert axes[0].get_xlim() == axes[4].get_xlim()
+
+
+def test_two_files_are_enough_of_a_run_that_was_resumed_and_set_aside(plot, trained, tmp_path):
+    out_dir = shutil.copytree(trained, tmp_path / 'out')
+    done = run('train.py', '--init_from=resume', '--max_iters=9', f'--out_dir={out_dir}')
+    assert done.returncode == 0, done.stderr
+    aside, copy = checkpoint.set_aside(out_dir), tmp_path / 'copy'
+    copy.mkdir()
+    for name in ('metrics.jsonl', 'config.json'):
+        shutil.copy(aside / name, copy)
+    logged = {key for line in (copy / 'metrics.jsonl').read_text().splitlines()
+              for key, value in json.loads(line).items() if value is not None} - {'iter'}
+    assert logged >= {'loss', 'lr', 'grad_norm', 'tokens_per_second', 'ms', 'val_bpb', 'tokens', 'wall_seconds'}
+    code, _, err, made = plot(copy, f"--y={','.join(sorted(logged))}", '--out=all.png')
+    assert (code, err) == (0, '') and Path('all.png').exists()
+    steps, evaluations = made['read'](copy, ['loss'])['loss']
+    assert [tokens for _, tokens, _ in steps] == [2 * 4 * 16 * i for i in range(9)]
+    assert [tokens for _, tokens, _ in evaluations] == [2 * 4 * 16 * i for i in (0, 3, 6, 9)]
+    assert all(a[0] < b[0] for points in (steps, evaluations) for a, b in itertools.pairwise(points))   # time goes on
+    assert made['read'](aside, ['loss']) == made['read'](copy, ['loss'])
 
 
 def test_labels_overlap_neither_each_other_nor_a_curve(plot, tmp_path):
@@ -110,6 +146,7 @@ def test_a_half_written_line_is_left_out(plot, finished, last):
     ('', ['a', '--out=x.bmp2'], "Format 'bmp2' is not supported"),
     ('', ['a', '--out', 'b.png'], '--out has no value; write --out=VALUE'),
     ('', ['a', '--colour=red'], "there is no setting 'colour'"),
+    ('', ['a', '--y=loss,lrr'], 'a/metrics.jsonl has no lrr (y=), but iter, loss, lr, ms, train_seconds, val_loss'),
     ('empty', ['a'], 'a/metrics.jsonl has no losses yet'),
     ('foreign', ['a'], 'a holds no run of train.py'),
     ('text', ['a'], 'a holds no run of train.py'),
