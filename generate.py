@@ -37,7 +37,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing")
 
     def __call__(self, logits, rows, chances):
-        """One id per row of logits (B, V): rows are the ids so far, chances (B,) uniform numbers that decide. Returns (B,)."""
+        """One id (B,) per row of logits (B, V): rows are the ids so far, chances (B,) uniform numbers that decide."""
         logits = penalised(logits, rows, self.repetition_penalty)
         if self.temperature < 1e-6:     # logits over so little overflow
             return logits.argmax(-1)
@@ -71,14 +71,18 @@ def penalised(logits, rows, penalty):
 class Context:
     """The tokens so far, rows [[id]], and what the model says of the next: `logits`. Only what is new gets read.
 
-    room: how many tokens a row will have at most. Rows with the same tokens are read once. Raises ValueError.
+    room: how many tokens a row will have at most. Rows with the same tokens are read once. When a cache is full, its last
+    tokens, `kept`, are read anew; `slides` counts that. Raises ValueError.
     """
 
     def __init__(self, model, rows, room):
+        longest, self.block_size = max(map(len, rows)), model.config.block_size
         if not all(rows):
             raise ValueError("the prompt is empty: generation needs at least one token to start from")
-        self.model, self.rows, self.block_size = model, [list(row) for row in rows], model.config.block_size
-        self.room, self.cache, self.unread, self.last = min(room, self.block_size), None, None, None
+        if longest > self.block_size:
+            raise ValueError(f"the prompt has {longest} tokens, the model's context {self.block_size}: shorten it")
+        self.model, self.rows, self.room = model, [list(row) for row in rows], min(room, self.block_size)
+        self.cache, self.unread, self.last, self.slides, self.kept = None, None, None, 0, max(1, self.block_size * 3 // 4)
         self.weight = next(itertools.chain(model.parameters(), model.buffers()))
         self.n_vocab = model.tokenizer.vocab_size if model.tokenizer else None      # ids from there on are padding
 
@@ -88,8 +92,8 @@ class Context:
         if self.cache is None and self.unread != 0:
             self.last = self._read(self.block_size)
         elif self.unread and self.cache.length + self.unread > self.room:
-            self.room = self.block_size
-            self.last = self._read(max(1, self.block_size * 3 // 4))
+            self.room, self.slides = self.block_size, self.slides + 1
+            self.last = self._read(self.kept)
         elif self.unread:
             idx = torch.tensor([row[-self.unread:] for row in self.rows], device=self.weight.device)
             self.last = self.model(idx, cache=self.cache)[0]
@@ -104,7 +108,8 @@ class Context:
         caches = {key: self.model.init_cache(1, len(key), device, dtype) for key in keys}
         if None in caches.values() and len({len(key) for key in keys}) == 1:
             return self.model(torch.tensor(keys, device=device))[0]
-        logits = {key: self.model(torch.tensor([key], device=device), cache=cache)[0] for key, cache in caches.items()}
+        read = self.model.forward       # not compiled: a prompt's length comes but once
+        logits = {key: read(torch.tensor([key], device=device), cache=cache)[0] for key, cache in caches.items()}
         if None not in caches.values():
             self.cache = layers.KVCache.join([caches[key] for key in keys], self.room)
         return torch.cat([logits[key] for key in keys])
@@ -134,8 +139,8 @@ def stream(context, max_new_tokens, sampling, seeds=None):
     if seeds is None:
         chances = torch.rand(len(context.rows), max_new_tokens, dtype=torch.float64)
     else:
-        chances = torch.stack([torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-                               for seed in seeds])
+        own = [torch.Generator().manual_seed(seed) for seed in seeds]
+        chances = torch.stack([torch.rand(max_new_tokens, dtype=torch.float64, generator=one) for one in own])
     for n in range(max_new_tokens):
         ids = sampling(context.logits(), context.rows, chances[:, n])
         context.add(ids[:, None])
@@ -144,7 +149,7 @@ def stream(context, max_new_tokens, sampling, seeds=None):
 
 def continue_ids(model, idx, max_new_tokens, sampling):
     """idx (B, T) -> (B, T + max_new_tokens)."""
-    context = Context(model, idx.tolist(), idx.size(1) + max_new_tokens)
+    context = Context(model, idx[:, -model.config.block_size:].tolist(), idx.size(1) + max_new_tokens)
     return torch.cat([idx, *(ids[:, None] for ids in stream(context, max_new_tokens, sampling))], dim=1)
 
 
@@ -152,17 +157,18 @@ def continue_ids(model, idx, max_new_tokens, sampling):
 def beam_search(context, max_new_tokens, num_beams, length_penalty=1.0, is_end=lambda ids: False):
     """The likeliest continuations of the context's one row: up to num_beams pairs (score, ids), the best first.
 
-    The score is the sum of log-probabilities over length ** length_penalty (above 0: longer texts are preferred). is_end(ids) says
-    whether a continuation is complete; the search ends when none that is still open can pass the complete ones.
+    The score is the sum of log-probabilities over length ** length_penalty (above 0: longer texts are preferred).
+    is_end(ids): whether a continuation is complete. The search ends when none of the others can pass these any more.
     """
-    start, scores, complete = len(context.rows[0]), torch.zeros(1, device=context.weight.device), []
+    start, scores = len(context.rows[0]), torch.zeros(1, device=context.weight.device)
+    complete, still_open = [], [(0.0, 0, 0, [])] * (max_new_tokens == 0)
     for n in range(1, max_new_tokens + 1):
         sums = context.logits().float().log_softmax(-1) + scores[:, None]         # (beams, V)
         best, at = sums.flatten().topk(min(2 * num_beams, sums.numel()))        # twice as many: half may be complete
         still_open = []
         for rank, (total, i) in enumerate(zip(best.tolist(), at.tolist())):
             beam, token = divmod(i, sums.size(1))
-            ids = context.rows[beam][start:] + [token]
+            ids = [*context.rows[beam][start:], token]
             if not is_end(ids):
                 still_open.append((total, beam, token, ids))
             elif rank < num_beams:
@@ -175,7 +181,8 @@ def beam_search(context, max_new_tokens, num_beams, length_penalty=1.0, is_end=l
             context.select(list(beams))
             context.add(torch.tensor(tokens)[:, None])
             scores = torch.tensor(totals, device=scores.device)
-    return sorted(complete + [(total / n ** length_penalty, ids) for total, *_, ids in still_open], reverse=True)[:num_beams]
+    complete += [(total / max(1, max_new_tokens) ** length_penalty, ids) for total, *_, ids in still_open]
+    return sorted(complete, reverse=True)[:num_beams]
 
 
 class Text:
@@ -209,6 +216,14 @@ def texts(context, max_new_tokens, sampling, seeds=None, stops=()):
         if all(out.done for out in outs):
             return
     yield [out.add([], final=True) for out in outs]
+
+
+def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=()):
+    """The texts of `beam_search`, [(score, text)]; they are complete at a stop, or at the tokenizer's end of text."""
+    tokenizer = context.model.tokenizer
+    found = beam_search(context, max_new_tokens, num_beams, length_penalty, lambda ids: (
+        ids[-1] == getattr(tokenizer, 'eot', None) or any(stop in tokenizer.decode(ids) for stop in stops)))
+    return [(score, Text(tokenizer, stops).add(ids, final=True)) for score, ids in found]
 
 
 def closing_sample(model, description, start, out_dir):

@@ -25,7 +25,7 @@ from runtime import fail, user_errors
 # ---- settings --------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (the run in out_dir), gpt2[-medium|-large|-xl], a Hugging Face folder, a checkpoint file
 out_dir = 'out'  # the run to sample from
-start = '\n'  # the text to go on from; FILE:prompt.txt: from a file; LINES:prompts.txt: from each of its lines; -: standard input
+start = '\n'  # the text to go on from; FILE:name: a file's; LINES:name: each line of a file; -: standard input
 prompt = ''  # the same under another name
 num_samples = 10  # how many continuations of each, side by side
 max_new_tokens = 500  # tokens in each, at most
@@ -48,62 +48,48 @@ compile = False  # True pays for long samples on a GPU
 def prompts(text):
     """The texts that `start` stands for."""
     kind, _, name = text.partition(':')
-    if kind not in ('FILE', 'LINES') and text != '-':
+    if kind not in ('FILE', 'LINES', '-'):
         return [text]
     try:
-        text = sys.stdin.read() if text == '-' else Path(name).read_text(encoding='utf-8')
+        text = sys.stdin.read() if kind == '-' else Path(name).read_text(encoding='utf-8')
     except (OSError, ValueError) as error:
-        fail(f"the prompt {name or '-'} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
+        fail(f"start={text!r}: this can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
     return text.splitlines() if kind == 'LINES' else [text]
 
 
-def encode(text):
-    ids = model.tokenizer.encode(text)
-    if len(ids) >= model.config.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context {model.config.block_size}: shorten it")
-    return ids
-
-
 def draw(texts):
-    """Print num_samples continuations of each text, the first as it comes."""
-    rows, samples = ([x for x in some for _ in range(num_samples)] for some in (map(encode, texts), texts))
-    context, begun = generate.Context(model, rows, max(map(len, rows)) + max_new_tokens), time.perf_counter()
-    if max(map(len, rows)) + max_new_tokens > context.block_size:
-        print(f"a context of {context.block_size} tokens will be full before the end: whenever it is, its last "
-              f"{context.block_size * 3 // 4} are read anew", file=sys.stderr)
+    """Print num_samples continuations of each text, the first as it comes, the others when all are done."""
+    rows, samples = ([x for x in some for _ in range(num_samples)] for some in (map(model.tokenizer.encode, texts), texts))
+    context, began = generate.Context(model, rows, max(map(len, rows)) + max_new_tokens), time.perf_counter()
     context.logits()
     print(samples[0], end='', flush=True)
-    read, steps = time.perf_counter(), 0
+    read = time.perf_counter()
     for news in generate.texts(context, max_new_tokens, sampling, range(seed, seed + len(rows)), stops):
-        samples, steps = [sample + new for sample, new in zip(samples, news)], steps + 1
+        samples = [sample + new for sample, new in zip(samples, news)]
         print(news[0], end='', flush=True)
-    done = time.perf_counter()
-    for sample in ['', *samples[1:]]:
-        print(f"{sample}\n{'-' * 15}", flush=True)
-    lengths = [len(row) - len(prompt) for row, prompt in zip(context.rows, rows)]
-    print(f"prompts read in {read - begun:.2f} s; {sum(lengths)} tokens in {done - read:.2f} s, "
-          f"{sum(lengths) / (done - read):.1f} tokens/s", file=sys.stderr)
+    took, tokens = time.perf_counter() - read, sum(map(len, context.rows)) - sum(map(len, rows))
+    print('', *samples[1:], '', sep=f"\n{'-' * 15}\n", end='', flush=True)
+    full = context.slides and f"; full {context.slides} times, the context went on from its last {context.kept} tokens"
+    print(f"prompts in {read - began:.2f} s; {tokens} tokens in {took:.2f} s, {tokens / took:.1f} tokens/s{full or ''}",
+          file=sys.stderr)
 
 
 def search(text):
     """Print the likeliest continuations of the text, the best first, with their scores."""
-    def is_end(ids):
-        return ids[-1] == eot or any(stop in model.tokenizer.decode(ids) for stop in stops)
-
-    context, eot = generate.Context(model, [encode(text)], model.config.block_size), getattr(model.tokenizer, 'eot', None)
-    for score, ids in generate.beam_search(context, max_new_tokens, num_beams, length_penalty, is_end)[:num_samples]:
-        print(f"{text}{generate.Text(model.tokenizer, stops).add(ids, final=True)}\n{'-' * 15} {score:.4f}", flush=True)
+    context = generate.Context(model, [model.tokenizer.encode(text)], model.config.block_size)
+    for score, new in generate.likeliest(context, max_new_tokens, num_beams, length_penalty, stops)[:num_samples]:
+        print(f"{text}{new}\n{'-' * 15} {score:.4f}", flush=True)
 
 
 def converse(text):
     """Continue one line after the other of standard input, all in one context, until it ends (Ctrl-D)."""
-    context, start = None, text.strip() and text
-    for turn in itertools.count():
+    context = None
+    for turn in itertools.count(seed):
         print('> ' if sys.stdin.isatty() else '', end='', file=sys.stderr, flush=True)
         if not (line := sys.stdin.readline()):
             return
         try:
-            ids = encode(('\n' if context else start) + line.rstrip('\n'))
+            ids = model.tokenizer.encode(('\n' if context else text.strip() and text) + line.rstrip('\n'))
             if context:
                 context.add(torch.tensor([ids]))
             else:
@@ -111,29 +97,24 @@ def converse(text):
         except ValueError as error:     # the next line may be better
             print(f"error: {error}", file=sys.stderr)
             continue
-        for new, in generate.texts(context, max_new_tokens, sampling, [seed + turn], stops):
+        for new, in itertools.chain(generate.texts(context, max_new_tokens, sampling, [turn], stops), '\n'):
             print(new, end='', flush=True)
-        print(flush=True)
 
 
 with user_errors():
     configure(globals(), sys.argv[1:], runtime.resolve_device)
-    device, text = runtime.resolve_device(device), prompt or start
+    device, compile = runtime.resolve_device(device), runtime.resolve_compile(compile, device) is True
     dtype = dtype if dtype == 'int8' else runtime.resolve_dtype(dtype, device)
-    compile = runtime.resolve_compile(compile, device)
-    sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
-    stops = [stop for stop in stop.split('|') if stop]
     runtime.check_at_least(1, globals(), 'num_samples')
-    runtime.check_at_least(0, globals(), 'seed max_new_tokens num_beams')
-    texts = prompts(text)
-    if (interactive or num_beams) and (len(texts) > 1 or (interactive and num_beams)):
-        fail("interactive=True and num_beams take one prompt, and not each other")
+    runtime.check_at_least(0, globals(), 'seed num_beams')
+    sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
+    stops, texts = [end for end in stop.split('|') if end], prompts(prompt or start)
+    if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
+        fail("take one of several prompts, num_beams and interactive=True")
     model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from, device)
     if model.tokenizer is None:
         fail(f"{init_from} does not say which tokenizer its {model.config.vocab_size} ids belong to")
     runtime.be_fast()
-    weights.prepare(model, dtype)
-    if compile:
-        model.compile()
+    weights.prepare(model, dtype, compile)
     with runtime.memory_errors("take a smaller model, or another --device"):
         converse(texts[0]) if interactive else search(texts[0]) if num_beams else draw(texts)

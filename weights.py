@@ -1,4 +1,4 @@
-"""Weights for generation, in bfloat16, float16 or int8: a token costs reading them all once, so half the bytes are half the time.
+"""Weights for generation, in bfloat16, float16 or int8: a token costs reading them once, so half the bytes, half the time.
 
 On a CPU, decode.c does a token's products, and GPT-2's whole blocks; it is compiled when it is first needed.
 """
@@ -19,20 +19,22 @@ from torch.nn import functional as F
 import model as gpt
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
-C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}  # and the cache's
+C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}    # cache's too
 FEW = 16    # rows, for which decode.c is the faster way
 
 
-def prepare(model, dtype):
+def prepare(model, dtype, compile=False):
     """Keep the matrices of `model`'s Linears, in place, in dtype, one of DTYPES, and its cache too (int8: in bfloat16).
 
-    Embeddings, norms and biases stay float32, and so does what flows between them. Raises ValueError where int8 is no gain:
-    it is for a CPU with a C compiler.
+    Embeddings, norms and biases stay float32, and so does what flows between them. compile: by torch.compile, not decode.c.
+    Raises ValueError where int8 is no gain: it is for decode.c.
     """
     device = next(model.parameters(), torch.empty(0)).device.type
-    library = _library(*C_TYPES[dtype]) if device == 'cpu' and dtype in C_TYPES else None
+    library = _library(*C_TYPES[dtype]) if device == 'cpu' and dtype in C_TYPES and not compile else None
     if dtype == 'int8' and not library:
-        raise ValueError("dtype='int8' is for a CPU with a C compiler (cc): take --dtype=auto")
+        raise ValueError("dtype='int8' is for a CPU with a C compiler (cc), without --compile=True: take --dtype=auto")
+    if compile:
+        model.compile()
     if dtype == 'float32' and not library:
         return
     for module in list(model.modules()):
@@ -70,15 +72,13 @@ class Linear(nn.Module):
             self.product(self.matrix, x.data_ptr(), y.data_ptr(), B, n, k)
             return y
         kind = torch.bfloat16 if self.scale is not None else self.weight.dtype
-        y = F.linear(x.to(kind), self.weight.to(kind), None if self.bias is None or self.scale is not None else self.bias.to(kind))
-        y = y.to(x.dtype)
-        if self.scale is None:
-            return y
-        return y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
+        y = F.linear(x.to(kind), self.weight.to(kind)).to(x.dtype)
+        y = y if self.scale is None else y * self.scale
+        return y if self.bias is None else y + self.bias
 
 
 class Block(nn.Module):
-    """GPT-2's Block, one token of a few rows at a time by decode.c, and everything else by `block`, whose Linears it takes."""
+    """GPT-2's Block, one token of a few rows at a time by decode.c; anything else by `block`, whose Linears it takes."""
 
     def __init__(self, block, library):
         super().__init__()
@@ -106,8 +106,8 @@ def _pointers(*tensors):
 def _library(weight, cache):
     """decode.c for these types, compiled for this CPU and kept in the user's cache; None where there is no C compiler."""
     source = Path(__file__).with_name('decode.c')
-    flags = f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC'.split()
-    flags += '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno'.split()
+    flags = (f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC '      # and sums in any order
+             '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno').split()
     flags += ['-mprefer-vector-width=512'] * (platform.machine().lower() in ('x86_64', 'amd64'))
     about = [source.read_text(), platform.machine(), platform.processor(), *flags]
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
