@@ -162,7 +162,7 @@ def test_what_is_scored_of_hellaswag(evaluate, tmp_path):
 
 def gpt2_folder(folder):
     """A GPT-2 in Hugging Face's format with 48 tokens of context and random weights, the same ones everywhere."""
-    C, T, random = 32, 48, np.random.RandomState(9)     # a stream that NumPy promised to keep
+    C, T, random = 32, 48, np.random.RandomState(48)    # a stream that NumPy promised to keep
     shapes = {'wte.weight': (50257, C), 'wpe.weight': (T, C), 'ln_f.weight': (C,), 'ln_f.bias': (C,)}
     for i in range(2):
         for name, n_in, n_out in (('attn.c_attn', C, 3 * C), ('attn.c_proj', C, C), ('mlp.c_fc', C, 4 * C),
@@ -210,12 +210,12 @@ def ours(results, gpt2, page):
 
 
 # What lm_eval 0.4.13 wrote (transformers 5.23.0, torch 2.13.0, a CPU) when test_the_harness_itself ran it. With the seed of
-# these weights, acc_norm by bytes would be 0.3: the harness goes by characters.
+# these weights, acc_norm by bytes would be 0.1: the harness goes by characters.
 HARNESS = {
-    'lambada': {'acc': 0.08333333333333333, 'acc_stderr': 0.08333333333333333, 'perplexity': 318511.24960042996},
-    'hellaswag': {'acc': 0.4, 'acc_stderr': 0.16329931618554522, 'acc_norm': 0.2, 'acc_norm_stderr': 0.13333333333333333},
-    'text': {'word_perplexity': 97085220.05448465, 'byte_perplexity': 37.15746683936552,
-             'bits_per_byte': 5.2155802461543415},
+    'lambada': {'acc': 0.3333333333333333, 'acc_stderr': 0.14213381090374033, 'perplexity': 146602.9128331665},
+    'hellaswag': {'acc': 0.3, 'acc_stderr': 0.15275252316519466, 'acc_norm': 0.2, 'acc_norm_stderr': 0.13333333333333333},
+    'text': {'word_perplexity': 87211521.75885575, 'byte_perplexity': 36.38228304499436,
+             'bits_per_byte': 5.185164172080878},
 }
 
 
