@@ -94,6 +94,7 @@ def draw(runs):
             axes.spines[['top', 'right']].set_visible(False)
             axes.set_ylabel('' if column else quantity.replace('_', ' ').replace('loss', 'loss (nats per token)'))
     grid[0, 0].set_title("points: validation, thin line: training, smoothed", fontsize=11, loc='left', color='#666666')
+    figure.align_ylabels()
     figure.draw_without_rendering()     # now the texts have a size
     for axes in figure.axes:
         width = axes.bbox.width
