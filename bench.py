@@ -4,11 +4,12 @@
     python bench.py config/train_shakespeare_char.py --versus="--dtype=float32 --attention=sdpa"
     python bench.py config/train_shakespeare_char.py --versus=config/baseline_shakespeare_char.py --target=1.9 --rounds=3
     python bench.py --profile=True --batch_size=4           # and a trace for TensorBoard or chrome://tracing
+    python bench.py generation                              # generation: bench_generation.py, with its settings
 
 Settings that are not its own go to train.py. With --versus, both sides get them, the second also those of `versus`; config
-files in `versus` take the place of the first side's. The two take turns, so that a machine whose speed drifts is fair to
-both. With --target, each side runs to its own end, and the clock is a user's, from the start of the command (start-up
-lasts until the loop begins) to its end. The loss that counts is the last one, over the whole validation split.
+files there take the place of the first side's. The two take turns, so that a machine whose speed drifts is fair to both.
+With --target, each side runs to its own end, and the clock is a user's, from the start of the command (start-up lasts
+until the loop begins) to its end. The loss that counts is the last one, over the whole validation split.
 """
 import contextlib
 import json
@@ -38,6 +39,8 @@ real_data = 'auto'  # False: random tokens; auto: random tokens where no config 
 profile = False  # also write a trace into out-bench/profile
 # ----------------------------------------------------------------------------------------------------------------------
 
+if sys.argv[1:2] == ['generation']:
+    sys.exit(subprocess.call([sys.executable, str(Path(__file__).with_name('bench_generation.py')), *sys.argv[2:]]))
 with user_errors():
     files, wishes, _wants_help = parse(sys.argv[1:])
     own = {k: v for k, v in wishes.items() if k in globals() and not k.startswith('_')}
@@ -69,7 +72,8 @@ def train(words, out_dir, name, is_over=lambda: False):
     """Run train.py to its end or until is_over(); returns when it began and ended, its exit code and its last words."""
     out_dir.mkdir(exist_ok=True)
     (out_dir / 'metrics.jsonl').write_text('')      # there may be an earlier profile's
-    words, lines = [str(Path(__file__).with_name('train.py')), *words, f'--out_dir={out_dir}', '--wandb_log=False'], ['']
+    words = [str(Path(__file__).with_name('train.py')), *words, f'--out_dir={out_dir}', '--log_to=', '--wandb_log=False']
+    lines = ['']
     with (open(out_dir / 'train.log', 'w') as output, open(out_dir / 'train.log', errors='replace') as log,
           tqdm(bar_format='{desc}', leave=False, dynamic_ncols=True, disable=None) as bar):     # on a terminal only
         began = time.time()

@@ -25,7 +25,7 @@ import tokenizer
 from model import GPT
 
 SUMS = 'sums.json'
-FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl')
+FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'tensorboard')
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

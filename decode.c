@@ -10,6 +10,7 @@
 
 #define AHEAD 4096
 #define LANES 64
+#define ALONE (1 << 18)     /* weights that one thread has read before a second one is awake */
 #define INLINE static inline __attribute__((always_inline))
 
 enum { SET, ADD, GELU_EXACT, GELU_TANH };       /* what becomes of a product */
@@ -135,7 +136,7 @@ static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, f
 
 void product(void **matrix, const float *x, float *y, long B, long n, long k)
 {
-    #pragma omp parallel
+    #pragma omp parallel if (B * n * k > ALONE)
     multiply(matrix, x, y, B, n, k, SET);
 }
 
@@ -144,7 +145,7 @@ void block(void **layers, float *x, CACHE *k, CACHE *v, const int64_t *first, fl
            long B, long C, long H, long length, long at, long gelu)
 {
     float *normed = space, *wide = space + B * C, *attended = space + 5 * B * C;    /* 6 B C in all */
-    #pragma omp parallel
+    #pragma omp parallel if (12 * B * C * C > ALONE)
     {
         norm(layers, x, normed, B, C);
         multiply(layers + 3, normed, wide, B, 3 * C, C, SET);

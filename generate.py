@@ -234,7 +234,7 @@ def closing_sample(model, description, start, out_dir):
         return print(f"no sample: {error}")
     print(f"---- a sample, after the first words of the validation text; for more: python sample.py --out_dir={out_dir}")
     model._compiled_call_impl = None    # or it would be compiled anew for every length
-    context = Context(model.eval(), [start], len(start) + 400)
+    context = Context(model.eval(), [start[-model.config.block_size:]], len(start) + 400)
     print(model.tokenizer.decode(start), end='')
     for text, in texts(context, 400, Sampling(temperature=0.8, top_k=200)):
         print(text, end='', flush=sys.stdout.isatty())

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import model as gpt
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
-C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}    # cache's too
+C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}  # and the cache's
 FEW = 16    # rows, for which decode.c is the faster way
 
 
@@ -44,6 +44,11 @@ def prepare(model, dtype, compile=False):
     for i, block in enumerate(model.transformer.h if library and isinstance(model, gpt.GPT) else []):
         model.transformer.h[i] = Block(block, library)
     model.cache_dtype = torch.bfloat16 if dtype == 'int8' else DTYPES[dtype]
+
+
+def can_int8():
+    """Whether int8 is there, on a CPU: with a C compiler."""
+    return _library(*C_TYPES['int8']) is not None
 
 
 class Linear(nn.Module):

@@ -1,0 +1,119 @@
+"""Weights for generation, and decode.c, against the same numbers in plain torch."""
+import copy
+import os
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import weights
+from conftest import run
+from generate import Context
+
+DTYPES = ['float32', 'bfloat16', 'int8']
+needs_compiler = pytest.mark.skipif(not weights.can_int8(), reason="there is no C compiler")
+
+
+def prepared(model, dtype):
+    """(model prepared, a model that holds the stored weights in ordinary Linears and the same kind of cache)."""
+    theirs = copy.deepcopy(model)
+    weights.prepare(model, dtype)
+    for name, child in model.named_modules():
+        if isinstance(child, weights.Linear):
+            weight = child.weight.float() * (1 if child.scale is None else child.scale[:, None])
+            theirs.get_submodule(name.replace('.block.', '.')).weight = nn.Parameter(weight)
+    theirs.cache_dtype = model.cache_dtype
+    return model, theirs
+
+
+@pytest.mark.parametrize('library', [True, False], ids=['decode.c', 'torch'])
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('k', [48, 64, 200])
+def test_a_linear_is_the_product_with_its_stored_weights(dtype, k, library):
+    library = weights._library(*weights.C_TYPES[dtype]) if library else None
+    linear = nn.Linear(k, 31).eval()
+    mine = weights.Linear(linear, weights.DTYPES[dtype], library)
+    stored = mine.weight.double() * (1 if mine.scale is None else mine.scale[:, None])
+    assert (stored - linear.weight).abs().max() <= {'float32': 0, 'bfloat16': 2 ** -8, 'int8': 0.5 / 127}[dtype] * k ** -0.5
+    for B in (1, 2, 4, 7, weights.FEW, weights.FEW + 1):
+        x = torch.randn(B, 1, k)
+        exact = library or dtype == 'float32'
+        with torch.inference_mode():
+            assert (mine(x) - (x.double() @ stored.T + linear.bias)).abs().max() < (1e-5 if exact and B <= weights.FEW else 0.05)
+
+
+@needs_compiler
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_what_a_row_gives_does_not_depend_on_the_others(dtype):
+    mine, x = weights.Linear(nn.Linear(100, 31), weights.DTYPES[dtype], weights._library(*weights.C_TYPES[dtype])), torch.randn(9, 100)
+    together = mine(x)
+    assert all(mine(x[i:i + 1])[0].equal(together[i]) for i in range(9)) and mine(x[:5]).equal(together[:5])
+
+
+@needs_compiler
+@pytest.mark.parametrize('gelu', ['exact', 'tanh'])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_gpt2s_block_in_c_is_the_one_in_model_py(dtype, bias, gelu):
+    torch.manual_seed(0)
+    model = models.build('gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=48, n_head=4, bias=bias, gelu=gelu).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    model, theirs = prepared(model, dtype)
+    assert all(isinstance(block, weights.Block) for block in model.transformer.h)
+    rows = [torch.randint(101, (n,)).tolist() for n in (5, 9, 2, 7, 5)]
+    mine, theirs = Context(model, rows, 40), Context(theirs, rows, 40)
+    for _ in range(20):     # the same cache in both, so that only a token's own way differs
+        a, b = mine.logits(), theirs.logits()
+        assert (a - b).abs().max() < (1e-5 if dtype == 'float32' else 0.03) * b.std()
+        ids = torch.randint(101, (5, 1))
+        mine.add(ids)
+        theirs.add(ids)
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', ['gpt', 'modern'])
+def test_int8_stays_near_the_model(name):
+    torch.manual_seed(0)
+    model = models.build(name, block_size=64, vocab_size=101, n_layer=2, n_embd=64, n_head=2).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    before = Context(model, [[1, 2, 3]], 10).logits()
+    weights.prepare(model, 'int8')
+    after = Context(model, [[1, 2, 3]], 10).logits()
+    assert not after.equal(before) and (after - before).abs().max() < 0.1 * before.std()
+
+
+def test_without_a_compiler_torch_does_it_and_int8_is_refused(monkeypatch):
+    monkeypatch.setattr(weights, '_library', lambda *types: None)
+    model = models.build('gpt', block_size=16, vocab_size=50, n_layer=1, n_embd=16, n_head=2).eval()
+    with pytest.raises(ValueError, match="dtype='int8' is for a CPU with a C compiler"):
+        weights.prepare(model, 'int8')
+    expected = Context(model, [[1, 2]], 10).logits()
+    weights.prepare(model, 'float32')
+    assert Context(model, [[1, 2]], 10).logits().equal(expected)
+    weights.prepare(model, 'bfloat16')
+    assert (Context(model, [[1, 2]], 10).logits() - expected).abs().max() < 0.05 * expected.std()
+
+
+@needs_compiler
+def test_decode_c_is_compiled_once_and_kept(trained, tmp_path):
+    words = ('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu', '--dtype=int8')
+    first = run(*words, env={'XDG_CACHE_HOME': str(tmp_path)})
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / 'nanogpt').iterdir()}
+    assert first.returncode == 0 and len(kept) == 1
+    again = run(*words, env={'XDG_CACHE_HOME': str(tmp_path), 'PATH': '/nowhere'})
+    assert again.stdout == first.stdout and {path: path.stat().st_mtime_ns for path in kept} == kept
+    none = run(*words, env={'XDG_CACHE_HOME': str(tmp_path / 'other'), 'PATH': '/nowhere'})
+    assert none.returncode == 2 and none.stderr.count('\n') == 1 and 'C compiler' in none.stderr
+
+
+@needs_compiler
+def test_decode_c_compiles_without_a_warning(tmp_path):
+    for weight, cache in weights.C_TYPES.values():
+        command = ['cc', '-Wall', '-Wextra', '-Werror', '-O1', f'-DWEIGHT={weight}', f'-DCACHE={cache}', '-fopenmp', '-c',
+                   str(weights.Path(weights.__file__).with_name('decode.c')), '-o', str(tmp_path / 'decode.o')]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
