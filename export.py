@@ -44,14 +44,13 @@ with user_errors():
         for name, value in content.items():
             text = value if type(value) is str else json.dumps(value, indent=2, ensure_ascii=False)
             (fresh / name).write_text(text, encoding='utf-8', newline='\n')
-        try:
-            safetensors.torch.save_file(weights, fresh / 'model.safetensors', {'format': 'pt'})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"cannot write {folder} ({error})") from None
+        safetensors.torch.save_file(weights, fresh / 'model.safetensors', {'format': 'pt'})
         if path.is_dir():
             path.rmdir()
         os.replace(fresh, path)
         files.sync_folder(path.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        fail(f"cannot write {path} ({getattr(error, 'strerror', None) or error})")
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     n_vocab = model.config.vocab_size
@@ -59,5 +58,5 @@ with user_errors():
         print(f"{folder} has no tokenizer: the model does not say which its {n_vocab} ids belong to")
     elif model.tokenizer.vocab_size < n_vocab:
         print(f"vocab_size is {model.tokenizer.vocab_size} there: the {n_vocab} here are padded, for speed")
-    print(f"{folder}: {model.num_params():,} parameters in {dtype}, "
-          f"{sum(file.stat().st_size for file in path.iterdir()) / 1e6:.1f} MB")
+    n_bytes = sum(file.stat().st_size for file in path.iterdir())
+    print(f"{folder}: {sum(w.numel() for w in weights.values()):,} parameters in {dtype}, {n_bytes / 1e6:.1f} MB")

@@ -1,7 +1,6 @@
 """Hugging Face's format, both ways: a model's config, weights and tokenizer as `transformers` and its kin read them.
 
-TWINS has the architectures that `transformers` has too, each with a class that says what its config and its weights are
-called there. To add one: write such a class, and enter it under the architecture's name.
+TWINS has the architectures that `transformers` has too, each with a class that says what its config and weights are there.
 """
 import json
 import os
@@ -37,8 +36,8 @@ class GPT2:
     def config(cls, c):
         """config.json's part of a Config `c`."""
         return {**{theirs: getattr(c, ours) for ours, theirs in cls.names}, **cls.fixed(c.n_embd), 'n_ctx': c.block_size,
-                'activation_function': {ours: theirs for theirs, ours in cls.gelus}[c.gelu],
-                **dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout)}
+                **dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout),
+                'activation_function': {ours: theirs for theirs, ours in cls.gelus}[c.gelu]}
 
     @classmethod
     def fields(cls, config):
@@ -50,7 +49,7 @@ class GPT2:
 
     @classmethod
     def stored(cls, state, vocab_size):
-        """The weights as they are stored there, out of a state dict; of wte the first vocab_size rows."""
+        """What is stored there, out of a state dict; of wte the first vocab_size rows."""
         state = {k: v.t() if k.endswith(cls.linear) else v for k, v in state.items() if k != 'lm_head.weight'}
         state['transformer.wte.weight'] = state['transformer.wte.weight'][:vocab_size]
         return {k.removesuffix('weight') + 'bias': v.new_zeros(v.shape[-1]) for k, v in state.items()
@@ -69,10 +68,7 @@ TWINS = {'gpt': GPT2}
 
 
 def read(source):
-    """(architecture, Config fields, state dict) of an OpenAI size by name, a folder or a .safetensors file in one.
-
-    Raises ValueError or OSError.
-    """
+    """(architecture, Config fields, state dict) of an OpenAI size, a folder or a .safetensors file. ValueError, OSError."""
     path = Path(source) if Path(source).is_dir() or str(source).endswith('.safetensors') else _download(source)
     folder = path.parent if path.suffix == '.safetensors' else path
     try:
@@ -139,10 +135,7 @@ def _weights(path):
 
 
 def content(model, name, dtype):
-    """({file: text or JSON}, {name: tensor}) of a model of the architecture `name`, without ids that its tokenizer lacks.
-
-    Raises ValueError where the architecture, or the tokenizer, has no twin.
-    """
+    """({file: text or JSON}, {name: tensor}) of a model of the architecture `name`, padded ids left out. ValueError."""
     if name not in TWINS:
         raise ValueError(f"Hugging Face's format has no architecture like {name!r}, only like {', '.join(TWINS)}")
     twin, c, own = TWINS[name], model.config, model.tokenizer

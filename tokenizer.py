@@ -12,7 +12,7 @@ import pickle
 
 EOT = '<|endoftext|>'
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
-GPT2_MERGES = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'    # sha256 of its merges.txt
+GPT2_MERGES = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'    # sha256 of merges.txt
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 SPELLING = ''.join(chr(b if b in PRINTABLE else 256 + OTHERS.index(b)) for b in range(256))   # of bytes, in byte-level BPE
@@ -54,7 +54,7 @@ class CharTokenizer:
 
     def to_json(self):
         each = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
-        return _json({'type': 'WordLevel', 'vocab': self.ids, 'unk_token': ''}, each, {'type': 'Fuse'})
+        return _json(each, {'type': 'WordLevel', 'vocab': self.ids, 'unk_token': ''}, {'type': 'Fuse'})
 
 
 class ByteTokenizer:
@@ -79,7 +79,7 @@ class ByteTokenizer:
         return dict(BYTES)
 
     def to_json(self):
-        return byte_level(self.entries(), [], words=False)
+        return byte_level(self.entries(), [])
 
 
 class TiktokenTokenizer:
@@ -147,7 +147,7 @@ class TiktokenTokenizer:
 class HuggingFaceTokenizer:
     """The text of a tokenizer.json, run by the library `tokenizers`: byte-level BPE, as GPT-2's kin have it.
 
-    Of other kinds, the text of a token depends on its neighbours. Raises ValueError.
+    In other kinds, a token's text depends on its neighbours. Raises ValueError.
     """
 
     def __init__(self, json):
@@ -210,21 +210,21 @@ def check_description(description):
 
 # ---- Hugging Face's files --------------------------------------------------------------------------------------------
 
-def byte_level(vocab, merges, words=True):
-    """The text of a byte-level BPE's tokenizer.json: {entry: id}, ['left right']; words: GPT-2's words are merged alone."""
+def byte_level(vocab, merges):
+    """The text of a tokenizer.json: byte-level BPE of GPT-2's words, with {entry: id} and ['left right']."""
+    split = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
              'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
              'vocab': vocab, 'merges': merges}
-    split = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': words}
-    return _json(model, split, {**split, 'use_regex': True}, [EOT] if EOT in vocab else [])
+    end = {'id': vocab.get(EOT), 'content': EOT, 'single_word': False, 'lstrip': False, 'rstrip': False,
+           'normalized': False, 'special': True}
+    return _json(split, model, split, [end] if EOT in vocab else [])
 
 
-def _json(model, pre_tokenizer, decoder, special=()):
-    flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
-    added = [{'id': model['vocab'][token], 'content': token, **flags} for token in special]
-    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
-                       'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model},
-                      ensure_ascii=False)
+def _json(pre_tokenizer, model, decoder, added_tokens=()):
+    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added_tokens,
+                       'normalizer': None, 'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder,
+                       'model': model}, ensure_ascii=False)
 
 
 def to_files(own, block_size):
@@ -240,7 +240,7 @@ def to_files(own, block_size):
 
 
 def _merges_txt(merges):
-    """Merges, each 'left right' or a pair, as a file, which is how GPT-2's sum was taken."""
+    """Merges, each 'left right' or a pair, as the file that GPT2_MERGES is the sum of."""
     return '\n'.join(['#version: 0.2', *(merge if type(merge) is str else ' '.join(merge) for merge in merges), ''])
 
 

@@ -106,15 +106,15 @@ def logits(model, idx):
 @pytest.mark.parametrize('ours, theirs', [('sdpa', 'sdpa'), ('plain', 'eager')])
 @pytest.mark.parametrize('fields', [{}, dict(gelu='tanh'), dict(bias=False), dict(bias=False, gelu='tanh', dropout=0.3),
                                     dict(n_layer=3, n_head=6, n_embd=192, block_size=128)], ids=str)
-def test_transformers_computes_the_same_bit_for_bit(transformers, tmp_path, monkeypatch, fields, ours, theirs):
+def test_transformers_computes_the_same(transformers, tmp_path, monkeypatch, fields, ours, theirs):
     model = random_model(**fields)
     monkeypatch.setattr(layers, 'ATTENTION', ours)
     other = transformers.AutoModelForCausalLM.from_pretrained(exported(tmp_path, model), attn_implementation=theirs)
     idx = torch.randint(100, (2, model.config.block_size))
-    difference = (logits(model, idx) - logits(other, idx)).abs().max()
-    if torch.backends.mkl.is_available():       # elsewhere, a product with a transposed matrix may round otherwise
-        assert difference == 0.0
-    assert difference < 1e-4
+    a, b = logits(model, idx), logits(other, idx)
+    assert (a - b).abs().max() / b.abs().max() < 1e-5
+    if ours == 'sdpa' and torch.backends.mkl.is_available():    # other libraries may round a transpose's products otherwise
+        assert torch.equal(a, b)
 
 
 def test_everything_loads_without_a_word(tmp_path):
@@ -326,8 +326,12 @@ def foreign(tmp_path):
 
 
 def test_a_tokenizer_from_elsewhere_goes_along(transformers, foreign, tmp_path):
+    from tokenizers.processors import TemplateProcessing
     folder = exported(tmp_path, random_model(vocab_size=foreign.get_vocab_size()))
-    foreign.save(str(folder / 'tokenizer.json'))
+    as_saved = type(foreign).from_str(foreign.to_str())     # with habits that would change a prompt
+    as_saved.enable_truncation(5)
+    as_saved.post_processor = TemplateProcessing(single='$A <|endoftext|>', special_tokens=[('<|endoftext|>', 1)])
+    as_saved.save(str(folder / 'tokenizer.json'))
     model = checkpoint.load_model(folder)
     assert model.tokenizer.describe() == {'kind': 'huggingface', 'json': (folder / 'tokenizer.json').read_text()}
     assert model.tokenizer.vocab_size == foreign.get_vocab_size() and model.tokenizer.eot == 1
@@ -423,7 +427,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     try:
         for limit in (10, 2000, 50_000):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            check(export(source, f'--folder={tmp_path / "hf"}'))
+            check(export(source, f'--folder={tmp_path / "hf"}'), f'cannot write {tmp_path / "hf"}')
             assert [path.name for path in tmp_path.iterdir()] == ['model.pt']
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
