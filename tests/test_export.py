@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, run, same
+from conftest import ROOT, TINY, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -192,7 +192,7 @@ def test_ids_and_texts_are_the_same_there(theirs, name):
     assert len(other) == own.vocab_size and other.eos_token_id == getattr(own, 'eot', None)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize('name', DESCRIPTIONS)
 def test_any_text_has_the_same_ids_there(theirs, name, data):
@@ -382,15 +382,17 @@ def test_without_the_package_tokenizers(monkeypatch):
         HuggingFaceTokenizer('{}')
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
-
-def test_a_run_is_exported_and_sampled_from(trained, tmp_path):
-    done = run('export.py', f'--out_dir={trained}', f'--folder={tmp_path / "a" / "hf"}')
-    assert done.returncode == 0 and not done.stderr and f'{tmp_path / "a" / "hf"}: ' in done.stdout
+def test_a_run_is_exported_sampled_from_and_trained_on(trained, text_folder, tmp_path):
+    done, folder = export(f'--out_dir={trained}', f'--folder={tmp_path / "a" / "hf"}'), tmp_path / 'a' / 'hf'
+    assert done.returncode == 0 and not done.stderr and f'{folder}: ' in done.stdout
     assert [path.name for path in (tmp_path / 'a').iterdir()] == ['hf']
     sampled = [run('sample.py', f'--init_from={source}', '--num_samples=1', '--max_new_tokens=20', '--device=cpu',
-                   '--dtype=float32') for source in (trained, tmp_path / 'a' / 'hf')]
+                   '--dtype=float32') for source in (trained, folder)]
     assert sampled[0].returncode == 0 and sampled[0].stdout == sampled[1].stdout, sampled[1].stderr
+    words = [word for word in TINY if word.split('=')[0] not in ('--n_layer', '--n_head', '--n_embd', '--max_iters')]
+    done = run('train.py', *words, '--max_iters=1', f'--dataset={text_folder}', f'--init_from={folder}',
+               f'--out_dir={tmp_path / "out"}')
+    assert done.returncode == 0 and f'from {folder}' in done.stdout, done.stderr
 
 
 def test_a_model_without_a_tokenizer_is_exported_without_one(tmp_path):
@@ -399,6 +401,8 @@ def test_a_model_without_a_tokenizer_is_exported_without_one(tmp_path):
     assert {path.name for path in (tmp_path / 'hf').iterdir()} == {
         'config.json', 'generation_config.json', 'model.safetensors'}
 
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 def test_mistakes(tmp_path):
     source = f'--init_from={saved(tmp_path / "model.pt", random_model())}'
