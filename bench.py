@@ -3,7 +3,6 @@
     python bench.py                                         # GPT-2 124M on random tokens
     python bench.py config/train_shakespeare_char.py --versus="--dtype=float32 --attention=sdpa"
     python bench.py config/train_shakespeare_char.py --versus=config/baseline_shakespeare_char.py --target=1.9 --rounds=3
-    python bench.py --profile=True --batch_size=4           # and a trace for TensorBoard or chrome://tracing
     python bench.py generation                              # generation: bench_generation.py, with its settings
 
 Settings that are not its own go to train.py. With --versus, both sides get them, the second also those of `versus`; config
@@ -72,8 +71,8 @@ def train(words, out_dir, name, is_over=lambda: False):
     """Run train.py to its end or until is_over(); returns when it began and ended, its exit code and its last words."""
     out_dir.mkdir(exist_ok=True)
     (out_dir / 'metrics.jsonl').write_text('')      # there may be an earlier profile's
-    words = [str(Path(__file__).with_name('train.py')), *words, f'--out_dir={out_dir}', '--log_to=', '--wandb_log=False']
-    lines = ['']
+    script, lines = str(Path(__file__).with_name('train.py')), ['']
+    words = [script, *words, f'--out_dir={out_dir}', '--log_to=', '--wandb_log=False']
     with (open(out_dir / 'train.log', 'w') as output, open(out_dir / 'train.log', errors='replace') as log,
           tqdm(bar_format='{desc}', leave=False, dynamic_ncols=True, disable=None) as bar):     # on a terminal only
         began = time.time()

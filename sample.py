@@ -53,7 +53,7 @@ def prompts(text):
     try:
         text = sys.stdin.read() if kind == '-' else Path(name).read_text(encoding='utf-8')
     except (OSError, ValueError) as error:
-        fail(f"start={text!r}: this can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
+        fail(f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
     return text.splitlines() if kind == 'LINES' else [text]
 
 

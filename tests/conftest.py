@@ -16,14 +16,14 @@ TINY = ['--model=gpt', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size
         '--eval_interval=3', '--eval_iters=2', '--learning_rate=1e-2', '--compile=False', '--dtype=float32']
 
 
-def run(script, *arguments, processes=1, env=None, cwd=ROOT, timeout=120):
-    """Run a script of the project; returns its CompletedProcess with text output."""
+def run(script, *arguments, processes=1, env=None, cwd=ROOT, timeout=120, stdin=None):
+    """Run a script of the project on the text `stdin`; returns its CompletedProcess with text output."""
     command = [sys.executable] if processes == 1 else [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     environment = {**os.environ, 'PYTHONPATH': '', 'WANDB_MODE': 'offline', **(env or {})}
     if processes == 1:
         environment.setdefault('OMP_NUM_THREADS', '1')      # tiny tensors: threads only cost
-    return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True,
+    return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True, input=stdin,
                           env=environment, cwd=cwd, timeout=timeout)
 
 

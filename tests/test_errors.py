@@ -595,7 +595,13 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(copy, fills):
     ('--device=gpu', "device='gpu' is unknown"),
     ('--dtype=float64', "dtype='float64' is unknown"),
     ('--compile=auto', "compile takes True or False, not 'auto'"),
-    ('--top_p=0.9', "there is no setting 'top_p'; the nearest is 'top_k'"),
+    ('--top_p=1.5', 'top_p=1.5 must be above 0 and at most 1'),
+    ('--top_p=0', 'top_p=0.0 must be above 0'),
+    ('--min_p=2', 'min_p=2.0 must be at least 0 and at most 1'),
+    ('--repetition_penalty=0', 'repetition_penalty=0.0 must be above 0'),
+    ('--num_beams=-1', 'num_beams=-1 must be at least 0'),
+    ('--start=imports in the prompt', 'the prompt has 21 tokens, the model\'s context 16: shorten it'),
+    ('--top_q=0.9', "there is no setting 'top_q'; the nearest is 'top_"),
     ('--out_dir=nowhere', "'nowhere' does not exist"),
     ('--out_dir=data', "'data' holds no checkpoint"),
     ('--init_from=train.py', 'train.py is damaged or no checkpoint'),
@@ -607,7 +613,22 @@ def test_sampling(warm, trained, word, message):
 
 def test_sampling_next_to_temperature_zero(warm, trained):
     done = warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', '--temperature=1e-300')
-    assert done.returncode == 0 and not done.stderr
+    assert done.returncode == 0 and done.stderr.startswith('prompts in ')
+
+
+@pytest.mark.parametrize('words', [('--num_beams=2', '--interactive=True'), ('--num_beams=2', '--start=LINES:README.md')])
+def test_sampling_in_two_ways_at_once(warm, trained, words):
+    check(warm('sample.py', f'--out_dir={trained}', *words), 'take one of several prompts, num_beams and interactive=True')
+
+
+@pytest.mark.parametrize('word, message', [
+    ('--dtypes=float32,int4', "dtypes='float32,int4': 'int4' is unknown; take some of float32, bfloat16"),
+    ('--rounds=0', 'rounds=0 must be at least 1'),
+    ('--max_new_tokens=1024', 'prompt_tokens + max_new_tokens = 1025 must be below the context of 1024'),
+    ('--model=gtp', "the nearest is 'gpt'"),
+])
+def test_benching_generation(word, message):
+    check(run('bench.py', 'generation', '--n_layer=1', '--n_embd=12', '--device=cpu', word), message)
 
 
 @pytest.mark.parametrize('word, message', [

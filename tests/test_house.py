@@ -12,11 +12,12 @@ KNOWS = {       # module: the project's modules that it may import
     'parallel': set(),
     'generate': {'tokenizer', 'layers'},
     'weights': {'model'},
-    'model': {'layers', 'optimizer', 'generate'},
+    'huggingface': {'tokenizer'},
+    'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
     'dataset': {'tokenizer', 'files'},
     'metrics': {'runtime', 'files'},
-    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files'},
+    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files', 'huggingface'},
 }
 LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'plot.py': 130, 'evaluate.py': 250, 'configurator.py': 180}
 

@@ -1,0 +1,88 @@
+"""sample.py as a user runs it, and bench_generation.py."""
+import re
+import subprocess
+import sys
+
+import pytest
+
+import weights
+from conftest import ROOT, run
+
+RULE = '-' * 15
+
+
+@pytest.fixture
+def sample(trained):
+    """The standard output of sample.py with these words, and its standard error."""
+    def sample(*words, stdin=None):
+        words = '--num_samples=1', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', *words
+        done = run('sample.py', f'--out_dir={trained}', *words, stdin=stdin)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+    return sample
+
+
+def test_samples_stand_side_by_side_and_each_has_its_seed(sample):
+    out, err = sample('--start=def', '--num_samples=3', '--seed=5')
+    texts = out.split(f'\n{RULE}\n')
+    assert len(texts) == 4 and texts[-1] == '' and all(len(text) == 11 and text.startswith('def') for text in texts[:3])
+    assert sample('--start=def', '--seed=6')[0] == f'{texts[1]}\n{RULE}\n'
+    assert re.fullmatch(r'prompts in [\d.]+ s; 24 tokens in [\d.]+ s, [\d.]+ tokens/s\n', err)
+
+
+def test_a_prompt_comes_from_a_word_a_file_standard_input_or_lines(sample, tmp_path):
+    (tmp_path / 'prompt').write_text('import', encoding='utf-8')
+    (tmp_path / 'prompts').write_text('import\ndef\n', encoding='utf-8')
+    expected, _ = sample('--start=import')
+    assert sample('--prompt=import')[0] == sample(f'--start=FILE:{tmp_path}/prompt')[0] == expected
+    assert sample('--start=-', stdin='import')[0] == expected
+    assert sample(f'--start=LINES:{tmp_path}/prompts')[0] == expected + sample('--start=def', '--seed=1338')[0]
+
+
+def test_a_stop_ends_a_sample(sample):
+    whole = sample('--start=def', '--seed=2')[0].split(f'\n{RULE}')[0]
+    out, err = sample('--start=def', '--seed=2', f'--stop=no such text|{whole[5]}')
+    assert out == f'{whole[:3 + whole[3:].index(whole[5])]}\n{RULE}\n' and re.search(r'; [1-3] tokens in', err)
+
+
+def test_a_full_context_is_told(sample):
+    out, err = sample('--start=def', '--max_new_tokens=40')
+    assert len(out.split(f'\n{RULE}')[0]) == 43
+    assert 'tokens/s; full 6 times, the context went on from its last 12 tokens' in err
+
+
+def test_beams_are_printed_best_first_with_their_scores(sample):
+    out, _ = sample('--start=def', '--num_beams=4', '--num_samples=3')
+    scores = [float(score) for score in re.findall(rf'\n{RULE} (-[\d.]+)\n', out)]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True) and out.startswith('def')
+
+
+def test_a_conversation_keeps_its_context_and_survives_a_mistake(sample):
+    out, err = sample('--interactive=True', '--temperature=0', '--max_new_tokens=4', stdin='def\nß\nif\n\n')
+    first, second, third = re.fullmatch(r'((?:.|\n){4})\n((?:.|\n){4})\n((?:.|\n){4})\n', out).groups()
+    assert re.fullmatch(r"error: the character 'ß' at position 1 is not among the \d+ that this model knows\n", err)
+    told = f'def{first}\nif'
+    assert sample(f'--start={told}', '--temperature=0', '--max_new_tokens=3')[0].startswith(told + second[:3])
+
+
+def test_words_come_as_they_are_made(trained):
+    command = [sys.executable, 'sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=100000', '--device=cpu']
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert len(process.stdout.read(50)) == 50       # long before the end
+        process.kill()
+
+
+@pytest.mark.skipif(not weights.can_int8(), reason="there is no C compiler")
+@pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
+def test_a_sample_of_any_format_does_not_change_with_its_batch(sample, dtype):
+    texts = sample(f'--dtype={dtype}', '--num_samples=4')[0].split(f'\n{RULE}\n')
+    assert sample(f'--dtype={dtype}', '--seed=1340')[0].split(f'\n{RULE}\n')[0] == texts[3]
+
+
+def test_generation_is_measured(tmp_path):
+    done = run('bench_generation.py', '--n_layer=1', '--n_embd=24', '--block_size=64', '--max_new_tokens=20', '--rounds=1',
+               '--device=cpu', '--dtypes=float32,bfloat16', f'--plot={tmp_path}/speed.png')
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()[1:]}
+    assert {'float32', 'bfloat16', 'uncached'} <= rows.keys() and len(rows['float32']) == len(rows['uncached']) + 1 == 11
+    assert '1 x 20 tokens after 1' in done.stdout and (tmp_path / 'speed.png').read_bytes()[1:4] == b'PNG'
