@@ -1,6 +1,6 @@
 """A model as a folder in Hugging Face's format, which `transformers` and what is built on it load as it is.
 
-    python export.py --out_dir=out-shakespeare-char --folder=shakespeare-hf
+    python export.py --out_dir=out-baseline-shakespeare-char --folder=shakespeare-hf
     python export.py --init_from=gpt2 --folder=gpt2-bf16 --dtype=bfloat16
 
 The way back is --init_from=FOLDER, of train.py, sample.py and this.

@@ -137,7 +137,7 @@ def _weights(path):
 def content(model, name, dtype):
     """({file: text or JSON}, {name: tensor}) of a model of the architecture `name`, padded ids left out. ValueError."""
     if name not in TWINS:
-        raise ValueError(f"Hugging Face's format has no architecture like {name!r}, only like {', '.join(TWINS)}")
+        raise ValueError(f"Hugging Face's format has no model like {name!r}: train one with --model={' or '.join(TWINS)}")
     twin, c, own = TWINS[name], model.config, model.tokenizer
     vocab_size, eot = min(own.vocab_size, c.vocab_size) if own else c.vocab_size, getattr(own, 'eot', None)
     ends = {'bos_token_id': eot, 'eos_token_id': eot}
