@@ -416,7 +416,7 @@ def test_mistakes(tmp_path):
     check(export(f'--out_dir={tmp_path / "full"}', f'--folder={tmp_path / "hf"}'), 'holds no checkpoint')
     check(export('--out_dir=nowhere', f'--folder={tmp_path / "hf"}'), "'nowhere' does not exist")
     modern = saved(tmp_path / 'modern.pt', random_model('modern'))
-    check(export(f'--init_from={modern}', f'--folder={tmp_path / "hf"}'), "no model like 'modern': train one with --model=gpt")
+    check(export(f'--init_from={modern}', f'--folder={tmp_path / "hf"}'), "no model like 'modern'", 'with --model=gpt')
     char = saved(tmp_path / 'char.pt', random_model(), {'kind': 'char', 'chars': 'ab\ud800'})
     check(export(f'--init_from={char}', f'--folder={tmp_path / "hf"}'), 'surrogates not allowed')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['char.pt', 'full', 'model.pt', 'modern.pt']
