@@ -1,15 +1,16 @@
-"""How fast generation is, side by side: each number format, and nanoGPT's way, the whole context in float32 for every token.
+"""How fast generation is: each number format, and nanoGPT's way, which reads the whole context for every token, in float32.
 
     python bench_generation.py                                          # the shape of GPT-2 124M, random weights
     python bench_generation.py --init_from=gpt2-xl --dtypes=bfloat16 --uncached=False --num_samples=8
     python bench_generation.py --plot=speed.png                         # tokens/s against position
     python bench.py generation --model=modern                           # the same
 
-The sides take turns, so that a machine whose speed drifts is fair to all; a token's time is the median of the rounds. A token
-has to read the weights of every product, and the keys and values so far: the limit is that, by the bandwidth measured here.
+The sides take turns, so that a machine whose speed drifts is fair to all; a token's time is the median of the rounds. A
+token has to read the weights of every product, and the keys and values so far: over the measured bandwidth, its limit.
 """
 import copy
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -97,14 +98,14 @@ with user_errors():
     if dtypes == 'auto' and not (device == 'cpu' and weights.can_int8()):
         wishes.remove('int8')
     if unknown := set(wishes) - weights.DTYPES.keys():
-        fail(f"dtypes={dtypes!r}: {min(unknown)!r} is unknown; take some of {', '.join(weights.DTYPES)}, with commas between")
+        fail(f"dtypes={dtypes!r}: {min(unknown)!r} is unknown; take some of {', '.join(weights.DTYPES)}")
     runtime.be_fast()
     runtime.seed_everything(seed, 1)
     if init_from:
         plain = checkpoint.load_model(init_from, device)
     else:
-        fields = {f.name: config[f.name] for f in dataclasses.fields(models.architecture(model).Config) if f.name in config}
-        plain = models.build(model, vocab_size=50257, **fields).to(device).eval()
+        fields = {f.name for f in dataclasses.fields(models.architecture(model).Config)} & config.keys()
+        plain = models.build(model, vocab_size=50257, **{name: config[name] for name in fields}).to(device).eval()
     block_size, n_vocab = plain.config.block_size, plain.config.vocab_size
     if prompt_tokens + max_new_tokens >= block_size:
         fail(f"prompt_tokens + max_new_tokens = {prompt_tokens + max_new_tokens} must be below the context of {block_size}")
@@ -127,13 +128,14 @@ with user_errors(), tqdm(total=rounds * len(sides), leave=False, disable=None, u
             with torch.inference_mode():
                 alone[name].append(statistics.median(products(side) for _ in range(5)))
                 prompt = torch.randint(n_vocab, (1, min(prefill_tokens, block_size)), device=device)
-                prefill[name].append(prompt.numel() / clock(lambda: side(prompt)))
+                prefill[name].append(prompt.numel() / clock(functools.partial(side, prompt)))
             bar.update()
 
 print(f"{plain.num_params() / 1e6:.1f}M parameters, {device}, {torch.get_num_threads()} threads, {peak / 1e9:.1f} GB/s; "
       f"{num_samples} x {max_new_tokens} tokens after {prompt_tokens}, {rounds} rounds, medians")
-print(f"{'':10} {'prompt':>10} {'tokens':>10} {'ms/token':>9} {'first, last':>14} {'in all':>8} {'':>7} {'products':>14} {'of limit':>9}")
-print(f"{'':10} {'tokens/s':>10} {'/s':>10} {'':>9} {'tenth':>14} {'s':>8} {'times':>7} {'alone, ms':>14}")
+for words in (('', 'prompt', 'tokens', 'ms per', 'the first and', 'in all', 'times', 'products', 'share of'),
+              ('', 'tokens/s', 'per s', 'token', 'last tenth', 's', 'as fast', 'alone, ms', 'limit')):
+    print("{:10} {:>9} {:>8} {:>8} {:>14} {:>7} {:>8} {:>14} {:>9}".format(*words))
 curves = {name: [statistics.median(some) for some in zip(*runs)] for name, runs in times.items()}
 for name, curve in curves.items():
     total, tenth = statistics.median(map(sum, times[name])), max(1, len(curve) // 10)
@@ -141,8 +143,9 @@ for name, curve in curves.items():
     ratio = statistics.median(sum(b) / sum(a) for a, b in zip(times[name], times['uncached'])) if uncached else 1
     ends = f"{statistics.mean(curve[:tenth]) * 1e3:.2f}, {statistics.mean(curve[-tenth:]) * 1e3:.2f}"
     limit = f"{bytes_read(sides[name]) / peak * 1e3 / ms:9.1%}" if name != 'uncached' else ''
-    print(f"{name:10} {statistics.median(prefill[name]):10.1f} {num_samples * max_new_tokens / total:10.1f} {ms:9.2f} {ends:>14} "
-          f"{total:8.2f} {ratio:7.2f} {own:7.2f} {own / ms:6.1%} {limit}")
+    speed = num_samples * max_new_tokens / total
+    print(f"{name:10} {statistics.median(prefill[name]):9.0f} {speed:8.1f} {ms:8.2f} {ends:>14} {total:7.2f} {ratio:8.2f} "
+          f"{own:7.2f} {own / ms:6.1%} {limit}")
 if plot:
     import matplotlib.figure
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=150, layout='constrained')

@@ -140,19 +140,21 @@ void product(void **matrix, const float *x, float *y, long B, long n, long k)
     multiply(matrix, x, y, B, n, k, SET);
 }
 
-/* GPT-2's Block: x (B, C), in place; layers: (weight, scale, bias) of ln_1, c_attn, c_proj, ln_2, c_fc, c_proj */
-void block(void **layers, float *x, CACHE *k, CACHE *v, const int64_t *first, float *space,
-           long B, long C, long H, long length, long at, long gelu)
+/* GPT-2's blocks, one after the other: x (B, C), in place; layers: of each block the (weight, scale, bias) of ln_1, c_attn,
+   c_proj, ln_2, c_fc and c_proj; kv: its k and v; space: 6 B C floats */
+void blocks(void **layers, long n_layer, float *x, void **kv, const int64_t *first, float *space,
+            long B, long C, long H, long length, long at, long gelu)
 {
-    float *normed = space, *wide = space + B * C, *attended = space + 5 * B * C;    /* 6 B C in all */
+    float *normed = space, *wide = space + B * C, *attended = space + 5 * B * C;
     #pragma omp parallel if (12 * B * C * C > ALONE)
-    {
-        norm(layers, x, normed, B, C);
-        multiply(layers + 3, normed, wide, B, 3 * C, C, SET);
-        attend(wide, k, v, first, attended, B, H, C / H, length, at);
-        multiply(layers + 6, attended, x, B, C, C, ADD);
-        norm(layers + 9, x, normed, B, C);
-        multiply(layers + 12, normed, wide, B, 4 * C, C, gelu);
-        multiply(layers + 15, wide, x, B, C, 4 * C, ADD);
+    for (long i = 0; i < n_layer; i++) {
+        void **w = layers + 18 * i;
+        norm(w, x, normed, B, C);
+        multiply(w + 3, normed, wide, B, 3 * C, C, SET);
+        attend(wide, kv[2 * i], kv[2 * i + 1], first, attended, B, H, C / H, length, at);
+        multiply(w + 6, attended, x, B, C, C, ADD);
+        norm(w + 9, x, normed, B, C);
+        multiply(w + 12, normed, wide, B, 4 * C, C, gelu);
+        multiply(w + 15, wide, x, B, C, 4 * C, ADD);
     }
 }

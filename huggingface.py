@@ -42,10 +42,12 @@ class GPT2:
     @classmethod
     def fields(cls, config):
         """The Config fields of a config.json. Raises ValueError."""
+        sizes = {ours: config[theirs] for ours, theirs in cls.names}
         gelu = dict(cls.gelus).get(config.get('activation_function', 'gelu_new'))
-        if not gelu or any(config.get(k) not in (None, v) for k, v in cls.fixed(config['n_embd']).items()):
-            raise ValueError("a GPT-2 whose activation, MLP width, attention, norms or head differ from GPT's")
-        return {**{ours: config[theirs] for ours, theirs in cls.names}, 'bias': True, 'gelu': gelu}
+        if not gelu or {*map(type, sizes.values())} != {int} or any(
+                config.get(k) not in (None, v) for k, v in cls.fixed(config['n_embd']).items()):
+            raise ValueError("a GPT-2 whose activation, sizes, attention, norms or head differ from GPT's")
+        return {**sizes, 'bias': True, 'gelu': gelu}
 
     @classmethod
     def stored(cls, state, vocab_size):

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import subprocess
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 import model as gpt
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
-C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}  # and the cache's
+C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}
 FEW = 16    # rows, for which decode.c is the faster way
 
 
@@ -41,8 +42,8 @@ def prepare(model, dtype, compile=False):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, Linear(child, DTYPES[dtype], library))
-    for i, block in enumerate(model.transformer.h if library and isinstance(model, gpt.GPT) else []):
-        model.transformer.h[i] = Block(block, library)
+    if library and isinstance(model, gpt.GPT):
+        model.transformer.h = nn.ModuleList([Blocks(model.transformer.h, library)])
     model.cache_dtype = torch.bfloat16 if dtype == 'int8' else DTYPES[dtype]
 
 
@@ -82,24 +83,26 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Block(nn.Module):
-    """GPT-2's Block, one token of a few rows at a time by decode.c; anything else by `block`, whose Linears it takes."""
+class Blocks(nn.Module):
+    """All Blocks of a GPT: one token of a few rows at a time by decode.c, all else by `blocks`, whose Linears it takes."""
 
-    def __init__(self, block, library):
+    def __init__(self, blocks, library):
         super().__init__()
-        self.block, self.run, self.n_head = block, library.block, block.attn.n_head
-        self.gelu = {'none': 2, 'tanh': 3}[block.mlp.gelu.approximate]     # as decode.c counts them
-        layers = (block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj)
+        self.blocks, self.run, self.n_head = blocks, library.blocks, blocks[0].attn.n_head
+        self.gelu = {'none': 2, 'tanh': 3}[blocks[0].mlp.gelu.approximate]      # as decode.c counts them
+        layers = [x for b in blocks for x in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)]
         self.layers = _pointers(*(x for layer in layers for x in (layer.weight, getattr(layer, 'scale', None), layer.bias)))
 
     def forward(self, x, past=None):
         B, T, C = x.shape
         if past is None or T > 1 or B > FEW:
-            return self.block(x, past)
+            for block, own in zip(self.blocks, past.cache.layers if past else itertools.repeat(None)):
+                x = block(x, own)
+            return x
         x, space, cache = x.clone(), x.new_empty(6 * B * C), past.cache
-        first = None if cache.first is None else cache.first.data_ptr()
-        self.run(self.layers, x.data_ptr(), past.k.data_ptr(), past.v.data_ptr(), first, space.data_ptr(),
-                 B, C, self.n_head, past.k.stride(0) // C, cache.length - 1, self.gelu)
+        kv, first = _pointers(*itertools.chain(*cache.kv)), None if cache.first is None else cache.first.data_ptr()
+        self.run(self.layers, len(self.blocks), x.data_ptr(), kv, first, space.data_ptr(),
+                 B, C, self.n_head, cache.room, cache.length - 1, self.gelu)
         return x
 
 
@@ -133,5 +136,5 @@ def _library(weight, cache):
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.product.argtypes, library.product.restype = [pointer] * 3 + [number] * 3, None
-    library.block.argtypes, library.block.restype = [pointer] * 6 + [number] * 6, None
+    library.blocks.argtypes, library.blocks.restype = [pointer, number, *[pointer] * 4, *[number] * 6], None
     return library

@@ -315,6 +315,16 @@ def test_one_file_of_weights_with_its_config_beside_it(tmp_path):
     check(export(f'--init_from={folder / "epoch-4.safetensors"}', f'--folder={tmp_path / "out"}'), 'epoch-4.safetensors')
 
 
+@pytest.mark.parametrize('change', [
+    {'n_layer': '2'}, {'n_embd': [32]}, {'n_embd': None}, {'n_inner': 64}, {'layer_norm_epsilon': 1e-6}, {'n_head': 3},
+    {'tie_word_embeddings': False}, {'scale_attn_by_inverse_layer_idx': True}, {'activation_function': ['gelu']},
+    {'n_positions': 63}, {'vocab_size': -1}, {'add_cross_attention': True}], ids=str)
+def test_what_another_gpt2_has_is_refused(tmp_path, change):
+    folder = exported(tmp_path, random_model())
+    (folder / 'config.json').write_text(json.dumps(json.loads((folder / 'config.json').read_text()) | change))
+    check(export(f'--init_from={folder}', f'--folder={tmp_path / "out"}'))
+
+
 @pytest.fixture
 def foreign(tmp_path):
     """The tokenizer.json of a byte-level BPE that is not one of ours."""
@@ -357,6 +367,13 @@ def test_gpt2s_own_files_need_neither_tiktoken_nor_tokenizers(tmp_path, monkeypa
     assert tokenizer.from_files(tmp_path) == tokenizer.GPT2
     (tmp_path / 'tokenizer.json').unlink()
     assert tokenizer.from_files(tmp_path) == tokenizer.GPT2
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"model": 3}', '{"model": {"type": "BPE", "vocab": {}, "merges": [3]}}'])
+def test_a_damaged_tokenizer_json(tmp_path, text):
+    folder = exported(tmp_path, random_model())
+    (folder / 'tokenizer.json').write_text(text)
+    check(export(f'--init_from={folder}', f'--folder={tmp_path / "out"}'), str(folder))
 
 
 @pytest.mark.parametrize('change', [{'normalizer': {'type': 'Lowercase'}}, {'added_tokens': [{'content': '<pad>'}]}])

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import generate
 import models
-from conftest import ROOT
 from generate import Context, Sampling, Text, stream
 from tokenizer import ByteTokenizer, CharTokenizer
 
@@ -155,8 +155,9 @@ def test_ids_that_are_padding_are_never_drawn():
     assert max(ids.max() for ids in stream(Context(model, [[1]] * 20, 30), 20, Sampling(temperature=5.0))) < 5
 
 
-@pytest.mark.parametrize('settings', [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=-0.1),
-                                      dict(min_p=2.0), dict(repetition_penalty=0.0), dict(temperature=float('nan'))], ids=str)
+@pytest.mark.parametrize('settings', [
+    dict(temperature=-1.0), dict(temperature=float('nan')), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=-0.1),
+    dict(min_p=2.0), dict(repetition_penalty=0.0)], ids=str)
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match=f'{next(iter(settings))}=.* must be') as caught:
         Sampling(**settings)
@@ -181,7 +182,7 @@ def test_beams_are_those_of_transformers(num_beams, length_penalty):
         return_dict_in_generate=True, output_scores=True)
     found = generate.beam_search(Context(mine, [[3, 1, 4]], 32), 12, num_beams, length_penalty, lambda ids: ids[-1] == 7)
     assert len(found) == num_beams
-    for (score, ids), sequence in zip(found, expected.sequences[:, 3:].tolist()):
+    for (_, ids), sequence in zip(found, expected.sequences[:, 3:].tolist()):
         end = sequence.index(7) + 1 if 7 in sequence else len(sequence)
         assert ids == sequence[:end]
     if num_beams > 1:
@@ -216,6 +217,6 @@ def test_a_stop_ends_a_text_and_is_held_back_until_then():
 def test_texts_go_on_until_every_row_has_its_stop():
     model = build('gpt')
     model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])
-    news = list(generate.texts(Context(model, [[1], [2], [3]], 32), 30, Sampling(3.0), [1, 2, 3], stops=['B', 'C', 'D', 'E']))
+    news = list(generate.texts(Context(model, [[1], [2], [3]], 32), 30, Sampling(3.0), [1, 2, 3], stops='BCDE'))
     whole = [''.join(parts) for parts in zip(*news)]
     assert len(news) < 31 and not set(''.join(whole)) & set('BCDE') and len({len(text) for text in whole}) > 1

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT, run
 
 import weights
-from conftest import ROOT, run
 
 RULE = '-' * 15
 
@@ -66,8 +66,8 @@ def test_a_conversation_keeps_its_context_and_survives_a_mistake(sample):
 
 
 def test_words_come_as_they_are_made(trained):
-    command = [sys.executable, 'sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=100000', '--device=cpu']
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    words = f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=100000', '--device=cpu'
+    with subprocess.Popen([sys.executable, 'sample.py', *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert len(process.stdout.read(50)) == 50       # long before the end
         process.kill()
 
