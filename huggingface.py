@@ -42,11 +42,11 @@ class GPT2:
     @classmethod
     def fields(cls, config):
         """The Config fields of a config.json. Raises ValueError."""
-        sizes, gelu = {a: config[b] for a, b in cls.names}, dict(cls.gelus).get(config.get('activation_function', 'gelu_new'))
-        if not gelu or {*map(type, sizes.values())} != {int} or any(
+        act, sizes = config.get('activation_function', 'gelu_new'), {ours: config[theirs] for ours, theirs in cls.names}
+        if act not in dict(cls.gelus) or {*map(type, sizes.values())} != {int} or any(
                 config.get(k) not in (None, v) for k, v in cls.fixed(config['n_embd']).items()):
             raise ValueError("a GPT-2 whose activation, sizes, attention, norms or head differ from GPT's")
-        return {**sizes, 'bias': True, 'gelu': gelu}
+        return {**sizes, 'bias': True, 'gelu': dict(cls.gelus)[act]}
 
     @classmethod
     def stored(cls, state, vocab_size):
