@@ -156,8 +156,8 @@ def test_ids_that_are_padding_are_never_drawn():
 
 
 @pytest.mark.parametrize('settings', [
-    dict(temperature=-1.0), dict(temperature=float('nan')), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=-0.1),
-    dict(min_p=2.0), dict(repetition_penalty=0.0)], ids=str)
+    dict(temperature=-1.0), dict(temperature=float('nan')), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1),
+    dict(min_p=-0.1), dict(min_p=2.0), dict(repetition_penalty=0.0)], ids=str)
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match=f'{next(iter(settings))}=.* must be') as caught:
         Sampling(**settings)

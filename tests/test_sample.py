@@ -67,7 +67,8 @@ def test_a_conversation_keeps_its_context_and_survives_a_mistake(sample):
 
 def test_words_come_as_they_are_made(trained):
     words = f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=100000', '--device=cpu'
-    with subprocess.Popen([sys.executable, 'sample.py', *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, 'sample.py', *words], cwd=ROOT, **pipes) as process:
         assert len(process.stdout.read(50)) == 50       # long before the end
         process.kill()
 
