@@ -8,12 +8,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#define AHEAD 4096
+#define AHEAD 8192
 #define LANES 64
 #define ALONE (1 << 18)     /* weights that one thread has read before a second one is awake */
 #define INLINE static inline __attribute__((always_inline))
-
-enum { SET, ADD, GELU_EXACT, GELU_TANH };       /* what becomes of a product */
 
 INLINE float from_float(float v) { return v; }
 INLINE float from_int8_t(int8_t v) { return v; }
@@ -28,17 +26,6 @@ INLINE uint16_t to_uint16_t(float v)
 #define JOIN(a, b) a##b
 #define FROM(type) JOIN(from_, type)
 #define TO(type) JOIN(to_, type)
-
-INLINE void finish(float *y, float v, int what)
-{
-    if (what == ADD)
-        v += *y;
-    else if (what == GELU_EXACT)
-        v *= 0.5f * (1 + erff(v * 0.70710678f));
-    else if (what == GELU_TANH)
-        v /= 1 + expf(-1.59576912f * (v + 0.044715f * v * v * v));
-    *y = v;
-}
 
 /* the products of one row of weights with `rows` rows of x */
 INLINE void dots(const WEIGHT *w, const float *x, long k, int rows, float *y)
@@ -65,8 +52,8 @@ INLINE void dots(const WEIGHT *w, const float *x, long k, int rows, float *y)
     }
 }
 
-/* x (B, k) -> y (B, n), by the threads together, as all that follows; matrix: weights, scale or null, bias or null */
-static void multiply(void **matrix, const float *x, float *y, long B, long n, long k, int what)
+/* x (B, k) -> y (B, n), or onto y, by the threads together; matrix: weights, scale or null, bias or null */
+static void multiply(void **matrix, const float *x, float *y, long B, long n, long k, int onto)
 {
     const WEIGHT *w = matrix[0];
     const float *scale = matrix[1], *bias = matrix[2];
@@ -80,14 +67,14 @@ static void multiply(void **matrix, const float *x, float *y, long B, long n, lo
             else
                 dots(w + i * k, x + (b - old) * k, k, 4, sums);
             for (int r = old; r < rows; r++, b++)
-                finish(y + b * n + i, sums[r] * (scale ? scale[i] : 1) + (bias ? bias[i] : 0), what);
+                y[b * n + i] = sums[r] * (scale ? scale[i] : 1) + (bias ? bias[i] : 0) + (onto ? y[b * n + i] : 0);
         }
 }
 
+/* by each thread for itself, which is less work than to wait for another */
 static void norm(void **layer, const float *x, float *y, long B, long C)
 {
     const float *weight = layer[0], *bias = layer[2];
-    #pragma omp for
     for (long b = 0; b < B; b++) {
         float mean = 0, square = 0;
         for (long i = b * C; i < (b + 1) * C; i++)
@@ -134,27 +121,52 @@ static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, f
         }
 }
 
+/* e to the x, to 2e-7, in a form that compilers turn into vectors */
+INLINE float fast_exp(float x)
+{
+    x = x < -60 ? -60 : x > 60 ? 60 : x;
+    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f, power;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    memcpy(&power, &bits, 4);
+    return power * (1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720))))));
+}
+
+static void gelu(float *x, long n, int tanh)
+{
+    if (tanh) {
+        #pragma omp for simd schedule(static)
+        for (long i = 0; i < n; i++)
+            x[i] /= 1 + fast_exp(-1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+    } else {
+        #pragma omp for schedule(static)
+        for (long i = 0; i < n; i++)
+            x[i] *= 0.5f * (1 + erff(x[i] * 0.70710678f));
+    }
+}
+
 void product(void **matrix, const float *x, float *y, long B, long n, long k)
 {
     #pragma omp parallel if (B * n * k > ALONE)
-    multiply(matrix, x, y, B, n, k, SET);
+    multiply(matrix, x, y, B, n, k, 0);
 }
 
 /* GPT-2's blocks, one after the other: x (B, C), in place; layers: of each block the (weight, scale, bias) of ln_1, c_attn,
-   c_proj, ln_2, c_fc and c_proj; kv: its k and v; space: 6 B C floats */
+   c_proj, ln_2, c_fc and c_proj; kv: its k and v; space: 5 B C floats */
 void blocks(void **layers, long n_layer, float *x, void **kv, const int64_t *first, float *space,
-            long B, long C, long H, long length, long at, long gelu)
+            long B, long C, long H, long length, long at, long tanh)
 {
-    float *normed = space, *wide = space + B * C, *attended = space + 5 * B * C;
+    float *wide = space, *attended = space + 4 * B * C;
     #pragma omp parallel if (12 * B * C * C > ALONE)
     for (long i = 0; i < n_layer; i++) {
         void **w = layers + 18 * i;
+        float normed[B * C];
         norm(w, x, normed, B, C);
-        multiply(w + 3, normed, wide, B, 3 * C, C, SET);
+        multiply(w + 3, normed, wide, B, 3 * C, C, 0);
         attend(wide, kv[2 * i], kv[2 * i + 1], first, attended, B, H, C / H, length, at);
-        multiply(w + 6, attended, x, B, C, C, ADD);
+        multiply(w + 6, attended, x, B, C, C, 1);
         norm(w + 9, x, normed, B, C);
-        multiply(w + 12, normed, wide, B, 4 * C, C, gelu);
-        multiply(w + 15, wide, x, B, C, 4 * C, ADD);
+        multiply(w + 12, normed, wide, B, 4 * C, C, 0);
+        gelu(wide, B * 4 * C, tanh);
+        multiply(w + 15, wide, x, B, C, 4 * C, 1);
     }
 }

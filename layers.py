@@ -59,19 +59,20 @@ class KVCache:
         self.room, self.length, self.first, self.seen = room, 0, None, None
 
     def extend(self, idx):
-        """Make room for idx (B, T), the next tokens of each row. Returns their positions, (T,) or (B, T)."""
+        """Make room for idx (B, T), the next tokens of each row. Returns their positions: a slice, or (B, T). ValueError."""
         (_, T), start = idx.shape, self.length
         if start + T > self.room:
             raise ValueError(f"{T} tokens do not fit into a cache for {self.room} that holds {start}")
         self.length += T
         self.ids[:, start:self.length] = idx
-        columns, self.seen = torch.arange(start, self.length, device=idx.device), None
+        self.seen, places = None, None
         if self.first is not None or (start and T > 1):     # otherwise all that is there is seen, or it is a whole prompt
             places = torch.arange(self.length, device=idx.device)
-            self.seen = places <= columns[:, None]                                              # (T, length)
-            if self.first is not None:
-                self.seen = self.seen & (places >= self.first.view(-1, 1, 1, 1))                # (B, 1, T, length)
-        return columns if self.first is None else columns - self.first[:, None]
+            self.seen = places <= places[start:, None]                                          # (T, length)
+        if self.first is None:
+            return slice(start, self.length)
+        self.seen = self.seen & (places >= self.first.view(-1, 1, 1, 1))                        # (B, 1, T, length)
+        return places[start:] - self.first[:, None]
 
     @property
     def layers(self):

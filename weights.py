@@ -84,12 +84,12 @@ class Linear(nn.Module):
 
 
 class Blocks(nn.Module):
-    """All Blocks of a GPT: one token of a few rows at a time by decode.c, all else by `blocks`, whose Linears it takes."""
+    """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`, whose Linears it takes."""
 
     def __init__(self, blocks, library):
         super().__init__()
         self.blocks, self.run, self.n_head = blocks, library.blocks, blocks[0].attn.n_head
-        self.gelu = {'none': 2, 'tanh': 3}[blocks[0].mlp.gelu.approximate]      # as decode.c counts them
+        self.tanh = blocks[0].mlp.gelu.approximate == 'tanh'
         layers = [x for b in blocks for x in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)]
         self.layers = _pointers(*(x for layer in layers for x in (layer.weight, getattr(layer, 'scale', None), layer.bias)))
 
@@ -99,10 +99,10 @@ class Blocks(nn.Module):
             for block, own in zip(self.blocks, past.cache.layers if past else itertools.repeat(None)):
                 x = block(x, own)
             return x
-        x, space, cache = x.clone(), x.new_empty(6 * B * C), past.cache
+        space, cache = x.new_empty(5 * B * C), past.cache
         kv, first = _pointers(*itertools.chain(*cache.kv)), None if cache.first is None else cache.first.data_ptr()
         self.run(self.layers, len(self.blocks), x.data_ptr(), kv, first, space.data_ptr(),
-                 B, C, self.n_head, cache.room, cache.length - 1, self.gelu)
+                 B, C, self.n_head, cache.room, cache.length - 1, self.tanh)
         return x
 
 
