@@ -27,14 +27,20 @@ INLINE uint16_t to_uint16_t(float v)
 #define FROM(type) JOIN(from_, type)
 #define TO(type) JOIN(to_, type)
 
+/* `bytes` will be read that lie so far ahead */
+INLINE void soon(const void *from, long bytes, long ahead)
+{
+    for (long i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)from + ahead + i);
+}
+
 /* the products of one row of weights with `rows` rows of x */
 INLINE void dots(const WEIGHT *w, const float *x, long k, int rows, float *y)
 {
     float sum[4][LANES] = {{0}};
     long j = 0;
     for (; j + LANES <= k; j += LANES) {
-        for (long u = 0; u < LANES * (long)sizeof(WEIGHT); u += 64)
-            __builtin_prefetch((const char *)(w + j) + u + AHEAD);
+        soon(w + j, LANES * sizeof(WEIGHT), AHEAD);
         #pragma omp simd
         for (long u = 0; u < LANES; u++) {
             float weight = FROM(WEIGHT)(w[j + u]);
@@ -88,6 +94,16 @@ static void norm(void **layer, const float *x, float *y, long B, long C)
     }
 }
 
+/* e to the x, to 2e-7, in a form that compilers turn into vectors */
+INLINE float fast_exp(float x)
+{
+    x = x < -60 ? -60 : x > 60 ? 60 : x;
+    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f, power;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    memcpy(&power, &bits, 4);
+    return power * (1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720))))));
+}
+
 /* qkv (B, 3, H, D) of the token in column `at`: keeps k and v (B, H, length, D); y (B, H, D): what q finds from `first` on */
 static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, float *y,
                    long B, long H, long D, long length, long at)
@@ -106,29 +122,21 @@ static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, f
             }
             for (long t = from; t <= at; t++) {
                 float dot = 0;
+                soon(keys + t * D, D * sizeof(CACHE), AHEAD / 4);
                 for (long d = 0; d < D; d++)
                     dot += q[d] * FROM(CACHE)(keys[t * D + d]);
                 weight[t] = dot / sqrtf(D);
                 most = fmaxf(most, weight[t]);
             }
             for (long t = from; t <= at; t++)
-                sum += weight[t] = expf(weight[t] - most);
+                sum += weight[t] = fast_exp(weight[t] - most);
             for (long t = from; t <= at; t++) {
                 float share = weight[t] / sum;
+                soon(values + t * D, D * sizeof(CACHE), AHEAD / 4);
                 for (long d = 0; d < D; d++)
                     out[d] += share * FROM(CACHE)(values[t * D + d]);
             }
         }
-}
-
-/* e to the x, to 2e-7, in a form that compilers turn into vectors */
-INLINE float fast_exp(float x)
-{
-    x = x < -60 ? -60 : x > 60 ? 60 : x;
-    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f, power;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    memcpy(&power, &bits, 4);
-    return power * (1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720))))));
 }
 
 static void gelu(float *x, long n, int tanh)
