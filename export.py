@@ -1,9 +1,10 @@
 """A model as a folder in Hugging Face's format, which `transformers` and what is built on it load as it is.
 
-    python export.py --out_dir=out-baseline-shakespeare-char --folder=shakespeare-hf
-    python export.py --init_from=gpt2 --folder=gpt2-bf16 --dtype=bfloat16
+    python export.py out-baseline-shakespeare-char shakespeare-hf
+    python export.py gpt2 gpt2-bf16 --dtype=bfloat16
 
-The way back is --init_from=FOLDER, of train.py, sample.py and this.
+The first word may be all that sample.py's --init_from takes; the words are the settings out_dir and folder. The way back is
+--init_from=FOLDER, of train.py, sample.py, evaluate.py and this.
 """
 import json
 import os
@@ -22,14 +23,16 @@ from configurator import configure
 from runtime import fail, user_errors
 
 # ---- settings --------------------------------------------------------------------------------------------------------
-init_from = 'resume'  # resume (the run in out_dir), gpt2[-medium|-large|-xl], a Hugging Face folder, a checkpoint file
+init_from = 'resume'  # resume (what out_dir says), gpt2[-medium|-large|-xl], a Hugging Face folder, a checkpoint file
 out_dir = 'out'  # the run to export
 folder = ''  # to write: one that is not there yet, or empty
 dtype = 'float32'  # of the weights: float32, bfloat16, float16
 # ----------------------------------------------------------------------------------------------------------------------
 
 with user_errors():
-    configure(globals(), sys.argv[1:])
+    words = [word for word in sys.argv[1:] if '=' not in word and word[:1] != '-'][:2]
+    configure(globals(), [word for word in sys.argv[1:] if word not in words]
+              + [f'--{key}={word}' for key, word in zip(('out_dir', 'folder'), words)])
     if dtype not in runtime.DTYPES:
         fail(f"dtype={dtype!r} is unknown: take {', '.join(runtime.DTYPES)}")
     path = Path(folder)

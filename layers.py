@@ -59,7 +59,7 @@ class KVCache:
         self.room, self.length, self.first, self.seen = room, 0, None, None
 
     def extend(self, idx):
-        """Make room for idx (B, T), the next tokens of each row. Returns their positions: a slice, or (B, T). ValueError."""
+        """Make room for idx (B, T), the next tokens of each row. Returns their places: a slice, or (B, T). ValueError."""
         (_, T), start = idx.shape, self.length
         if start + T > self.room:
             raise ValueError(f"{T} tokens do not fit into a cache for {self.room} that holds {start}")

@@ -84,7 +84,7 @@ class Linear(nn.Module):
 
 
 class Blocks(nn.Module):
-    """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`, whose Linears it takes."""
+    """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`, with their Linears."""
 
     def __init__(self, blocks, library):
         super().__init__()

@@ -452,3 +452,13 @@ def test_a_full_disk_leaves_nothing(tmp_path):
             assert [path.name for path in tmp_path.iterdir()] == ['model.pt']
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_run_and_a_folder_as_plain_words(trained, tmp_path):
+    by_words = export(trained, tmp_path / 'a', '--dtype=float16')
+    assert by_words.returncode == 0, by_words.stderr
+    by_settings = export(f'--out_dir={trained}', '--dtype=float16', f'--folder={tmp_path / "b"}')
+    assert by_settings.stdout == by_words.stdout.replace(str(tmp_path / 'a'), str(tmp_path / 'b'))
+    assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == (tmp_path / 'b' / 'model.safetensors').read_bytes()
+    check(export(trained, tmp_path / 'a'), f"folder='{tmp_path / 'a'}': take --folder=NAME")
+    check(export(trained), "folder=''")
