@@ -52,7 +52,8 @@ class Sampling:
         if self.min_p:
             probs = probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0)
         sums = (probs.float() if probs.device.type == 'mps' else probs.double()).cumsum(-1)     # MPS has no float64
-        at = (sums <= chances.to(sums)[:, None] * sums[:, -1:]).sum(-1, keepdim=True).clamp(max=sums.size(-1) - 1)
+        wanted = chances.to(sums.dtype).to(sums.device)[:, None] * sums[:, -1:]
+        at = (sums <= wanted).sum(-1, keepdim=True).clamp(max=sums.size(-1) - 1)
         return (at if ids is None else ids.gather(-1, at))[:, 0]
 
 

@@ -120,9 +120,9 @@ def _library(weight, cache):
     about = [source.read_text(), platform.machine(), platform.processor(), *flags]
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
         about += [line for line in file if line.startswith(('flags', 'Features', 'model name'))]
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'
-    path = folder / f"decode-{hashlib.sha256(''.join(about).encode()).hexdigest()[:16]}.so"
     try:
+        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'
+        path = folder / f"decode-{hashlib.sha256(''.join(about).encode()).hexdigest()[:16]}.so"
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as fresh:
@@ -132,7 +132,7 @@ def _library(weight, cache):
                         os.replace(f'{fresh}/decode.so', path)
                         break
         library = ctypes.CDLL(str(path))
-    except OSError:     # no compiler, or nowhere to write
+    except (OSError, RuntimeError):     # no compiler, nowhere to write, no home
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.product.argtypes, library.product.restype = [pointer] * 3 + [number] * 3, None
