@@ -14,6 +14,7 @@ import functools
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from configurator import configure
 from runtime import fail, user_errors
 
 # ---- settings --------------------------------------------------------------------------------------------------------
-init_from = ''  # what sample.py takes; '': random weights of the architecture `model`, whose fields are settings too
+init_from = ''  # what sample.py takes; '': random weights of `model`, whose fields, but vocab_size, are settings too
 model = 'gpt'  # gpt, or NAME for models/NAME.py
 dtypes = 'auto'  # the formats to compare, with commas: float32, bfloat16, float16, int8; auto: those that pay here
 uncached = True  # also read the whole context for each token, in float32
@@ -94,11 +95,13 @@ with user_errors():
     runtime.check_at_least(0, config, 'seed')
     device = runtime.resolve_device(device)
     auto = runtime.resolve_dtype('auto', device)
-    wishes = ['float32', auto, 'int8'] if dtypes == 'auto' else dtypes.split(',')
+    wishes = ['float32', auto, 'int8'] if dtypes == 'auto' else [dtype for dtype in dtypes.split(',') if dtype]
     if dtypes == 'auto' and not (device == 'cpu' and weights.can_int8()):
         wishes.remove('int8')
     if unknown := set(wishes) - weights.DTYPES.keys():
         fail(f"dtypes={dtypes!r}: {min(unknown)!r} is unknown; take some of {', '.join(weights.DTYPES)}")
+    if plot and (not Path(plot).parent.is_dir() or Path(plot).suffix not in ('.png', '.svg', '.pdf')):
+        fail(f"plot={plot!r}: take a .png, .svg or .pdf in a folder that is there")
     runtime.be_fast()
     runtime.seed_everything(seed, 1)
     if init_from:

@@ -67,7 +67,7 @@ static void multiply(void **matrix, const float *x, float *y, long B, long n, lo
     for (long i = 0; i < n; i++)
         for (long b = 0; b < B;) {
             float sums[4];
-            int rows = B < 4 ? 1 : 4, old = b + rows > B ? b + rows - B : 0;    /* the last four, some of them once more */
+            int rows = B < 4 ? 1 : 4, old = b + rows > B ? b + rows - B : 0;    /* at the end the last four rows, `old` of them done */
             if (rows == 1)
                 dots(w + i * k, x + b * k, k, 1, sums);
             else
@@ -139,9 +139,9 @@ static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, f
         }
 }
 
-static void gelu(float *x, long n, int tanh)
+static void gelu(float *x, long n, int is_tanh)
 {
-    if (tanh) {
+    if (is_tanh) {
         #pragma omp for simd schedule(static)
         for (long i = 0; i < n; i++)
             x[i] /= 1 + fast_exp(-1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
@@ -161,7 +161,7 @@ void product(void **matrix, const float *x, float *y, long B, long n, long k)
 /* GPT-2's blocks, one after the other: x (B, C), in place; layers: of each block the (weight, scale, bias) of ln_1, c_attn,
    c_proj, ln_2, c_fc and c_proj; kv: its k and v; space: 5 B C floats */
 void blocks(void **layers, long n_layer, float *x, void **kv, const int64_t *first, float *space,
-            long B, long C, long H, long length, long at, long tanh)
+            long B, long C, long H, long length, long at, long is_tanh)
 {
     float *wide = space, *attended = space + 4 * B * C;
     #pragma omp parallel if (12 * B * C * C > ALONE)
@@ -174,7 +174,7 @@ void blocks(void **layers, long n_layer, float *x, void **kv, const int64_t *fir
         multiply(w + 6, attended, x, B, C, C, 1);
         norm(w + 9, x, normed, B, C);
         multiply(w + 12, normed, wide, B, 4 * C, C, 0);
-        gelu(wide, B * 4 * C, tanh);
+        gelu(wide, B * 4 * C, is_tanh);
         multiply(w + 15, wide, x, B, C, 4 * C, 1);
     }
 }

@@ -30,9 +30,12 @@ dtype = 'float32'  # of the weights: float32, bfloat16, float16
 # ----------------------------------------------------------------------------------------------------------------------
 
 with user_errors():
-    words = [word for word in sys.argv[1:] if '=' not in word and word[:1] != '-'][:2]
-    configure(globals(), [word for word in sys.argv[1:] if word not in words]
-              + [f'--{key}={word}' for key, word in zip(('out_dir', 'folder'), words)])
+    words, keys, after = [], ['out_dir', 'folder'], ''
+    for word in sys.argv[1:]:       # a plain word, not the value of a --key before it, is the next of the keys
+        is_plain = keys and '=' not in word and word[:1] != '-' and not (after.startswith('--') and '=' not in after)
+        words.append(f'--{keys.pop(0)}={word}' if is_plain else word)
+        after = word
+    configure(globals(), words)
     if dtype not in runtime.DTYPES:
         fail(f"dtype={dtype!r} is unknown: take {', '.join(runtime.DTYPES)}")
     path = Path(folder)

@@ -53,12 +53,14 @@ class Sampling:
             probs = probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0)
         sums = (probs.float() if probs.device.type == 'mps' else probs.double()).cumsum(-1)     # MPS has no float64
         wanted = chances.to(sums.dtype).to(sums.device)[:, None] * sums[:, -1:]
+        if not sums[:, -1].isfinite().all():
+            raise ValueError("the model gives no probabilities, but NaN: it has diverged, or dtype=float16 is too narrow")
         at = (sums <= wanted).sum(-1, keepdim=True).clamp(max=sums.size(-1) - 1)
         return (at if ids is None else ids.gather(-1, at))[:, 0]
 
 
 def penalised(logits, rows, penalty):
-    """Logits (B, V) in at least float32, those of the ids in each row divided by `penalty`, or times it where negative."""
+    """Logits (B, V) in at least float32, those of each row's ids over `penalty`, or times it where negative."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if penalty == 1:
         return logits
@@ -72,8 +74,8 @@ def penalised(logits, rows, penalty):
 class Context:
     """The tokens so far, rows [[id]], and what the model says of the next: `logits`. Only what is new gets read.
 
-    room: how many tokens a row will have at most. Rows with the same tokens are read once. When a cache is full, its last
-    tokens, `kept`, are read anew; `slides` counts that. Raises ValueError.
+    room: how many tokens a row will have at most. Rows with the same tokens are read once. A row that has filled the
+    model's context goes on from its last tokens, `kept`, which are read anew; `slides` counts how often. Raises ValueError.
     """
 
     def __init__(self, model, rows, room):
@@ -82,31 +84,39 @@ class Context:
             raise ValueError("the prompt is empty: generation needs at least one token to start from")
         if longest > self.block_size:
             raise ValueError(f"the prompt has {longest} tokens, the model's context {self.block_size}: shorten it")
-        self.model, self.rows, self.room = model, [list(row) for row in rows], min(room, self.block_size)
-        self.cache, self.unread, self.last, self.slides, self.kept = None, None, None, 0, max(1, self.block_size * 3 // 4)
+        if max(map(max, rows)) >= model.config.vocab_size:
+            raise ValueError(f"the prompt has the id {max(map(max, rows))}, the model {model.config.vocab_size} ids")
+        self.model, self.rows, self.room = model, [list(row) for row in rows], min(max(room, longest), self.block_size)
+        self.starts, self.slides, self.kept = [0] * len(rows), 0, max(1, self.block_size * 3 // 4)
+        self.cache, self.unread, self.last = None, longest, None
         self.weight = next(itertools.chain(model.parameters(), model.buffers()))
         self.n_vocab = model.tokenizer.vocab_size if model.tokenizer else None      # ids from there on are padding
 
     @torch.inference_mode()
     def logits(self):
         """Logits (B, V) of the token after each row."""
-        if self.cache is None and self.unread != 0:
-            self.last = self._read(self.block_size)
-        elif self.unread and self.cache.length + self.unread > self.room:
-            self.room, self.slides = self.block_size, self.slides + 1
-            self.last = self._read(self.kept)
+        if self.unread and (self.cache is None or self.cache.length + self.unread > self.room):
+            self.last = self._read()
         elif self.unread:
             idx = torch.tensor([row[-self.unread:] for row in self.rows], device=self.weight.device)
             self.last = self.model(idx, cache=self.cache)[0]
         self.unread = 0
         return self.last[:, -1, :self.n_vocab]
 
-    def _read(self, limit):
-        """Read the last `limit` tokens of each row, into a new cache where the model has one."""
-        keys, device, dtype = [tuple(row[-limit:]) for row in self.rows], self.weight.device, self.model.cache_dtype
-        autocast = torch.is_autocast_enabled(device.type)
+    def _read(self):
+        """Read each row anew, from its last tokens where it is too long, into a new cache where the model has one."""
+        full = [b for b, row in enumerate(self.rows) if len(row) - self.starts[b] > self.block_size]
+        self.slides += bool(full)
+        for b in full:
+            self.starts[b] = len(self.rows[b]) - self.kept
+        if self.cache is not None:
+            self.room = self.block_size
+        keys, device = [tuple(row[start:]) for row, start in zip(self.rows, self.starts)], self.weight.device
+        dtype, autocast = self.model.cache_dtype, torch.is_autocast_enabled(device.type)
         dtype = dtype or (torch.get_autocast_dtype(device.type) if autocast else self.weight.dtype)
         caches = {key: self.model.init_cache(1, len(key), device, dtype) for key in keys}
+        if None in caches.values():
+            self.kept = self.block_size     # all is read anew anyway
         if None in caches.values() and len({len(key) for key in keys}) == 1:
             return self.model(torch.tensor(keys, device=device))[0]
         read = self.model.forward       # not compiled: a prompt's length comes but once
@@ -115,16 +125,21 @@ class Context:
             self.cache = layers.KVCache.join([caches[key] for key in keys], self.room)
         return torch.cat([logits[key] for key in keys])
 
+    def history(self):
+        """A clause on how often the context was full; '' where it never was."""
+        return f"; full {self.slides} times, the context went on from its last {self.kept} tokens" if self.slides else ''
+
     def add(self, idx):
         """idx (B, T) come next in each row."""
         for row, ids in zip(self.rows, idx.tolist()):
             row += ids
-        self.unread = None if self.unread is None else self.unread + idx.size(1)
+        self.unread += idx.size(1)
 
     @torch.inference_mode()
     def select(self, rows):
         """Go on with these rows, in this order; a row may come more than once."""
         self.rows, self.last = [list(self.rows[row]) for row in rows], self.last[rows]
+        self.starts = [self.starts[row] for row in rows]
         if self.cache is not None:
             self.cache.select(torch.tensor(rows, device=self.weight.device))
 
@@ -137,13 +152,10 @@ def stream(context, max_new_tokens, sampling, seeds=None):
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
-    if seeds is None:
-        chances = torch.rand(len(context.rows), max_new_tokens, dtype=torch.float64)
-    else:
-        own = [torch.Generator().manual_seed(seed) for seed in seeds]
-        chances = torch.stack([torch.rand(max_new_tokens, dtype=torch.float64, generator=one) for one in own])
-    for n in range(max_new_tokens):
-        ids = sampling(context.logits(), context.rows, chances[:, n])
+    own = [None if seeds is None else torch.Generator().manual_seed(seed) for seed in seeds or context.rows]
+    for _ in range(max_new_tokens):
+        chances = torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in own])
+        ids = sampling(context.logits(), context.rows, chances)
         context.add(ids[:, None])
         yield ids
 
@@ -159,7 +171,8 @@ def beam_search(context, max_new_tokens, num_beams, length_penalty=1.0, is_end=l
     """The likeliest continuations of the context's one row: up to num_beams pairs (score, ids), the best first.
 
     The score is the sum of log-probabilities over length ** length_penalty (above 0: longer texts are preferred).
-    is_end(ids): whether a continuation is complete. The search ends when none of the others can pass these any more.
+    is_end(ids): whether a continuation is complete. The search ends with num_beams complete ones when the best of the
+    others is, at its present length, below all of them (it might yet have risen): transformers' early_stopping=False.
     """
     start, scores = len(context.rows[0]), torch.zeros(1, device=context.weight.device)
     complete, still_open = [], [(0.0, 0, 0, [])] * (max_new_tokens == 0)
@@ -221,10 +234,10 @@ def texts(context, max_new_tokens, sampling, seeds=None, stops=()):
 
 def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=()):
     """The texts of `beam_search`, [(score, text)]; they are complete at a stop, or at the tokenizer's end of text."""
-    tokenizer = context.model.tokenizer
+    own, eot = context.model.tokenizer, getattr(context.model.tokenizer, 'eot', None)
     found = beam_search(context, max_new_tokens, num_beams, length_penalty, lambda ids: (
-        ids[-1] == getattr(tokenizer, 'eot', None) or any(stop in tokenizer.decode(ids) for stop in stops)))
-    return [(score, Text(tokenizer, stops).add(ids, final=True)) for score, ids in found]
+        ids[-1] == eot or any(stop in own.decode(ids) for stop in stops)))
+    return [(score, Text(own, stops).add(ids[:-1] if ids[-1:] == [eot] else ids, final=True)) for score, ids in found]
 
 
 def closing_sample(model, description, start, out_dir):

@@ -191,7 +191,7 @@ class GPT(LanguageModel):
 
     def init_cache(self, batch, length, device=None, dtype=None):
         return layers.KVCache(self.config.n_layer, batch, self.config.n_head, length,
-                              self.config.n_embd // self.config.n_head, device, dtype)
+                              self.config.n_embd // self.config.n_head, device, dtype or self.cache_dtype)
 
     def num_params(self, non_embedding=True):
         """Parameters; by default without the position embeddings, as GPT-2's sizes are told."""

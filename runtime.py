@@ -49,6 +49,9 @@ def user_errors():
     script. Only around calls that check what a user gave."""
     try:
         yield
+    except BrokenPipeError:     # `| head` has seen enough; what is left of the output goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None
     except (ValueError, OSError) as error:
         fail(f"{error.filename}: {error.strerror}" if getattr(error, 'filename', None) else error)
     except KeyboardInterrupt:

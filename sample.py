@@ -3,8 +3,7 @@
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
     python sample.py --init_from=path/to/folder --start=FILE:prompt.txt --temperature=0
-    python sample.py --init_from=gpt2 --interactive=True --stop=$'\\n'
-    echo "Once upon a time" | python sample.py --init_from=gpt2 --start=- --num_beams=4
+    python sample.py --init_from=gpt2 --interactive=True
 
 The first sample is printed as it comes, those beside it when it is done. Speed goes to stderr.
 """
@@ -47,14 +46,13 @@ compile = False  # True pays for long samples on a GPU
 
 def prompts(text):
     """The texts that `start` stands for."""
-    kind, _, name = text.partition(':')
-    if kind not in ('FILE', 'LINES', '-'):
+    if text != '-' and not text.startswith(('FILE:', 'LINES:')):
         return [text]
     try:
-        text = sys.stdin.read() if kind == '-' else Path(name).read_text(encoding='utf-8')
+        read = sys.stdin.read() if text == '-' else Path(text.partition(':')[2]).read_text(encoding='utf-8')
     except (OSError, ValueError) as error:
         fail(f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
-    return text.splitlines() if kind == 'LINES' else [text]
+    return (read.splitlines() or fail(f"{text} has no line")) if text.startswith('LINES:') else [read]
 
 
 def draw(texts):
@@ -69,16 +67,17 @@ def draw(texts):
         print(news[0], end='', flush=True)
     took, tokens = time.perf_counter() - read, sum(map(len, context.rows)) - sum(map(len, rows))
     print('', *samples[1:], '', sep=f"\n{'-' * 15}\n", end='', flush=True)
-    full = context.slides and f"; full {context.slides} times, the context went on from its last {context.kept} tokens"
-    print(f"prompts in {read - began:.2f} s; {tokens} tokens in {took:.2f} s, {tokens / took:.1f} tokens/s{full or ''}",
-          file=sys.stderr)
+    speed = f"prompts in {read - began:.2f} s; {tokens} tokens in {took:.2f} s, {tokens / took:.1f} tokens/s"
+    print(speed + context.history(), file=sys.stderr)
 
 
 def search(text):
     """Print the likeliest continuations of the text, the best first, with their scores."""
-    context = generate.Context(model, [model.tokenizer.encode(text)], model.config.block_size)
+    ids = model.tokenizer.encode(text)
+    context = generate.Context(model, [ids], len(ids) + max_new_tokens)
     for score, new in generate.likeliest(context, max_new_tokens, num_beams, length_penalty, stops)[:num_samples]:
         print(f"{text}{new}\n{'-' * 15} {score:.4f}", flush=True)
+    print(f"{num_beams} beams{context.history()}", file=sys.stderr)
 
 
 def converse(text):
@@ -92,13 +91,14 @@ def converse(text):
             ids = model.tokenizer.encode(('\n' if context else text.strip() and text) + line.rstrip('\n'))
             if context:
                 context.add(torch.tensor([ids]))
-            else:
-                context = generate.Context(model, [ids], model.config.block_size)
+            context = context or generate.Context(model, [ids], model.config.block_size)
         except ValueError as error:     # the next line may be better
             print(f"error: {error}", file=sys.stderr)
             continue
-        for new, in itertools.chain(generate.texts(context, max_new_tokens, sampling, [turn], stops), '\n'):
+        for new, in generate.texts(context, max_new_tokens, sampling, [turn], stops):
             print(new, end='', flush=True)
+        print(flush=True)
+        print(context.history().strip('; '), end='\n' * bool(context.slides), file=sys.stderr)
 
 
 with user_errors():
@@ -106,7 +106,7 @@ with user_errors():
     device, compile = runtime.resolve_device(device), runtime.resolve_compile(compile, device) is True
     dtype = dtype if dtype == 'int8' else runtime.resolve_dtype(dtype, device)
     runtime.check_at_least(1, globals(), 'num_samples')
-    runtime.check_at_least(0, globals(), 'seed num_beams')
+    runtime.check_at_least(0, globals(), 'seed num_beams max_new_tokens')
     sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
     stops, texts = [end for end in stop.split('|') if end], prompts(prompt or start)
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:

@@ -28,7 +28,7 @@ def prepare(model, dtype, compile=False):
     """Keep the matrices of `model`'s Linears, in place, in dtype, one of DTYPES, and its cache too (int8: in bfloat16).
 
     Embeddings, norms and biases stay float32, and so does what flows between them. compile: by torch.compile, not decode.c.
-    Raises ValueError where int8 is no gain: it is for decode.c.
+    The model has to stay on its device from here on. Raises ValueError where int8 is no gain: it is for decode.c.
     """
     device = next(model.parameters(), torch.empty(0)).device.type
     library = _library(*C_TYPES[dtype]) if device == 'cpu' and dtype in C_TYPES and not compile else None
@@ -38,13 +38,13 @@ def prepare(model, dtype, compile=False):
         model.compile()
     if dtype == 'float32' and not library:
         return
+    model.cache_dtype = torch.bfloat16 if dtype == 'int8' else DTYPES[dtype]
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, Linear(child, DTYPES[dtype], library))
     if library and isinstance(model, gpt.GPT):
-        model.transformer.h = nn.ModuleList([Blocks(model.transformer.h, library)])
-    model.cache_dtype = torch.bfloat16 if dtype == 'int8' else DTYPES[dtype]
+        model.transformer.h = nn.ModuleList([Blocks(model.transformer.h, library, model.cache_dtype)])
 
 
 def can_int8():
@@ -67,7 +67,7 @@ class Linear(nn.Module):
         self.register_buffer('weight', weight.to(dtype).contiguous())
         self.register_buffer('scale', scale)
         self.register_buffer('bias', None if linear.bias is None else linear.bias.detach())
-        self.product = library and library.product
+        self.product = library and library.product if weight.size(1) >= 64 else None    # decode.c counts in 64s
         self.matrix = library and _pointers(self.weight, scale, self.bias)
 
     def forward(self, x):
@@ -86,16 +86,16 @@ class Linear(nn.Module):
 class Blocks(nn.Module):
     """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`, with their Linears."""
 
-    def __init__(self, blocks, library):
+    def __init__(self, blocks, library, cache_dtype):
         super().__init__()
-        self.blocks, self.run, self.n_head = blocks, library.blocks, blocks[0].attn.n_head
+        self.blocks, self.run, self.n_head, self.cache_dtype = blocks, library.blocks, blocks[0].attn.n_head, cache_dtype
         self.tanh = blocks[0].mlp.gelu.approximate == 'tanh'
         layers = [x for b in blocks for x in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)]
         self.layers = _pointers(*(x for layer in layers for x in (layer.weight, getattr(layer, 'scale', None), layer.bias)))
 
     def forward(self, x, past=None):
         B, T, C = x.shape
-        if past is None or T > 1 or B > FEW:
+        if past is None or T > 1 or B > FEW or x.dtype != torch.float32 or past.k.dtype != self.cache_dtype:
             for block, own in zip(self.blocks, past.cache.layers if past else itertools.repeat(None)):
                 x = block(x, own)
             return x
@@ -108,6 +108,14 @@ class Blocks(nn.Module):
 
 def _pointers(*tensors):
     return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+
+def _loaded(path):
+    """The library at `path`, or None where there is none, or a damaged one."""
+    try:
+        return ctypes.CDLL(str(path)) if path.stat().st_size else None
+    except OSError:
+        return None
 
 
 @functools.cache
@@ -123,15 +131,21 @@ def _library(weight, cache):
     try:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'
         path = folder / f"decode-{hashlib.sha256(''.join(about).encode()).hexdigest()[:16]}.so"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, 'getuid') and folder.stat().st_uid != os.getuid():
+            return None     # code of somebody else's may be in it
+        library = _loaded(path)
+        if library is None:
             with tempfile.TemporaryDirectory(dir=folder) as fresh:
-                for threads in (['-fopenmp'], []):      # Apple's compiler has none
+                # Apple's compiler has no OpenMP: on one thread, only int8 is faster than torch
+                for threads in [['-fopenmp']] + [[]] * (weight == 'int8_t'):
                     command = ['cc', *flags, *threads, str(source), '-lm', '-o', f'{fresh}/decode.so']
                     if subprocess.run(command, capture_output=True).returncode == 0:
                         os.replace(f'{fresh}/decode.so', path)
                         break
-        library = ctypes.CDLL(str(path))
+            library = _loaded(path)
+        if library is None:
+            return None
     except (OSError, RuntimeError):     # no compiler, nowhere to write, no home
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long

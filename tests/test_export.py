@@ -462,3 +462,4 @@ def test_a_run_and_a_folder_as_plain_words(trained, tmp_path):
     assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == (tmp_path / 'b' / 'model.safetensors').read_bytes()
     check(export(trained, tmp_path / 'a'), f"folder='{tmp_path / 'a'}': take --folder=NAME")
     check(export(trained), "folder=''")
+    assert export('--dtype', 'float16', trained, '--folder', tmp_path / 'c').returncode == 0

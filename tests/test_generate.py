@@ -77,7 +77,7 @@ def test_a_full_cache_goes_on_from_its_last_three_quarters(model):
     at = 3 + 29 + 1     # what was drawn from a full cache of 32 is read together with the 23 before it
     assert row[at] == model(torch.tensor([row[at - 24:at]]))[0][0, -1].argmax()
     assert row[at + 5] == model(torch.tensor([row[at - 24:at + 5]]))[0][0, -1].argmax()
-    assert context.slides == 2 - (len(row) < 42)
+    assert context.slides == 2
 
 
 def test_a_model_without_a_cache_generates_the_same(model):
@@ -103,6 +103,22 @@ def test_a_sample_does_not_change_with_its_batch(name):
     for prompt, seed, row in zip(prompts, seeds, together):
         assert torch.stack(list(stream(Context(model, [prompt], 31), 20, Sampling(1.0, 40), [seed])), 1)[0].equal(row)
     assert not together[0].equal(together[1])
+
+
+def test_rows_of_different_lengths_slide_each_in_its_own_time(model):
+    prompts = [[1] * 18, [2], [3] * 31]
+    together = torch.stack(list(stream(Context(model, prompts, 90), 50, Sampling(1.0, 40), [1, 2, 3])), 1)
+    for prompt, seed, row in zip(prompts, [1, 2, 3], together):
+        assert torch.stack(list(stream(Context(model, [prompt], 90), 50, Sampling(1.0, 40), [seed])), 1)[0].equal(row)
+
+
+def test_a_window_that_moves_is_counted_without_a_cache_too(model):
+    model.init_cache = lambda *args: None
+    context = Context(model, [[1, 2, 3]], 100)
+    for _ in stream(context, 35, Sampling(0)):
+        pass
+    assert context.rows[0] == uncached(model, [1, 2, 3], 35)
+    assert context.history() == '; full 5 times, the context went on from its last 32 tokens'
 
 
 def test_generate_crops_a_prompt_as_nanogpt_did(model):
@@ -153,6 +169,11 @@ def test_ids_that_are_padding_are_never_drawn():
     model = build('gpt')
     model.tokenizer = CharTokenizer('abcde')
     assert max(ids.max() for ids in stream(Context(model, [[1]] * 20, 30), 20, Sampling(temperature=5.0))) < 5
+
+
+def test_no_token_is_drawn_where_there_are_no_probabilities():
+    with pytest.raises(ValueError, match='the model gives no probabilities, but NaN'):
+        draws(torch.full((7,), float('nan')))
 
 
 @pytest.mark.parametrize('settings', [

@@ -60,7 +60,8 @@ def test_beams_are_printed_best_first_with_their_scores(sample):
 def test_a_conversation_keeps_its_context_and_survives_a_mistake(sample):
     out, err = sample('--interactive=True', '--temperature=0', '--max_new_tokens=4', stdin='def\nß\nif\n\n')
     first, second, third = re.fullmatch(r'((?:.|\n){4})\n((?:.|\n){4})\n((?:.|\n){4})\n', out).groups()
-    assert re.fullmatch(r"error: the character 'ß' at position 1 is not among the \d+ that this model knows\n", err)
+    assert re.fullmatch(r"error: the character 'ß' at position 1 is not among the \d+ that this model knows\n"
+                        r"full 1 times, the context went on from its last 12 tokens\n", err)
     told = f'def{first}\nif'
     assert sample(f'--start={told}', '--temperature=0', '--max_new_tokens=3')[0].startswith(told + second[:3])
 
@@ -71,6 +72,12 @@ def test_words_come_as_they_are_made(trained):
     with subprocess.Popen([sys.executable, 'sample.py', *words], cwd=ROOT, **pipes) as process:
         assert len(process.stdout.read(50)) == 50       # long before the end
         process.kill()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(trained):
+    command = f'{sys.executable} sample.py --out_dir={trained} --max_new_tokens=100000 --device=cpu | head -c 5'
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert len(done.stdout) == 5 and not done.stderr
 
 
 @pytest.mark.skipif(not weights.can_int8(), reason="there is no C compiler")
