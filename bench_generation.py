@@ -136,9 +136,8 @@ with user_errors(), tqdm(total=rounds * len(sides), leave=False, disable=None, u
 
 print(f"{plain.num_params() / 1e6:.1f}M parameters, {device}, {torch.get_num_threads()} threads, {peak / 1e9:.1f} GB/s; "
       f"{num_samples} x {max_new_tokens} tokens after {prompt_tokens}, {rounds} rounds, medians")
-for words in (('', 'prompt', 'tokens', 'ms per', 'the first and', 'in all', 'times', 'products', 'share of'),
-              ('', 'tokens/s', 'per s', 'token', 'last tenth', 's', 'as fast', 'alone, ms', 'limit')):
-    print("{:10} {:>9} {:>8} {:>8} {:>14} {:>7} {:>8} {:>14} {:>9}".format(*words))
+print("{:10} {:>9} {:>9} {:>9} {:>14} {:>8} {:>8} {:>18} {:>9}".format(
+    '', 'prompt/s', 'tokens/s', 'ms/token', 'first, last ¹', 'total, s', 'times ²', 'products, ms ³', 'of limit'))
 curves = {name: [statistics.median(some) for some in zip(*runs)] for name, runs in times.items()}
 for name, curve in curves.items():
     total, tenth = statistics.median(map(sum, times[name])), max(1, len(curve) // 10)
@@ -147,8 +146,10 @@ for name, curve in curves.items():
     ends = f"{statistics.mean(curve[:tenth]) * 1e3:.2f}, {statistics.mean(curve[-tenth:]) * 1e3:.2f}"
     limit = f"{bytes_read(sides[name]) / peak * 1e3 / ms:9.1%}" if name != 'uncached' else ''
     speed = num_samples * max_new_tokens / total
-    print(f"{name:10} {statistics.median(prefill[name]):9.0f} {speed:8.1f} {ms:8.2f} {ends:>14} {total:7.2f} {ratio:8.2f} "
-          f"{own:7.2f} {own / ms:6.1%} {limit}")
+    share = f"{own:.2f} ({own / ms:.0%})"
+    print(f"{name:10} {statistics.median(prefill[name]):9.0f} {speed:9.1f} {ms:9.2f} {ends:>14} {total:8.2f} {ratio:8.2f} "
+          f"{share:>18} {limit}")
+print(f"¹ mean of {tenth} tokens, ms; ² as fast as uncached; ³ of one token's Linears alone, and their share of its time")
 if plot:
     import matplotlib.figure
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=150, layout='constrained')

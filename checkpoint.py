@@ -25,7 +25,7 @@ import tokenizer
 from model import GPT
 
 SUMS = 'sums.json'
-FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'tensorboard')
+FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'evaluation.json', 'tensorboard')
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -236,6 +236,8 @@ def open_model(source, settings=None):
     names = [name for name in _preference(path) if (path / name).exists()]
     if names:
         return restore(_first_good([path / name for name in names], 'taking'), settings)
+    if (path / 'metrics.jsonl').exists():
+        raise FileNotFoundError(f"{source!r} holds a run that has saved no checkpoint yet")
     folder, names = path.parent if is_weights else path, huggingface.OPENAI
     if not (folder / 'config.json').exists() and source not in names:
         what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if folder.is_dir() else "does not exist"

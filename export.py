@@ -39,8 +39,10 @@ with user_errors():
     if dtype not in runtime.DTYPES:
         fail(f"dtype={dtype!r} is unknown: take {', '.join(runtime.DTYPES)}")
     path = Path(folder)
-    if not folder or path.is_file() or (path.is_dir() and any(path.iterdir())):
-        fail(f"folder={folder!r}: take --folder=NAME of one that is not there yet, or empty")
+    if not folder:
+        fail("the folder to write is missing: python export.py RUN FOLDER")
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        fail(f"folder={folder!r} is there and not empty: take another")
     model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from)
     content, weights = huggingface.content(model, models.name_of(model), dtype)
     fresh = path.with_name(f'.{path.name}.tmp')     # whole or not there
@@ -51,6 +53,7 @@ with user_errors():
             text = value if type(value) is str else json.dumps(value, indent=2, ensure_ascii=False)
             (fresh / name).write_text(text, encoding='utf-8', newline='\n')
         safetensors.torch.save_file(weights, fresh / 'model.safetensors', {'format': 'pt'})
+        (fresh / 'model.safetensors').chmod((fresh / 'config.json').stat().st_mode)     # else its owner's only
         if path.is_dir():
             path.rmdir()
         os.replace(fresh, path)

@@ -1,11 +1,9 @@
-"""Text from a model: from a run of train.py, from GPT-2, or from a Hugging Face folder.
+"""Text from a model: from a run of train.py, from GPT-2, or from a Hugging Face folder. Its speed goes to stderr.
 
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
     python sample.py --init_from=path/to/folder --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2 --interactive=True
-
-The first sample is printed as it comes, those beside it when it is done. Speed goes to stderr.
 """
 import itertools
 import sys
@@ -52,7 +50,8 @@ def prompts(text):
         read = sys.stdin.read() if text == '-' else Path(text.partition(':')[2]).read_text(encoding='utf-8')
     except (OSError, ValueError) as error:
         fail(f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
-    return (read.splitlines() or fail(f"{text} has no line")) if text.startswith('LINES:') else [read]
+    lines = [line for line in read.splitlines() if line] if text.startswith('LINES:') else [read]
+    return lines or fail(f"{text} has no line")
 
 
 def draw(texts):
@@ -67,8 +66,8 @@ def draw(texts):
         print(news[0], end='', flush=True)
     took, tokens = time.perf_counter() - read, sum(map(len, context.rows)) - sum(map(len, rows))
     print('', *samples[1:], '', sep=f"\n{'-' * 15}\n", end='', flush=True)
-    speed = f"prompts in {read - began:.2f} s; {tokens} tokens in {took:.2f} s, {tokens / took:.1f} tokens/s"
-    print(speed + context.history(), file=sys.stderr)
+    print(f"prompts in {read - began:.2f} s; {tokens} tokens in {took:.2f} s, {tokens / took:.1f} tokens/s"
+          f"{context.history()}", file=sys.stderr)
 
 
 def search(text):
@@ -88,7 +87,7 @@ def converse(text):
         if not (line := sys.stdin.readline()):
             return
         try:
-            ids = model.tokenizer.encode(('\n' if context else text.strip() and text) + line.rstrip('\n'))
+            ids = [i for x in ('\n' if context else text.strip() and text, line[:-1]) for i in model.tokenizer.encode(x)]
             if context:
                 context.add(torch.tensor([ids]))
             context = context or generate.Context(model, [ids], model.config.block_size)
@@ -110,7 +109,7 @@ with user_errors():
     sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
     stops, texts = [end for end in stop.split('|') if end], prompts(prompt or start)
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
-        fail("take one of several prompts, num_beams and interactive=True")
+        fail("several prompts, num_beams and interactive=True can't be combined: take one of them")
     model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from, device)
     if model.tokenizer is None:
         fail(f"{init_from} does not say which tokenizer its {model.config.vocab_size} ids belong to")

@@ -425,9 +425,9 @@ def test_mistakes(tmp_path):
     source = f'--init_from={saved(tmp_path / "model.pt", random_model())}'
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'precious').write_text('precious')
-    check(export(source), "folder='': take --folder=NAME of one that is not there yet")
-    check(export(source, f'--folder={tmp_path / "full"}'), 'not there yet, or empty')
-    check(export(source, f'--folder={tmp_path / "model.pt"}'), 'not there yet, or empty')
+    check(export(source), "the folder to write is missing")
+    check(export(source, f'--folder={tmp_path / "full"}'), 'is there and not empty')
+    check(export(source, f'--folder={tmp_path / "model.pt"}'), 'is there and not empty')
     check(export(source, f'--folder={tmp_path / "model.pt" / "below"}'), 'model.pt')
     check(export(source, f'--folder={tmp_path / "hf"}', '--dtype=int8'), "dtype='int8' is unknown: take float32, bfloat16")
     check(export(f'--out_dir={tmp_path / "full"}', f'--folder={tmp_path / "hf"}'), 'holds no checkpoint')
@@ -460,6 +460,6 @@ def test_a_run_and_a_folder_as_plain_words(trained, tmp_path):
     by_settings = export(f'--out_dir={trained}', '--dtype=float16', f'--folder={tmp_path / "b"}')
     assert by_settings.stdout == by_words.stdout.replace(str(tmp_path / 'a'), str(tmp_path / 'b'))
     assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == (tmp_path / 'b' / 'model.safetensors').read_bytes()
-    check(export(trained, tmp_path / 'a'), f"folder='{tmp_path / 'a'}': take --folder=NAME")
-    check(export(trained), "folder=''")
+    check(export(trained, tmp_path / 'a'), f"folder='{tmp_path / 'a'}' is there and not empty")
+    check(export(trained), "the folder to write is missing")
     assert export('--dtype', 'float16', trained, '--folder', tmp_path / 'c').returncode == 0

@@ -159,6 +159,13 @@ def test_filters_are_those_of_transformers(settings):
     assert torch.allclose(draws(LOGITS, **settings), scores[0].softmax(-1), atol=1e-4)
 
 
+@pytest.mark.parametrize('V, k', [(50257, 200), (50257, 1), (1300, 10), (1300, 11)])
+def test_the_greatest_of_many_logits_are_found(V, k):
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    values, ids = generate.top(logits, k)
+    assert values.equal(logits.topk(k).values) and values.equal(logits.gather(1, ids))
+
+
 def test_the_repetition_penalty_is_that_of_transformers():
     process = pytest.importorskip('transformers.generation.logits_process')
     expected = process.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[1, 2, 1]]), LOGITS[None].clone())

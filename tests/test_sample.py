@@ -60,7 +60,7 @@ def test_beams_are_printed_best_first_with_their_scores(sample):
 def test_a_conversation_keeps_its_context_and_survives_a_mistake(sample):
     out, err = sample('--interactive=True', '--temperature=0', '--max_new_tokens=4', stdin='def\nß\nif\n\n')
     first, second, third = re.fullmatch(r'((?:.|\n){4})\n((?:.|\n){4})\n((?:.|\n){4})\n', out).groups()
-    assert re.fullmatch(r"error: the character 'ß' at position 1 is not among the \d+ that this model knows\n"
+    assert re.fullmatch(r"error: the character 'ß' at position 0 is not among the \d+ that this model knows\n"
                         r"full 1 times, the context went on from its last 12 tokens\n", err)
     told = f'def{first}\nif'
     assert sample(f'--start={told}', '--temperature=0', '--max_new_tokens=3')[0].startswith(told + second[:3])
