@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import model as gpt
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
+# decode.c's WEIGHT and CACHE for each; bfloat16 is two bytes to C.
 C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}
 FEW = 16    # rows, for which decode.c is the faster way
 
