@@ -15,28 +15,13 @@ import math
 import os
 import re
 import sys
-import traceback
 import types
 import warnings
 from pathlib import Path
 
+import configfile
+
 PLAIN = (bool, int, float, str)
-
-
-class _Recorder(dict):
-    """A namespace for exec that remembers what was assigned, also where the value stayed the same."""
-
-    def __init__(self, values):
-        super().__init__(values)
-        self.assigned = {}
-
-    def __setitem__(self, key, value):
-        self.assigned[key] = value
-        super().__setitem__(key, value)
-
-    def __delitem__(self, key):
-        self.assigned.pop(key, None)
-        super().__delitem__(key)
 
 
 def configure(settings, argv, resolve_device=None, config_class=None):
@@ -68,7 +53,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     for path in files:
         if os.path.realpath(path) == os.path.realpath(settings.get('__file__', '')):
             raise ValueError(f"command line: {path} is the script, not a config file")
-        for key, value in _run_file(path, {**settings, **values}).items():
+        for key, value in configfile.run(path, {**settings, **values}).items():
             is_tool = isinstance(value, types.ModuleType) or callable(value)
             if not key.startswith('_') and not (is_tool and key not in defaults):
                 assign(key, value, path)
@@ -114,26 +99,6 @@ def parse(argv):
             raise FileNotFoundError(
                 f"command line: there is no config file {_show(word)} (settings are written --key=value)")
     return files, wishes, wants_help
-
-
-def _run_file(path, namespace):
-    """{name: value} of what the config file at `path` assigns. Raises ValueError, which names the file and the line."""
-    before = {**namespace, '__file__': path}
-    namespace = _Recorder(before)
-    try:
-        exec(compile(Path(path).read_bytes(), path, 'exec'), namespace)
-    except SyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno or 1}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
-        what = ' '.join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path}, line {_line_in(path, error)}: {what}") from None
-    # what a function assigns to its globals passes the recorder by
-    return {k: v for k, v in namespace.items() if k not in before or before[k] is not v} | namespace.assigned
-
-
-def _line_in(path, error):
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return lines[-1] if lines else 1
 
 
 def _from_text(key, text, default, where):
