@@ -83,7 +83,7 @@ def bytes_read(side):
     """Bytes of a token in the middle: all products' weights, and the keys and values so far."""
     tensors = [t for m in side.modules() if isinstance(m, (nn.Linear, weights.Linear)) for t in (m.weight, *m.buffers())]
     cache = side.init_cache(num_samples, 1, 'meta', side.cache_dtype)
-    per_token = sum(t.numel() * t.element_size() for kv in cache.kv for t in kv) if cache else 0
+    per_token = sum(t.numel() * t.element_size() for kept in cache.kept for t in kept) if cache else 0
     seen = prompt_tokens + max_new_tokens // 2
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values()) + seen * per_token
 

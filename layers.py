@@ -47,14 +47,16 @@ def causal_attention(q, k, v, dropout=0.0):
 
 
 class KVCache:
-    """The keys and values of the tokens so far: with them, one token more costs one row of each product.
+    """What a model keeps of the tokens so far: their ids, and tensors per layer, such as keys and values. With it, one
+    token more costs one row of each product.
 
     Every row of the batch fills the columns up to `length`. Prompts of different lengths end in the same column, so that
-    the rows go on together; row b's tokens then begin at column first[b]. kv: for each layer two of (B, H, room, D).
+    the rows go on together; row b's tokens then begin at column first[b], and before it everything is zero.
+    shapes: for each layer the (H, D) of each tensor that it keeps, (B, H, room, D); none for models that need only the ids.
     """
 
-    def __init__(self, n_layer, B, H, room, D, device=None, dtype=None):
-        self.kv = [[torch.zeros(B, H, room, D, device=device, dtype=dtype) for _ in 'kv'] for _ in range(n_layer)]
+    def __init__(self, B, room, shapes, device=None, dtype=None):
+        self.kept = [[torch.zeros(B, H, room, D, device=device, dtype=dtype) for H, D in layer] for layer in shapes]
         self.ids = torch.full((B, room), -1, device=device)     # -1: before a row's first token
         self.room, self.length, self.first, self.seen = room, 0, None, None
 
@@ -77,47 +79,52 @@ class KVCache:
     @property
     def layers(self):
         """A Past for each layer."""
-        return [Past(self, k, v) for k, v in self.kv]
+        return [Past(self, kept) for kept in self.kept]
 
     def recent(self, n, T):
         """The n ids before the last T of each row, -1 where there was none: (B, n)."""
-        return F.pad(self.ids[:, :self.length - T], (n, 0), value=-1)[:, -n:]
+        return F.pad(self.ids[:, :self.length - T], (n, 0), value=-1)[:, self.length - T:]
 
     def select(self, rows):
         """Go on with these rows (N,) of the batch, in this order."""
-        self.kv = [(k[rows], v[rows]) for k, v in self.kv]
+        self.kept = [[tensor[rows] for tensor in layer] for layer in self.kept]
         self.ids, self.first = self.ids[rows], self.first if self.first is None else self.first[rows]
 
     @classmethod
     def join(cls, caches, room):
         """One cache with the rows of several, which have one row each, and room for so many columns."""
-        length, k = max(cache.length for cache in caches), caches[0].kv[0][0]
-        whole = cls(len(caches[0].kv), len(caches), k.size(1), room, k.size(3), k.device, k.dtype)
+        length, one = max(cache.length for cache in caches), caches[0]
+        whole = cls(len(caches), room, [[(t.size(1), t.size(3)) for t in layer] for layer in one.kept], one.ids.device,
+                    next((t.dtype for layer in one.kept for t in layer), None))
         whole.length, starts = length, [length - cache.length for cache in caches]
         for b, (start, cache) in enumerate(zip(starts, caches)):
             whole.ids[b, start:length] = cache.ids[0, :cache.length]
-            for mine, past in zip(whole.kv, cache.kv):
-                for x, y in zip(mine, past):
+            for mine, theirs in zip(whole.kept, cache.kept):
+                for x, y in zip(mine, theirs):
                     x[b, :, start:length] = y[0, :, :cache.length]
-        whole.first = torch.tensor(starts, device=k.device) if any(starts) else None
+        whole.first = torch.tensor(starts, device=one.ids.device) if any(starts) else None
         return whole
 
 
 class Past:
-    """What one layer has of a KVCache: k and v, (B, H, room, D) each."""
+    """What one layer has of a KVCache: `tensors`, (B, H, room, D) each."""
 
-    def __init__(self, cache, k, v):
-        self.cache, self.k, self.v = cache, k, v
+    def __init__(self, cache, tensors):
+        self.cache, self.tensors = cache, tensors
+
+    def keep(self, *new):
+        """Keep what the new tokens bring, (B, H, T, D) for each tensor; returns all there is of each, (B, H, length, D)."""
+        end = self.cache.length
+        for kept, x in zip(self.tensors, new):
+            kept[:, :, end - x.size(2):end] = x
+        return [kept[:, :, :end] for kept in self.tensors]
 
     def attend(self, q, k, v):
         """Keep k and v of the new tokens, and attend to all that q (B, H, T, D) may see: (B, H, T, D), in q's type."""
-        end, dtype = self.cache.length, self.k.dtype
-        start = end - q.size(2)
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
-        if not start and self.cache.seen is None:
+        past_k, past_v = self.keep(k, v)
+        dtype = past_k.dtype
+        if self.cache.length == q.size(2) and self.cache.seen is None:
             return causal_attention(*(x.to(dtype) for x in (q, k, v))).to(q.dtype)
-        past_k, past_v = self.k[:, :, :end], self.v[:, :, :end]
         return F.scaled_dot_product_attention(q.to(dtype), past_k, past_v, attn_mask=self.cache.seen).to(q.dtype)
 
 

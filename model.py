@@ -31,6 +31,8 @@ class LanguageModel(nn.Module):
 
     Config = None
     fit = None                      # counted models: fit(batches of (idx, targets)) replaces the optimizer's steps
+    calibrate = None                # of models with statistics of the data: calibrate(batches), before each evaluation
+    exemptions = {}                 # {shared property of tests/test_zoo.py: why it does not hold here}
     cache_dtype = None              # of init_cache, where it is not the weights' own; set by weights.prepare
     tokenizer = None                # set by checkpoint.load_model: what the ids stand for
     gradient_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
@@ -190,8 +192,8 @@ class GPT(LanguageModel):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def init_cache(self, batch, length, device=None, dtype=None):
-        return layers.KVCache(self.config.n_layer, batch, self.config.n_head, length,
-                              self.config.n_embd // self.config.n_head, device, dtype or self.cache_dtype)
+        shape = self.config.n_head, self.config.n_embd // self.config.n_head
+        return layers.KVCache(batch, length, [[shape, shape]] * self.config.n_layer, device, dtype or self.cache_dtype)
 
     def num_params(self, non_embedding=True):
         """Parameters; by default without the position embeddings, as GPT-2's sizes are told."""

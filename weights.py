@@ -96,12 +96,12 @@ class Blocks(nn.Module):
 
     def forward(self, x, past=None):
         B, T, C = x.shape
-        if past is None or T > 1 or B > FEW or x.dtype != torch.float32 or past.k.dtype != self.cache_dtype:
+        if past is None or T > 1 or B > FEW or x.dtype != torch.float32 or past.tensors[0].dtype != self.cache_dtype:
             for block, own in zip(self.blocks, past.cache.layers if past else itertools.repeat(None)):
                 x = block(x, own)
             return x
         space, cache = x.new_empty(5 * B * C), past.cache
-        kv, first = _pointers(*itertools.chain(*cache.kv)), None if cache.first is None else cache.first.data_ptr()
+        kv, first = _pointers(*itertools.chain(*cache.kept)), None if cache.first is None else cache.first.data_ptr()
         self.run(self.layers, len(self.blocks), x.data_ptr(), kv, first, space.data_ptr(),
                  B, C, self.n_head, cache.room, cache.length - 1, self.tanh)
         return x

@@ -153,8 +153,8 @@ class Modern(LanguageModel):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def init_cache(self, batch, length, device=None, dtype=None):
-        return layers.KVCache(self.config.n_layer, batch, self.config.n_head, length,
-                              self.config.n_embd // self.config.n_head, device, dtype or self.cache_dtype)
+        shape = self.config.n_head, self.config.n_embd // self.config.n_head
+        return layers.KVCache(batch, length, [[shape, shape]] * self.config.n_layer, device, dtype or self.cache_dtype)
 
     def flops_per_token(self, T):
         """6 per parameter that is multiplied with (tables are looked up), and 12·C·T per layer for attention's products."""

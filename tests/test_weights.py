@@ -98,7 +98,7 @@ def test_a_cache_of_another_type_goes_the_other_way():
     model = models.build('gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=64, n_head=4).eval()
     weights.prepare(model, 'bfloat16')
     idx, own, other = torch.randint(101, (1, 9)), model.init_cache(1, 9), model.init_cache(1, 9, dtype=torch.float32)
-    assert own.kv[0][0].dtype == torch.bfloat16
+    assert own.kept[0][0].dtype == torch.bfloat16
     with torch.inference_mode():
         for t in range(9):
             a, b = (model(idx[:, t:t + 1], cache=cache)[0] for cache in (own, other))
