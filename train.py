@@ -192,7 +192,7 @@ def state():
     return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), scaler=scaler.state_dict(),
                 model_name=config['model'], model_args=dataclasses.asdict(model.config), tokenizer=data.tokenizer,
                 iter_num=iter_num, best_val_loss=best_val_loss, config=config,
-                progress=dict(evaluated=evaluated, bad_evals=bad_evals, train_seconds=watch.total,
+                progress=dict(evaluated=evaluated, bad_evals=bad_evals, train_seconds=clock.total,
                               wall_seconds=time.perf_counter() - _start, wandb_id=metrics.wandb_id),
                 resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
                 versions=runtime.versions())
@@ -248,14 +248,14 @@ with user_errors():
 # ---- the loop --------------------------------------------------------------------------------------------------------
 stop = runtime.StopRequest()
 with user_errors(), runtime.memory_errors(advice):
-    watch, saved_at, loss = Stopwatch(device, progress.get('train_seconds', 0.0)), time.monotonic(), 0.0
+    clock, saved_at, loss = Stopwatch(device, progress.get('train_seconds', 0.0)), time.monotonic(), 0.0
     profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
     while True:
         # evaluate, and save
         is_last, is_stopped = iter_num >= max_iters, parallel.anyone(bool(stop.signal))
         is_due = eval_interval > 0 and iter_num % eval_interval == 0 and not is_stopped
         if (is_last or is_due) and evaluated != iter_num:
-            watch.pause()
+            clock.pause()
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
             best_val_loss = min(losses['val'], best_val_loss)
@@ -265,19 +265,19 @@ with user_errors(), runtime.memory_errors(advice):
                 losses['val'] = evaluate('val')
             metrics.evaluation(dict(
                 iter=iter_num, tokens=iter_num * tokens_per_step, train_loss=losses['train'], val_loss=losses['val'],
-                val_bpb=data.bits_per_byte('val', losses['val']), train_seconds=watch.total,
+                val_bpb=data.bits_per_byte('val', losses['val']), train_seconds=clock.total,
                 wall_seconds=time.perf_counter() - _start))
             runtime.check_finite('validation loss', losses['val'], iter_num)
             if iter_num > 0:
                 if is_best:
                     save('best.pt')
                 save('ckpt.pt')
-            watch.go_on()
+            clock.go_on()
         elif is_stopped or 0 < 60 * save_minutes < time.monotonic() - saved_at:
-            watch.pause()
+            clock.pause()
             runtime.check_finite('loss', float(loss), iter_num)
             save('ckpt.pt')
-            watch.go_on()
+            clock.go_on()
         if is_last:
             break
         if is_stopped:
@@ -305,11 +305,11 @@ with user_errors(), runtime.memory_errors(advice):
         optimizer.zero_grad(set_to_none=True)
         model.after_step()
         iter_num += 1
-        watch.step()
+        clock.step()
 
         line = None
         if is_logged:
-            took = watch.lap()
+            took = clock.lap()
             mean_loss, = parallel.total([loss.item()])
             line = dict(iter=iter_num - 1, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
                         tokens_per_second=tokens_per_step / took, peak_memory=runtime.peak_memory(device),
