@@ -137,7 +137,8 @@ def _show(value):
 
 def _print_help(settings, defaults, Config):
     """Every setting with its default and the comment behind it in the source."""
-    source = (inspect.getsource(Config) if Config else '') + Path(settings['__file__']).read_text(encoding='utf-8')
+    source = ''.join(inspect.getsource(c) for c in (Config.__mro__[:-1] if Config else ()))
+    source += Path(settings['__file__']).read_text(encoding='utf-8')
     comments = dict(re.findall(r'^ *(\w+)(?:: [^=\n]+)? = .*?  # (.*)$', source, re.MULTILINE))
     print(f"{settings.get('__doc__') or ''}\nSettings, as --key=value:")
     for key, value in defaults.items():

@@ -98,29 +98,39 @@ class Dataset:
         share: the part of the step's targets that are in it, which weighs its loss. Every window comes once per
         epoch, in a new order and from a new offset each time.
         """
+        return *self._read('train', self._train_starts(step, micro), self.block_size), 1 / self.batches_per_step
+
+    def _train_starts(self, step, micro):
         first = (step * self.batches_per_step + micro) * self.batch_size
         epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.windows)
         starts = np.empty(self.batch_size, np.int64)
         for epoch in np.unique(epochs):
             key = np.random.SeedSequence((self.seed, int(epoch))).generate_state(5, np.uint64)
-            slack = self.tokens['train'] - 1 - self.windows * self.block_size
-            offset = int(key[4] % np.uint64(min(slack, self.block_size - 1) + 1))
             here = epochs == epoch
-            starts[here] = offset + permute(places[here], self.windows, key[:4]) * self.block_size
-        return *self._read('train', starts, self.block_size), 1 / self.batches_per_step
+            starts[here] = self._places(permute(places[here], self.windows, key[:4]), key[4])
+        return starts
+
+    def _places(self, windows, key):
+        """Where these training windows start in an epoch, whose offset `key` decides."""
+        slack = self.tokens['train'] - 1 - self.windows * self.block_size
+        return int(key % np.uint64(min(slack, self.block_size - 1) + 1)) + windows * self.block_size
 
     def epoch(self):
-        """(idx, targets) batches of one pass over the training windows, for models that count."""
-        for i in range(max(1, self.windows // self.batch_size)):
-            yield self.train_batch(i // self.batches_per_step, i % self.batches_per_step)[:2]
+        """(idx, targets) batches of one pass over the whole training split, in its order."""
+        for i in range(self.eval_batches('train')):
+            yield self.eval_batch('train', i)[:2]
 
     def first(self, split, n):
         """The first n tokens of a split, as a NumPy array."""
         return self._tokens(split, 0, n)
 
+    def eval_windows(self, split):
+        """How many windows side by side the split has."""
+        return -(-(self.tokens[split] - 1) // self.block_size)
+
     def eval_batches(self, split, limit=None):
         """How many batches an evaluation of `split` has: the whole split, or at most `limit`."""
-        whole = -(-(self.tokens[split] - 1) // self.batch_tokens)
+        whole = -(-self.eval_windows(split) // self.batch_size)
         return whole if limit is None else min(limit, whole)
 
     def eval_batch(self, split, i, limit=None):
@@ -129,17 +139,69 @@ class Dataset:
         The whole split is its windows side by side, the last batch filled up with ignored targets, so that every token
         but the first is predicted once; fewer batches are windows spread evenly over it. Always the same ones.
         """
-        windows = -(-(self.tokens[split] - 1) // self.block_size)
         places = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
         if (batches := self.eval_batches(split, limit)) < self.eval_batches(split):
-            places = places * windows // (batches * self.batch_size)
-        idx, targets = self._read(split, places * self.block_size, self.block_size)
+            places = places * self.eval_windows(split) // (batches * self.batch_size)
+        idx, targets = self._read(split, self._eval_starts(places), self.block_size)
         return idx, targets, int((targets >= 0).sum())
+
+    def _eval_starts(self, windows):
+        return windows * self.block_size
 
     def bits_per_byte(self, split, loss):
         """`loss` (nats per token) as bits per byte of text, or None where meta.json does not say the bytes."""
         facts = self.meta.get('splits', {}).get(split)
         return loss / np.log(2) * facts['tokens'] / facts['bytes'] if facts else None
+
+
+class Documents(Dataset):
+    """A dataset of short texts that know nothing of each other, such as names: each window is one of them.
+
+    meta.json's `separator` is the id between them. A document's context begins with the one before it, its targets end with the
+    one behind it; the rest of its window is padding, 0 in idx and -1 in targets. One that is longer than block_size takes several
+    windows, the last of which begins so early that it ends with the document, and repeats no target.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.spans = {split: self._spans(split) for split in self.tokens}
+        self.windows = len(self.spans['train'])
+        self.batch_tokens = round(self.batch_size * (self.tokens['train'] - 1) / self.windows)      # on average
+
+    def _spans(self, split):
+        """(windows, 3): each one's start, the first of its targets that counts, and its end."""
+        tokens, separator = self._tokens(split, 0, self.tokens[split]), self.meta['separator']
+        ends = np.flatnonzero(tokens == separator)
+        if len(ends) < 2 or ends[0] or ends[-1] != len(tokens) - 1:
+            raise ValueError(f"{self.folder / split}.bin does not begin and end with its separator, the id {separator}: "
+                             "prepare it again")
+        spans = []
+        for start, end in zip(ends[:-1].tolist(), ends[1:].tolist()):
+            spans += [(max(start, min(at, end - self.block_size)), at, min(at + self.block_size, end))
+                      for at in range(start, end, self.block_size)]
+        return np.array(spans)
+
+    def _read(self, split, windows, length):
+        rows = np.full((2, len(windows), length), -1, np.int64)
+        for i, (start, scored, end) in enumerate(self.spans[split][windows[windows < len(self.spans[split])]]):
+            piece = self._tokens(split, start, end - start + 1)
+            rows[0, i, :end - start] = piece[:-1]
+            rows[1, i, scored - start:end - start] = piece[1 + scored - start:]
+        self._check(split, rows)
+        return np.maximum(rows[0], 0), rows[1]
+
+    def train_batch(self, step, micro):
+        places = [self._train_starts(step, i) for i in range(self.batches_per_step)]
+        counts = [(self.spans['train'][p, 2] - self.spans['train'][p, 1]).sum() for p in places]
+        return *self._read('train', places[micro], self.block_size), float(counts[micro] / sum(counts))
+
+    def _places(self, windows, key=None):
+        return windows
+
+    _eval_starts = _places
+
+    def eval_windows(self, split):
+        return len(self.spans[split])
 
 
 class RandomDataset(Dataset):
@@ -160,8 +222,10 @@ class RandomDataset(Dataset):
 
 
 def open_dataset(name, *args):
-    """RandomDataset for 'random', else Dataset; the arguments are theirs."""
-    return RandomDataset(*args) if name == 'random' else Dataset(name, *args)
+    """RandomDataset for 'random', Documents where meta.json names a separator, else Dataset; the arguments are theirs."""
+    if name == 'random':
+        return RandomDataset(*args)
+    return (Documents if 'separator' in read_meta(ROOT / name)[3] else Dataset)(name, *args)
 
 
 def permute(places, n, keys):
@@ -193,6 +257,8 @@ def read_meta(folder):
                 raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
             if not all(type(facts['tokens']) is int and facts['bytes'] > 0 for facts in meta.get('splits', {}).values()):
                 raise ValueError("splits")
+            if not 0 <= meta.get('separator', 0) < meta['vocab_size']:
+                raise ValueError(f"separator {meta['separator']!r}")
             if meta['tokenizer']:
                 check_description(meta['tokenizer'])
             return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
@@ -223,10 +289,13 @@ def prepare_if_small(name):
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
-def write_bins(folder, tokenizer, splits):
-    """Write FOLDER/{split}.bin and meta.json from {split: [texts]}, each file whole or not at all; returns the meta."""
+def write_bins(folder, tokenizer, splits, **facts):
+    """Write FOLDER/{split}.bin and meta.json from {split: [texts]}, each file whole or not at all; returns the meta.
+
+    facts: more of meta.json; separator=ID where the texts are documents with that id before, between and behind them.
+    """
     return _write(folder, tokenizer, {split: ((tokenizer.encode(text), len(text.encode())) for text in texts)
-                                      for split, texts in splits.items()})
+                                      for split, texts in splits.items()}, **facts)
 
 
 def write_documents(folder, tokenizer, shards, pieces, read, num_proc=None):
@@ -285,10 +354,10 @@ def bin_dtype(vocab_size):
     return 'uint16' if vocab_size <= 2 ** 16 else 'uint32'
 
 
-def _write(folder, tokenizer, splits):
+def _write(folder, tokenizer, splits, **facts):
     """The bins and meta.json of {split: (ids, bytes of text) pairs}."""
     dtype = bin_dtype(tokenizer.vocab_size)
-    meta = {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype, 'splits': {}}
+    meta = {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype, **facts, 'splits': {}}
     for split, encoded in splits.items():
         digest, n_tokens, n_bytes = hashlib.sha256(), 0, 0
         with files.replacing(Path(folder) / f'{split}.bin') as file:

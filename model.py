@@ -71,7 +71,7 @@ class LanguageModel(nn.Module):
         raise ValueError(f"{type(self).__name__} has block_size={self.config.block_size} and can't change it")
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, lrs=None, **options):
-        """The optimizer over `param_groups`: AdamW, or Muon by optimizer.build's options; None without parameters."""
+        """The optimizer over `param_groups`: AdamW, or another by optimizer.build's options; None without parameters."""
         width = getattr(self.config, 'n_embd', 768)
         for name, p in self.named_parameters():
             if name.endswith('c_attn.weight'):

@@ -1,4 +1,4 @@
-"""From parameters by role to an optimizer (AdamW, or Muon for the matrices), and the learning rate of every step."""
+"""From parameters by role to an optimizer (AdamW, SGD, or Muon for the matrices), and the learning rate of every step."""
 import math
 
 import torch
@@ -7,19 +7,25 @@ import torch.distributed as dist
 MUON_MOMENTUM = 0.85, 0.95, 300     # from, to, within so many steps: early gradients are soon out of date
 
 
-def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, width=768, bfloat16=False, is_asked=False):
-    """The optimizer of {role: [parameters]}; None where there is nothing to learn.
+def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, width=768, bfloat16=False, is_asked=False,
+          name='adamw', max_norm=0.0):
+    """The optimizer of {role: [parameters]}; None where there is nothing to learn. Raises ValueError.
 
     Without `lrs` it is AdamW in nanoGPT's two groups: what has two dimensions or more decays, vectors don't. lrs: learning
     rates by role ('matrix', 'embedding', 'head'; one that is missing or 0 is `learning_rate`). With one for matrices
     these are Muon's. Those of embeddings and heads hold for 768 channels, and are scaled with width^-1/2 to `width`.
     bfloat16: orthogonalise in bfloat16, which is exact enough and fast where the chip has it. is_asked: somebody wants this
-    learning_rate, so it is an error (ValueError) if nothing is trained with it.
+    learning_rate, so it is an error if nothing is trained with it. name: 'adamw', or 'sgd', whose momentum is betas[0] and
+    whose weight decay is part of the gradient. max_norm: of each row of a matrix, the weights into one unit, after each step
+    (Srivastava et al. 2014, section 5.1); 0: no limit.
     Fused: one kernel for all parameters, measured faster on each device.
     """
+    if name not in ('adamw', 'sgd'):
+        raise ValueError(f"optimizer={name!r} is unknown: take adamw or sgd; --muon_lr gives the matrices to Muon")
     lrs = {role: lr * (1 if role == 'matrix' else math.sqrt(768 / width)) for role, lr in (lrs or {}).items() if lr}
     if lrs and not learning_rate:
         raise ValueError("learning_rate=0 with another rate above 0: it is what the schedule starts from, take it > 0")
+    limited = [*groups.get('matrix', ()), *groups.get('head', ())]
     decaying = [['embedding'], ['matrix'], ['head']] if lrs else [['embedding', 'matrix', 'head']]
     groups = [dict(params=[p for role in roles for p in groups.get(role, ())], muon='matrix' in lrs and roles == ['matrix'],
                    lr_ratio=lrs[roles[0]] / learning_rate if roles[0] in lrs else 1.0,
@@ -29,9 +35,17 @@ def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, 
     if is_asked and all(group['lr_ratio'] != 1.0 for group in groups if group['params']):
         raise ValueError(f"learning_rate={learning_rate} trains nothing here: set muon_lr, embed_lr and head_lr instead")
     fused = device_type in ('cuda', 'mps', 'cpu')
-    if 'matrix' not in lrs:
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
-    return Muon(groups, lr=learning_rate, betas=betas, fused=fused, bfloat16=bfloat16)
+    if name == 'sgd' and 'matrix' in lrs:
+        raise ValueError("muon_lr is for optimizer=adamw, which takes what Muon leaves: leave one of the two out")
+    if name == 'sgd':
+        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=betas[0], fused=fused)
+    elif 'matrix' in lrs:
+        optimizer = Muon(groups, lr=learning_rate, betas=betas, fused=fused, bfloat16=bfloat16)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    if max_norm:
+        optimizer.register_step_post_hook(lambda *_: limit_rows(limited, max_norm))
+    return optimizer
 
 
 class Muon(torch.optim.AdamW):
@@ -101,6 +115,13 @@ class Muon(torch.optim.AdamW):
         return torch.cat(parts)[:n]
 
 
+@torch.no_grad()
+def limit_rows(matrices, most):
+    """Scale the rows of `matrices`, in place, that are longer than `most` (Euclidean norm) down to it."""
+    for p in matrices:
+        p.copy_(p.renorm(2, 0, most))
+
+
 def orthogonalize(batch, steps=5):
     """The nearest orthogonal matrix to each of batch (N, rows, columns), roughly: all but the smallest singular values
     become 0.7 to 1.2.
@@ -116,18 +137,22 @@ def orthogonalize(batch, steps=5):
     return x.mT if is_tall else x
 
 
-def schedule(step, peak, floor, warmup_steps, decay_steps, decay=True, cooldown=0.0):
-    """The learning rate at `step`: linear warm-up to `peak`, then down to `floor` at decay_steps, then floor.
+def schedule(step, peak, floor, warmup_steps, decay_steps, decay=True, cooldown=0.0, start=0.0, shape='cosine'):
+    """The learning rate at `step`: linear warm-up from `start` to `peak`, then down to `floor` at decay_steps, then floor.
 
-    cooldown: 0 for half a cosine; else `peak` is kept and falls in a straight line over this last share of decay_steps.
-    Without `decay` it is `peak` throughout.
+    shape: 'cosine', half of one, or 'step', all at once at decay_steps. cooldown: above 0, `peak` is kept and falls in a straight
+    line over this last share of decay_steps. Without `decay` it is `peak` throughout. Raises ValueError.
     """
+    if shape not in ('cosine', 'step'):
+        raise ValueError(f"lr_schedule={shape!r} is unknown: take cosine or step; --cooldown falls in a straight line")
     if not decay:
         return peak
     if step < warmup_steps:
-        return peak * (step + 1) / (warmup_steps + 1)
+        return start + (peak - start) * (step + 1) / (warmup_steps + 1)
     if step >= decay_steps:
         return floor
+    if shape == 'step':
+        return peak
     if cooldown:
         return floor + (peak - floor) * min(1, (decay_steps - step) / (cooldown * decay_steps))
     progress = (step - warmup_steps) / (decay_steps - warmup_steps)
