@@ -18,13 +18,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import attention
 import layers
 from layers import norm
 from model import LanguageModel
 
 
 @dataclass
-class ModernConfig:
+class ModernConfig(attention.AttentionConfig):
     block_size: int = 1024      # longest context, in tokens
     vocab_size: int = 50304     # GPT-2's 50257, padded to a multiple of 64 for speed
     n_layer: int = 12           # blocks
@@ -34,6 +35,7 @@ class ModernConfig:
     ngram: int = 0              # embeddings of the last 2 … ngram tokens together; 0: none
     ngram_rows: int = 65536     # rows of their table, which they share by hashing
     ngram_dropout: float = 0.0  # probability that one of them is left out, while training
+    norm_place: str = 'pre'     # 'pre': a norm in front of each branch; 'post': one behind each sum
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'ngram_rows'):
@@ -46,21 +48,9 @@ class ModernConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: take a probability from 0 up to, not including, 1")
         if self.ngram < 0 or self.ngram == 1:
             raise ValueError(f"ngram={self.ngram}: take 0, or the longest n-gram, from 2 up")
-
-
-class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.n_head = config.n_head
-
-    def forward(self, x, rotary, past=None):
-        B, T, C = x.shape
-        qk, v = layers.split_heads(self.c_attn(x), self.n_head).split([2, 1])       # (2, B, H, T, D), (1, B, H, T, D)
-        q, k = layers.rotate(norm(qk), rotary)
-        y = (past.attend if past else layers.causal_attention)(q, k, v[0])
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        if self.norm_place not in BLOCKS:
+            raise ValueError(f"norm_place={self.norm_place!r} is unknown: take {' or '.join(BLOCKS)}")
+        super().__post_init__()
 
 
 class MLP(nn.Module):
@@ -74,9 +64,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.attn = CausalSelfAttention(config)
+        self.attn = attention.build(config, layer, qk_norm=norm)
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
@@ -84,6 +74,18 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
         x = layers.add_some(x, self.attn(norm(x), rotary, past), dropout)
         return layers.add_some(x, self.mlp(norm(x)), dropout)
+
+
+class PostNormBlock(Block):
+    """As the first Transformer had it: a norm behind each sum (arXiv 1706.03762)."""
+
+    def forward(self, x, rotary, past=None):
+        dropout = self.dropout if self.training else 0.0
+        x = norm(layers.add_some(x, self.attn(x, rotary, past), dropout))
+        return norm(layers.add_some(x, self.mlp(x), dropout))
+
+
+BLOCKS = {'pre': Block, 'post': PostNormBlock}
 
 
 class NgramEmbedding(nn.Embedding):
@@ -116,19 +118,19 @@ class Modern(LanguageModel):
         super().__init__(config)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer))))
+            h=nn.ModuleList(BLOCKS[config.norm_place](config, i) for i in range(config.n_layer))))
         if config.ngram:
             self.transformer['ngram'] = NgramEmbedding(config.ngram, config.ngram_rows, config.n_embd, config.ngram_dropout)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        bound = math.sqrt(3 / config.n_embd)
-        for name, p in self.named_parameters():
-            if name.endswith(('c_attn.weight', 'c_fc.weight')):
-                nn.init.uniform_(p, -bound, bound)
-            elif name.endswith('c_proj.weight'):
-                nn.init.zeros_(p)
+        for name, module in self.transformer.h.named_modules():
+            if name.endswith('c_proj'):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, nn.Linear):
+                bound = math.sqrt(3 / module.in_features)
+                nn.init.uniform_(module.weight, -bound, bound)
         nn.init.normal_(self.transformer.wte.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
-        rotary = layers.rotary(config.block_size, config.n_embd // config.n_head)
+        rotary = layers.rotary(config.block_size, config.rotary_dim)
         self.register_buffer('rotary', rotary, persistent=False)    # (2, block_size, D)
 
     def forward(self, idx, targets=None, cache=None):
@@ -153,17 +155,17 @@ class Modern(LanguageModel):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def init_cache(self, batch, length, device=None, dtype=None):
-        shape = self.config.n_head, self.config.n_embd // self.config.n_head
-        return layers.KVCache(batch, length, [[shape, shape]] * self.config.n_layer, device, dtype or self.cache_dtype)
+        shapes = [block.attn.cache_shapes for block in self.transformer.h]
+        return layers.KVCache(batch, length, shapes, device, dtype or self.cache_dtype)
 
     def flops_per_token(self, T):
         """6 per parameter that is multiplied with (tables are looked up), and 12·C·T per layer for attention's products."""
         multiplied = sum(p.numel() for role in ('matrix', 'head') for p in self.param_groups()[role])
-        return 6 * multiplied + 12 * self.config.n_layer * self.config.n_embd * T
+        return 6 * multiplied + sum(block.attn.flops_per_token(T) for block in self.transformer.h)
 
     def crop_block_size(self, block_size):
         """Another longest context, in place: rotary positions need no weights."""
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
         self.config.block_size = block_size
-        self.rotary = layers.rotary(block_size, self.config.n_embd // self.config.n_head).to(self.rotary.device)
+        self.rotary = layers.rotary(block_size, self.config.rotary_dim).to(self.rotary.device)
