@@ -62,8 +62,8 @@ def read(folder, wanted):
         found[name] = ([(*point[:2], sum(p[2] for p in points) / len(points)) for point, points in zip(raw, near)],
                        evaluations.get(name, []))
         if not any(found[name]):
-            raise ValueError(f"{path} has no {name} (y=), but {', '.join(sorted(steps | evaluations))}" if records else
-                             f"{path} has no losses yet")
+            there = sorted({key.split('/')[0] for key in steps | evaluations})  # layers' once
+            raise ValueError(f"{path} has no " + (f"{name} (y=), but {', '.join(there)}" if records else "losses yet"))
     return found
 
 
@@ -120,7 +120,7 @@ try:
     labels = [name.strip() for name in names.split(',')] if names else [folder.rstrip('/') for folder in folders]
     if len(set(labels)) != len(folders) or not folders:
         raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and as many names")
-    path = Path(out or Path(folders[0] if len(folders) == 1 else '', f"{'-'.join(wanted)}.png"))
+    path = Path(out or Path(folders[0] if len(folders) == 1 else '', f"{'-'.join(wanted)}.png".replace('/', '-')))
     figure = draw({label: read(Path(folder), wanted) for label, folder in zip(labels, folders)})
     with files.replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:] or 'png')
