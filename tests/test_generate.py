@@ -1,4 +1,5 @@
 """Generation: the cache against the whole context, the filters against their definitions, texts as they come."""
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,21 @@ from generate import Context, Sampling, Text, stream
 from tokenizer import ByteTokenizer, CharTokenizer
 
 NAMES = ['gpt', *sorted(path.stem for path in Path(ROOT, 'models').glob('[a-z]*.py'))]
-FIELDS = {'modern': dict(ngram=3, ngram_rows=50)}
+FIELDS = {'modern': dict(ngram=3, ngram_rows=50)}      # by model; and for all that have them:
+SIZES = dict(n_layer=2, n_head=2, n_embd=32)
 
 
 def build(name, block_size=32, dtype=torch.float64, **fields):
     """A small model with weights large enough that every token counts."""
     torch.manual_seed(0)
-    model = models.build(name, block_size=block_size, vocab_size=50, n_layer=2, n_head=2, n_embd=32,
-                         **FIELDS.get(name, {}) | fields).to(dtype).eval()
+    sizes = {field.name: SIZES[field.name] for field in dataclasses.fields(models.architecture(name).Config)
+             if field.name in SIZES}
+    model = models.build(name, block_size=block_size, vocab_size=50, **sizes | FIELDS.get(name, {}) | fields)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    return model
+    if model.fit:
+        model.fit([torch.randint(50, (2, 40, 12))])
+    return model.to(dtype).eval()
 
 
 @pytest.fixture(params=NAMES)
