@@ -266,6 +266,9 @@ def with_past(idx, n, cache=None):
     return torch.cat([cache.recent(n, idx.size(1)), idx], 1)
 
 
+AT_ONCE = 2 ** 24     # n-grams that NgramCounts.fit sorts together: 0.4 GB
+
+
 class NgramCounts(nn.Module):
     """P(token | the n - 1 before it) = (count + k) / (total + k V), counted by `fit`.
 
@@ -314,7 +317,7 @@ class NgramCounts(nn.Module):
                 n_new += len(new[-1])
                 counted = counted & (context[..., i] >= 0)      # else the shorter context is this one
                 context[..., i] = -1
-            if n_new > 2 ** 24:
+            if n_new > AT_ONCE:
                 (keys, counts), new, n_new = _add_counts(keys, counts, new), [], 0
         keys, counts = _add_counts(keys, counts, new)
         self.keys, self.sums = keys.to(self.keys.device), F.pad(counts.cumsum(0), (1, 0)).to(self.keys.device)
