@@ -22,10 +22,10 @@ import files
 import huggingface
 import models
 import tokenizer
-from model import GPT
 
 SUMS = 'sums.json'
-FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'evaluation.json', 'tensorboard')
+FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'evaluation.json', 'tensorboard',
+         'health.jsonl', 'health.png')
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -179,6 +179,19 @@ def settings(state):
     return config
 
 
+def adopt(config, given, kept, whose, free):
+    """Take the settings `kept`, which a trained model brings, into `config`, unless given; returns what changed.
+
+    given: {key: where it was set}. Raises ValueError where others are asked for, `free` ones excepted.
+    """
+    for key in given.keys() & kept.keys() - free:
+        if config[key] != kept[key]:
+            raise ValueError(f"{whose} has {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out")
+    changes = {k: v for k, v in kept.items() if k in config and k not in given}
+    config.update(changes)
+    return changes
+
+
 def model_config(values):
     """The Config class of the model that train.py's settings are about: that of the run in a folder that they start from.
 
@@ -242,7 +255,10 @@ def open_model(source, settings=None):
     if not (folder / 'config.json').exists() and source not in names:
         what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}")
-    model = GPT.from_pretrained(source, **_free(GPT.Config, settings))
+    name, fields, weights = huggingface.read(source)
+    Model = models.architecture(name)
+    model = Model(Model.Config(**fields | _free(Model.Config, settings)))
+    huggingface.fill(model, weights, source)
     return model, tokenizer.from_files(folder) or (dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None)
 
 

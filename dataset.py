@@ -157,8 +157,8 @@ class Dataset:
 class Documents(Dataset):
     """A dataset of short texts that know nothing of each other, such as names: each window is one of them.
 
-    meta.json's `separator` is the id between them. A document's context begins with the one before it, its targets end with the
-    one behind it; the rest of its window is padding, 0 in idx and -1 in targets. One that is longer than block_size takes several
+    meta.json's `separator` is the id between them. A document's context begins with the one before it, its targets end with
+    the one behind it; the rest is padding, 0 in idx and -1 in targets. One longer than block_size takes several
     windows, the last of which begins so early that it ends with the document, and repeats no target.
     """
 

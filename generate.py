@@ -253,15 +253,25 @@ def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=()):
     return [(score, Text(own, stops).add(ids[:-1] if ids[-1:] == [eot] else ids, final=True)) for score, ids in found]
 
 
-def closing_sample(model, description, start, out_dir):
-    """What a run shows at its end: a sample after the ids `start`; description: of the tokenizer."""
+def closing_sample(model, description, start, out_dir, separator=None):
+    """What a run shows at its end: a sample after the ids `start`, or where a separator divides the data ten documents.
+
+    description: of the tokenizer.
+    """
     try:
         model.tokenizer = tokenizer.load(description)
     except (OSError, ValueError) as error:      # the run itself went well
         return print(f"no sample: {error}")
-    print(f"---- a sample, after the first words of the validation text; for more: python sample.py --out_dir={out_dir}")
-    model._compiled_call_impl = None    # or it would be compiled anew for every length
-    context = Context(model.eval(), [start[-model.config.block_size:]], len(start) + 400)
+    model.eval()._compiled_call_impl = None     # or it would be compiled anew for every length
+    say = f"for more: python sample.py --out_dir={out_dir}"
+    if separator is not None:
+        between = model.tokenizer.decode([separator])
+        print(f"---- ten samples; {say} --start=${between!r} --stop=${between!r}")
+        context = Context(model, [[separator]] * 10, 1000)
+        print(''.join(f'{text}\n' for text in map(''.join, zip(*texts(context, 100, Sampling(), stops=[between])))))
+        return
+    print(f"---- a sample, after the first words of the validation text; {say}")
+    context = Context(model, [start[-model.config.block_size:]], len(start) + 400)
     print(model.tokenizer.decode(start), end='')
     for text, in texts(context, 400, Sampling(temperature=0.8, top_k=200)):
         print(text, end='', flush=sys.stdout.isatty())

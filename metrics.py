@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import files
@@ -77,8 +78,11 @@ class Metrics:
         except wandb.errors.Error as error:
             raise RuntimeError(error) from None
         self.wandb_id = run.id
-        return (lambda record: run.log({k: v for k, v in record.items() if v is not None}, step=record['iter']), run.finish,
-                self.start_iter if run_id else 0)
+
+        def write(record):
+            run.log({k: wandb.Histogram(v) if isinstance(v, np.ndarray) else v for k, v in record.items() if v is not None},
+                    step=record['iter'])
+        return write, run.finish, self.start_iter if run_id else 0
 
     def _open_tensorboard(self, folder):
         """(write, close, the first step to write); what the folder has of later steps is hidden from now on."""
@@ -89,7 +93,8 @@ class Metrics:
         def write(record):
             for key in record.keys() - {'iter'}:
                 if record[key] is not None:
-                    writer.add_scalar(key, record[key], record['iter'])
+                    add = writer.add_histogram if isinstance(record[key], np.ndarray) else writer.add_scalar
+                    add(key, record[key], record['iter'])
             writer.flush()      # a run that is killed loses no point
         return write, writer.close, since
 
@@ -110,6 +115,11 @@ class Metrics:
             raise OSError(f"cannot write {self.path}: {error.strerror}") from None
         for write, _ in self.loggers:
             write(record)
+
+    def histograms(self, step, samples):
+        """Show the loggers how the values of {name: array} are distributed."""
+        for write, _ in self.loggers if samples else ():
+            write({'iter': step} | samples)
 
     def step(self, record, steps_left):
         """One step is done; `record` is its line for the log, or None."""
@@ -163,6 +173,21 @@ def _has_login(wandb):
         return bool(wandb.api.api_key)
     except wandb.errors.Error:
         return False
+
+
+def plan(config, model, data, tokens_per_step, max_iters, iter_num):
+    """What a run with the settings `config` will do, as lines."""
+    c, windows = config, f"{config['batch_size']} x {config['block_size']}"
+    if c['eval_only']:
+        todo = f"evaluation: of each split {c['eval_iters']} x {windows} tokens, or all where that is less"
+    elif model.fit:
+        todo = f"one pass, which counts: {tokens_per_step:,} tokens"
+    else:
+        todo = (f"steps: {max(0, max_iters - iter_num):,} of {c['gradient_accumulation_steps']} x {windows} = "
+                f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
+    return '\n'.join([
+        f"model: {c['model']}, {short(model.num_params())} parameters, from {c['init_from']}",
+        f"data: {c['dataset']}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on", todo])
 
 
 def evaluation_table(name, model, losses, data):

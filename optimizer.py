@@ -16,8 +16,8 @@ def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, 
     these are Muon's. Those of embeddings and heads hold for 768 channels, and are scaled with width^-1/2 to `width`.
     bfloat16: orthogonalise in bfloat16, which is exact enough and fast where the chip has it. is_asked: somebody wants this
     learning_rate, so it is an error if nothing is trained with it. name: 'adamw', or 'sgd', whose momentum is betas[0] and
-    whose weight decay is part of the gradient. max_norm: of each row of a matrix, the weights into one unit, after each step
-    (Srivastava et al. 2014, section 5.1); 0: no limit.
+    whose weight decay is part of the gradient. max_norm: of each row of a matrix, the weights into one unit, after each
+    step (Srivastava et al. 2014, section 5.1); 0: no limit.
     Fused: one kernel for all parameters, measured faster on each device.
     """
     if name not in ('adamw', 'sgd'):
@@ -140,8 +140,8 @@ def orthogonalize(batch, steps=5):
 def schedule(step, peak, floor, warmup_steps, decay_steps, decay=True, cooldown=0.0, start=0.0, shape='cosine'):
     """The learning rate at `step`: linear warm-up from `start` to `peak`, then down to `floor` at decay_steps, then floor.
 
-    shape: 'cosine', half of one, or 'step', all at once at decay_steps. cooldown: above 0, `peak` is kept and falls in a straight
-    line over this last share of decay_steps. Without `decay` it is `peak` throughout. Raises ValueError.
+    shape: 'cosine', half of one, or 'step', all at once at decay_steps. cooldown: above 0, `peak` is kept and falls in a
+    straight line over this last share of decay_steps. Without `decay` it is `peak` throughout. Raises ValueError.
     """
     if shape not in ('cosine', 'step'):
         raise ValueError(f"lr_schedule={shape!r} is unknown: take cosine or step; --cooldown falls in a straight line")

@@ -25,8 +25,9 @@ import runtime
 from configurator import configure
 from dataset import open_dataset, prepare_if_small
 from layers import use_attention
-from metrics import Metrics, Stopwatch, evaluation_table, loggers, progress_bar, short
+from metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
 from runtime import fail, user_errors
+from watch import Watch
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText ----------------------------------------------------------
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
@@ -55,7 +56,8 @@ n_embd = 768  # channels
 dropout = 0.0  # 0 for pretraining; for finetuning try 0.1
 bias = False  # in Linears and LayerNorms
 # the optimizer and its learning rate
-learning_rate = 6e-4  # AdamW's, after the warm-up
+optimizer = 'adamw'  # adamw, or sgd, whose momentum is beta1
+learning_rate = 6e-4  # the optimizer's, after the warm-up
 muon_lr = 0.0  # of the matrices, by Muon; 0: by AdamW like the rest
 embed_lr = 0.0  # of embeddings, if the model were 768 wide; 0: learning_rate
 head_lr = 0.0  # of an untied head, if the model were 768 wide; 0: learning_rate
@@ -64,9 +66,12 @@ weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of its square's
 grad_clip = 1.0  # longest gradient; 0: no limit
+max_norm = 0.0  # longest row of a matrix, the weights into one unit; 0: no limit
 decay_lr = True  # down to min_lr after a linear warm-up; False: constant
+lr_schedule = 'cosine'  # how: cosine; step: all at once at lr_decay_iters
 cooldown = 0.0  # the last share of lr_decay_iters, in which it falls in a straight line; 0: a cosine from the warm-up on
 warmup_iters = 2000  # steps of the warm-up
+warmup_lr = 0.0  # where it starts
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
 min_lr = 6e-5  # usually learning_rate / 10; rates of their own fall by the same factor
 # the machine
@@ -77,31 +82,21 @@ backend = 'auto'  # between processes: auto, nccl, gloo
 attention = 'auto'  # auto (fastest here), sdpa, plain
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
 deterministic = False  # bit-identical repeats on CUDA too; slower
+watch = False  # network health while training: dead units, gradients, sizes of updates; a page out_dir/health.png
 profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or chrome://tracing
 # ----------------------------------------------------------------------------------------------------------------------
 
 with user_errors():
     config, given = configure(globals(), sys.argv[1:], runtime.resolve_device, checkpoint.model_config)
-
-
-def adopt(kept, whose, free):
-    """Take the settings that a trained model brings; fail where the user asks for others, `free` ones excepted."""
-    for key in given.keys() & kept.keys() - free:
-        if config[key] != kept[key]:
-            fail(f"{whose} has {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out")
-    changes = {k: v for k, v in kept.items() if k in config and k not in given}
-    config.update(changes)
-    globals().update(changes)
-
-
-with user_errors():
     stored = checkpoint.read_latest(out_dir) if init_from == 'resume' else None
-if stored:
-    adopt({'model': stored.get('model_name', 'gpt')} | stored['model_args'], out_dir, models.FREE)
-    adopt(checkpoint.settings(stored), out_dir, config.keys())
+    if stored:
+        kept = {'model': stored.get('model_name', 'gpt')} | stored['model_args']
+        globals().update(checkpoint.adopt(config, given, kept, out_dir, models.FREE))
+        globals().update(checkpoint.adopt(config, given, checkpoint.settings(stored), out_dir, config.keys()))
 runtime.check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')
 runtime.check_at_least(0, config, 'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay '
-                                  'grad_clip warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown')
+                                  'grad_clip warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown max_norm '
+                                  'warmup_lr')
 runtime.check_at_most(1, config, 'cooldown')
 if gradient_accumulation_steps % parallel.WORLD_SIZE:
     fail(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of {parallel.WORLD_SIZE} processes")
@@ -131,8 +126,8 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
         model, trained_on = checkpoint.restore(stored, config)
     elif init_from != 'scratch':
         trained, trained_on = checkpoint.open_model(init_from, config)
-        adopt({'model': models.name_of(trained)} | dataclasses.asdict(trained.config), init_from,
-              models.FREE | {'block_size'})
+        kept = {'model': models.name_of(trained)} | dataclasses.asdict(trained.config)
+        globals().update(checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'}))
         model = trained
         if block_size != model.config.block_size:
             model.crop_block_size(block_size)
@@ -147,7 +142,8 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     model.to(device).gradient_checkpointing = gradient_checkpointing
     optimizer = model.configure_optimizers(
         weight_decay, learning_rate, (beta1, beta2), device_type, dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
-        bfloat16=dtype == 'bfloat16', is_asked=given.get('learning_rate') == 'command line')
+        bfloat16=dtype == 'bfloat16', is_asked=given.get('learning_rate') == 'command line', name=optimizer,
+        max_norm=max_norm)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if stored and optimizer:
         if not stored['optimizer']:
@@ -209,13 +205,9 @@ def save(name):
 say = print if parallel.IS_MASTER else lambda *args: None
 tokens_per_step = gradient_accumulation_steps * data.batch_tokens
 peak = runtime.peak_flops(device, dtype)
-say(f"model: {config['model']}, {short(model.num_params())} parameters, from {init_from}")
-say(f"data: {dataset}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on")
-if eval_only:
-    say(f"evaluation: of each split {eval_iters} x {batch_size} x {block_size} tokens, or all where that is less")
-else:
-    say(f"steps: {max(0, max_iters - iter_num):,} of {gradient_accumulation_steps} x {batch_size} x {block_size} = "
-        f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
+if model.fit:
+    max_iters, tokens_per_step = 1, data.tokens['train']    # one pass, which counts
+say(plan(config, model, data, tokens_per_step, max_iters, iter_num))
 say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}, {threads} threads")
 advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
           "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
@@ -244,6 +236,7 @@ with user_errors():
                  compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
     metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
     metrics.start(config | {'resolved': facts}, wanted, progress.get('wandb_id'))
+    watcher = Watch(watch and parallel.IS_MASTER, model, out_dir, grad_clip, ctx, data)
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 stop = runtime.StopRequest()
@@ -256,6 +249,8 @@ with user_errors(), runtime.memory_errors(advice):
         is_due = eval_interval > 0 and iter_num % eval_interval == 0 and not is_stopped
         if (is_last or is_due) and evaluated != iter_num:
             clock.pause()
+            if model.calibrate:
+                model.calibrate(data.epoch())
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
             best_val_loss = min(losses['val'], best_val_loss)
@@ -267,6 +262,7 @@ with user_errors(), runtime.memory_errors(advice):
                 iter=iter_num, tokens=iter_num * tokens_per_step, train_loss=losses['train'], val_loss=losses['val'],
                 val_bpb=data.bits_per_byte('val', losses['val']), train_seconds=clock.total,
                 wall_seconds=time.perf_counter() - _start))
+            metrics.histograms(iter_num, watcher.draw(iter_num))
             runtime.check_finite('validation loss', losses['val'], iter_num)
             if iter_num > 0:
                 if is_best:
@@ -289,7 +285,8 @@ with user_errors(), runtime.memory_errors(advice):
             continue
 
         # one step
-        lr = optimizers.schedule(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr, cooldown)
+        lr = optimizers.schedule(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr, cooldown,
+                                 warmup_lr, lr_schedule)
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_ratio']
         loss = 0.0
@@ -298,8 +295,9 @@ with user_errors(), runtime.memory_errors(advice):
             loss = loss + micro_step(iter_num, micro)
         scaler.unscale_(optimizer)
         is_logged = iter_num % log_interval == 0
+        watcher.before_step(is_logged)
         if grad_clip or is_logged:
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            grad_norm = watcher.count(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -314,6 +312,7 @@ with user_errors(), runtime.memory_errors(advice):
             line = dict(iter=iter_num - 1, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
                         tokens_per_second=tokens_per_step / took, peak_memory=runtime.peak_memory(device),
                         mfu=peak and model.estimate_mfu(tokens_per_step / took, peak * parallel.WORLD_SIZE))
+            line |= watcher.after_step(line)
             runtime.check_finite('loss', mean_loss, iter_num)
         metrics.step(line, max_iters - iter_num)
         if profiler:
@@ -327,4 +326,5 @@ if is_stopped:
     sys.exit(128 + (stop.signal or signal.SIGTERM))
 if parallel.IS_MASTER and data.tokenizer:
     with ctx:
-        generate.closing_sample(model, data.tokenizer, data.first('val', 32).tolist(), out_dir)
+        generate.closing_sample(model, data.tokenizer, data.first('val', 32).tolist(), out_dir,
+                                data.meta.get('separator'))

@@ -189,3 +189,43 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(text_folder, tmp_pat
     assert run('train.py', '--init_from=resume', '--max_iters=6', f'--out_dir={tmp_path}/cut').returncode == 0
     whole, cut = (checkpoint.read(tmp_path / f'{name}/ckpt.pt') for name in ('whole', 'cut'))
     assert same(whole['model'], cut['model']) and same(whole['optimizer']['state'], cut['optimizer']['state'])
+
+
+def test_a_step_falls_all_at_once_and_a_warm_up_starts_where_it_is_told():
+    def lr(step, shape):
+        return optimizer.schedule(step, 1.0, 0.1, warmup_steps=9, decay_steps=100, start=0.5, shape=shape)
+    assert lr(0, 'step') == pytest.approx(0.55) and lr(8, 'step') == pytest.approx(0.95)
+    assert lr(9, 'step') == lr(99, 'step') == 1.0 and lr(100, 'step') == 0.1
+    assert 0.1 < lr(99, 'cosine') < 0.101 and lr(0, 'cosine') == lr(0, 'step')
+    with pytest.raises(ValueError, match="lr_schedule='stairs' is unknown: take cosine or step"):
+        lr(0, 'stairs')
+
+
+def test_sgd_is_its_equation_and_no_row_gets_longer_than_max_norm():
+    model = small()
+    own = model.configure_optimizers(0.1, 0.5, (0.9, 0), 'cpu', name='sgd', max_norm=0.12)
+    groups = model.param_groups()
+    expected = {p: (p.detach().clone(), torch.zeros_like(p)) for p in model.parameters()}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+            w, v = expected[p]
+            decay = 0.0 if any(p is q for q in groups['vector']) else 0.1
+            v = 0.9 * v + p.grad + decay * w if seed else p.grad + decay * w
+            w = w - 0.5 * v
+            if any(p is q for q in (*groups['matrix'], *groups['head'])):
+                w = w * (0.12 / w.norm(dim=1, keepdim=True)).clamp(max=1)
+            expected[p] = w, v
+        own.step()
+    for p, (w, _) in expected.items():
+        assert torch.allclose(p, w, atol=1e-5)
+    assert max(p.norm(dim=1).max() for p in groups['matrix']) <= 0.12 + 1e-6
+    assert groups['embedding'][0].norm(dim=1).max() > 1      # a table is not limited: its rows are no unit's weights
+
+
+@pytest.mark.parametrize('options, message', [(dict(name='adam'), "optimizer='adam' is unknown: take adamw or sgd"),
+                                              (dict(name='sgd', lrs=LRS), 'muon_lr is for optimizer=adamw')])
+def test_optimizers_that_are_not_there(options, message):
+    with pytest.raises(ValueError, match=message):
+        small().configure_optimizers(0.1, 0.5, (0.9, 0.95), 'cpu', **options)

@@ -3,9 +3,9 @@ domain), as https://github.com/karpathy/makemore has them.
 
     python data/names/prepare.py
 
-Downloads names.txt (sha256 below; NANOGPT_MIRROR may hold it as names/names.txt). Shuffled by Python's generator with seed 42;
-the first 80 % train, the next 10 % validate, the last 10 % are for a test, which nothing here reads: 182,625, 22,655 and 22,866
-letters and line ends to predict. A line end stands before and behind each name, and each is a window of its own.
+Downloads names.txt (sha256 below; NANOGPT_MIRROR may hold it as names/names.txt). Shuffled by Python's generator with seed
+42: the first 80 % train, the next 10 % validate, the last 10 % are for a test, which nothing here reads: 182,625, 22,655
+and 22,866 letters and line ends to predict. A line end stands before and behind each name; each is a window of its own.
 """
 import random
 import sys

@@ -1,0 +1,95 @@
+"""Short texts that know nothing of each other: each is a window of its own, each of its letters a target once."""
+import json
+import os
+
+import numpy as np
+import pytest
+from conftest import TINY, run
+
+from dataset import Documents, open_dataset, write_bins
+from tokenizer import CharTokenizer
+
+NAMES = ['ada', 'bo', 'christopherson', 'dee', 'x', 'maximiliana', 'yu', 'li', 'wu']
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = CharTokenizer.of('\n'.join(NAMES))
+    text = '\n'.join(['', *NAMES, ''])
+    write_bins(tmp_path, tokenizer, {'train': [text], 'val': [text], 'test': [text]}, separator=0)
+    return tmp_path
+
+
+def texts(idx, targets):
+    """(context, what is to be predicted after it) of each target that counts."""
+    chars = CharTokenizer.of('\n'.join(NAMES)).chars
+    for row, aims in zip(idx, targets):
+        for t in np.flatnonzero(aims >= 0):
+            yield ''.join(chars[i] for i in row[:t + 1]), chars[aims[t]]
+
+
+@pytest.mark.parametrize('block_size', [16, 4])
+@pytest.mark.parametrize('way', ['train', 'val', 'epoch'])
+def test_each_letter_is_a_target_once_and_sees_its_own_document_only(folder, block_size, way):
+    data = open_dataset(folder, block_size, 3, 1, 7)
+    assert isinstance(data, Documents)
+    batches = {'train': lambda: (data.train_batch(step, 0)[:2] for step in range(data.windows // 3)),
+               'val': lambda: (data.eval_batch('val', i)[:2] for i in range(data.eval_batches('val'))),
+               'epoch': data.epoch}[way]()
+    seen = sorted(pair for idx, targets in batches for pair in texts(idx, targets))
+    expected = []
+    for name in NAMES:
+        whole = f'\n{name}\n'
+        for t in range(1, len(whole)):      # a window that would not fit ends with its document instead
+            start = (t - 1) // block_size * block_size
+            start = max(0, min(start, len(whole) - 1 - block_size))
+            expected.append((whole[start:t], whole[t]))
+    if block_size == 4 and way == 'train':      # its number of windows is no multiple of 3: some come with the next epoch
+        assert set(seen) <= set(expected) and len(seen) >= len(expected) - 8
+    else:
+        assert seen == sorted(expected)
+
+
+def test_the_shares_of_a_step_are_those_of_its_targets(folder):
+    data = open_dataset(folder, 16, 2, 3, 7)
+    batches = [data.train_batch(1, micro) for micro in range(3)]
+    counts = [(targets >= 0).sum() for _, targets, _ in batches]
+    assert [share for *_, share in batches] == pytest.approx([count / sum(counts) for count in counts])
+    assert len(set(counts)) > 1
+
+
+def test_every_document_comes_once_per_epoch_in_a_new_order(folder):
+    data = open_dataset(folder, 16, 3, 1, 7)
+    epochs = [[tuple(row) for step in range(3) for row in data.train_batch(3 * epoch + step, 0)[0]] for epoch in (0, 1)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == 9
+
+
+@pytest.mark.parametrize('separator, message', [(99, 'separator 99'), (-1, 'separator -1'), ('a', 'meta.json'),
+                                                (3, 'does not begin and end with its separator, the id 3')])
+def test_a_separator_that_makes_no_sense(folder, separator, message):
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'separator': separator}))
+    with pytest.raises(ValueError, match=message):
+        open_dataset(folder, 16, 2)
+
+
+def test_names_are_those_of_the_published_split(tmp_path):
+    if not os.environ.get('NANOGPT_MIRROR'):
+        pytest.skip("needs names.txt")
+    done = run('data/names/prepare.py')
+    assert done.returncode == 0, done.stderr
+    data = open_dataset('names', 16, 64)
+    facts = data.meta['splits']
+    assert [facts[split]['tokens'] - 1 for split in ('train', 'val', 'test')] == [182_625, 22_655, 22_866]
+    assert data.windows == 25_626 and data.vocab_size == 27
+    chars = data.meta['tokenizer']['chars']
+    assert ''.join(chars[i] for i in data.first('train', 13)) == '\nyuheng\ndiond'
+
+
+def test_a_run_shows_documents(folder, tmp_path):
+    done = run('train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path / "out"}')
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.split('---- ten samples; for more: ')[1]
+    assert "--start=$'\\n' --stop=$'\\n'" in shown.splitlines()[0]
+    done = run('sample.py', f'--out_dir={tmp_path / "out"}', '--start=\n', '--stop=\n', '--num_samples=2', '--device=cpu')
+    assert done.returncode == 0, done.stderr
