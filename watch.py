@@ -313,7 +313,7 @@ def _ridges(axes, samples, kind):
         axes.text(0.5, 0.5, "none was seen", transform=axes.transAxes, ha='center', color=GREY)
         return
     spans = np.array([np.percentile(values, (0.1, 99.9)) for values in samples.values()])
-    low, high = np.percentile(spans[:, 0], 5), np.percentile(spans[:, 1], 95)
+    low, high = spans[:, 0].min(), spans[:, 1].max()
     edges = np.linspace(low, high + (high - low or 1) * 1e-6, 61)
     middles, n = (edges[1:] + edges[:-1]) / 2, len(samples)
     for row, (values, colour) in enumerate(zip(samples.values(), _colours(n))):
