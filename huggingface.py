@@ -2,6 +2,7 @@
 
 TWINS has the architectures that `transformers` has too, each with a class that says what its config and weights are there.
 """
+import itertools
 import json
 import os
 from pathlib import Path
@@ -49,23 +50,99 @@ class GPT2:
         return {**sizes, 'bias': True, 'gelu': dict(cls.gelus)[act]}
 
     @classmethod
-    def stored(cls, state, vocab_size):
-        """What is stored there, out of a state dict; of wte the first vocab_size rows."""
+    def stored(cls, state, c, vocab_size):
+        """What is stored there, out of the state dict of a model with the Config `c`; of wte the first vocab_size rows."""
         state = {k: v.t() if k.endswith(cls.linear) else v for k, v in state.items() if k != 'lm_head.weight'}
         state['transformer.wte.weight'] = state['transformer.wte.weight'][:vocab_size]
         return {k.removesuffix('weight') + 'bias': v.new_zeros(v.shape[-1]) for k, v in state.items()
                 if k.endswith('.weight') and k not in ('transformer.wte.weight', 'transformer.wpe.weight')} | state
 
     @classmethod
-    def state(cls, stored):
-        """The state dict out of what is stored there, whose names may lack `transformer.`."""
+    def state(cls, stored, fields):
+        """The state dict out of what is stored there, whose names may lack `transformer.`; fields: of `fields`."""
         stored = {'transformer.' + k.removeprefix('transformer.'): v for k, v in stored.items()}
         state = {k: v.t() if k.endswith(cls.linear) else v for k, v in stored.items()
                  if not k.endswith(('.attn.bias', '.attn.masked_bias', '.lm_head.weight'))}     # masks, and wte once more
         return state | {'lm_head.weight': state.get('transformer.wte.weight')}
 
 
-TWINS = {'gpt': GPT2}
+class Llama:
+    """models/transformerpp.py as LlamaForCausalLM: queries, keys and values have matrices of their own there."""
+
+    model_type, architecture = 'llama', 'LlamaForCausalLM'
+    names = (('block_size', 'max_position_embeddings'), ('vocab_size', 'vocab_size'), ('n_layer', 'num_hidden_layers'),
+             ('n_head', 'num_attention_heads'), ('n_embd', 'hidden_size'))
+    outside = {'transformer.wte': 'model.embed_tokens', 'transformer.ln_f': 'model.norm', 'lm_head': 'lm_head'}
+    q, k, v = 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'
+    block = {'ln_1': 'input_layernorm', 'ln_2': 'post_attention_layernorm', 'attn.c_attn': f'{q} {k} {v}', 'attn.c_q': q,
+             'attn.c_kv': f'{k} {v}', 'attn.c_proj': 'self_attn.o_proj', 'mlp.c_gate': 'mlp.gate_proj',
+             'mlp.c_fc': 'mlp.up_proj', 'mlp.c_proj': 'mlp.down_proj'}
+
+    @classmethod
+    def pairs(cls, n_layer):
+        """(our name, [their names]): of which ours has the matrices one above the other."""
+        yield from ((f'{ours}.weight', [f'{theirs}.weight']) for ours, theirs in cls.outside.items())
+        for layer, (ours, theirs) in itertools.product(range(n_layer), cls.block.items()):
+            names = [f'model.layers.{layer}.{name}.weight' for name in theirs.split()]
+            yield f'transformer.h.{layer}.{ours}.weight', names
+
+    @staticmethod
+    def fixed(n_embd, n_head):      # what another Llama's config.json may say otherwise
+        return dict(hidden_act='silu', attention_bias=False, mlp_bias=False, head_dim=n_embd // n_head)
+
+    @classmethod
+    def config(cls, c):
+        """config.json's part of a Config `c`. Raises ValueError where Llama has no such thing."""
+        if c.attention_kind not in ('mha', 'gqa', 'mqa') or c.norm_place != 'pre':
+            raise ValueError(f"Hugging Face's Llama has no attention_kind={c.attention_kind!r} with norm_place="
+                             f"{c.norm_place!r}: mha, gqa and mqa with 'pre' can be exported")
+        return {**{theirs: getattr(c, ours) for ours, theirs in cls.names}, **cls.fixed(c.n_embd, c.n_head),
+                'intermediate_size': c.hidden, 'num_key_value_heads': c.kv_heads, 'rms_norm_eps': c.norm_eps,
+                'rope_theta': c.rope_theta, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta},
+                'attention_dropout': c.dropout, 'tie_word_embeddings': c.tied}
+
+    @classmethod
+    def fields(cls, config):
+        """The Config fields of a config.json. Raises ValueError."""
+        sizes = {ours: config[theirs] for ours, theirs in (*cls.names, ('n_hidden', 'intermediate_size'))}
+        if {*map(type, sizes.values())} != {int} or min(sizes.values()) < 1:
+            raise ValueError("a Llama whose sizes are not all whole numbers from 1 up")
+        H, rope = sizes['n_head'], {**(config.get('rope_scaling') or {}), **(config.get('rope_parameters') or {})}
+        found = {**config, 'rope_type': rope.get('rope_type', rope.get('type'))}
+        other = [f'{k}={found[k]!r}' for k, v in {**cls.fixed(sizes['n_embd'], H), 'rope_type': 'default'}.items()
+                 if found.get(k) not in (None, v)]
+        if other:
+            raise ValueError(f"a Llama with {', '.join(other)}, which transformerpp does not have")
+        G = config.get('num_key_value_heads') or H
+        kind = 'mha' if G == H else 'mqa' if G == 1 else 'gqa'
+        return {**sizes, 'attention_kind': kind, 'n_kv_head': G if kind == 'gqa' else 0,
+                'tied': bool(config.get('tie_word_embeddings', False)), 'norm_eps': float(config.get('rms_norm_eps', 1e-6)),
+                'rope_theta': float(rope.get('rope_theta', config.get('rope_theta', 1e4)))}
+
+    @classmethod
+    def stored(cls, state, c, vocab_size):
+        """What is stored there, out of the state dict of a model with the Config `c`; of ids the first vocab_size."""
+        stored = {}
+        for ours, theirs in cls.pairs(c.n_layer):
+            if ours in state and not (ours == 'lm_head.weight' and c.tied):
+                stored |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
+        return {k: v[:vocab_size] if 'embed' in k or 'head' in k else v for k, v in stored.items()}
+
+    @classmethod
+    def state(cls, stored, fields):
+        """The state dict out of what is stored there; fields: of `fields`."""
+        stored = {k: v for k, v in stored.items() if not k.endswith('inv_freq')}       # old versions' angles
+        state, absent = {}, ('c_q.weight', 'c_kv.weight') if fields['attention_kind'] == 'mha' else ('c_attn.weight',)
+        if fields['tied']:
+            stored['lm_head.weight'] = stored.get('model.embed_tokens.weight')
+        for ours, theirs in cls.pairs(fields['n_layer']):
+            if not ours.endswith(absent):
+                parts = [stored.pop(name, None) for name in theirs]
+                state[ours] = None if any(part is None for part in parts) else torch.cat(parts)
+        return state | stored       # nothing should be left
+
+
+TWINS = {'gpt': GPT2, 'transformerpp': Llama}
 
 
 def read(source):
@@ -81,7 +158,7 @@ def read(source):
         fields = twin.fields(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} can't be used ({type(error).__name__}: {error})") from None
-    return name, fields, twin.state(_weights(path))
+    return name, fields, twin.state(_weights(path), fields)
 
 
 def fill(model, weights, source):
@@ -146,5 +223,5 @@ def content(model, name, dtype):
                              **twin.config(c), 'vocab_size': vocab_size, **ends, 'torch_dtype': dtype},
              'generation_config.json': {**ends, 'pad_token_id': eot}}
     files |= tokenizer.to_files(own, c.block_size) if own else {}
-    weights = twin.stored(model.state_dict(), vocab_size)
+    weights = twin.stored(model.state_dict(), c, vocab_size)
     return files, {k: v.to(getattr(torch, dtype)).contiguous() for k, v in weights.items()}

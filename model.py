@@ -219,7 +219,9 @@ class GPT(LanguageModel):
         overrides: Config fields that hold no weights, such as dropout. Raises ValueError or OSError where there is no
         GPT-2, a file is missing or the download fails.
         """
-        _, fields, weights = huggingface.read(name)
+        own, fields, weights = huggingface.read(name)
+        if own != 'gpt':
+            raise ValueError(f"{name} holds no GPT-2 but a {own}: checkpoint.load_model opens it")
         model = cls(cls.Config(**fields | overrides))
         huggingface.fill(model, weights, name)
         return model

@@ -480,7 +480,7 @@ def hugging_face(folder, config, **content):
 
 SMALL = dict(model_type='gpt2', n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=65)
 @pytest.mark.parametrize('config, content, message', [
-    ({'model_type': 'llama'}, {}, "holds a 'llama' model, not gpt2"),
+    ({'model_type': 'bloom'}, {}, "holds a 'bloom' model, not gpt2"),
     ({}, {}, 'holds a None model, not gpt2'),
     (SMALL, {}, 'has no model.safetensors or pytorch_model.bin'),
     (SMALL, {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})}, "weights are missing or don't fit"),
@@ -515,9 +515,9 @@ def test_training_from_what_is_not_there(train, init_from, message):
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
 def test_a_folder_of_another_model_type(warm, tmp_path, text_folder, script):
-    folder = hugging_face(tmp_path / 'hf', {'model_type': 'llama'})
+    folder = hugging_face(tmp_path / 'hf', {'model_type': 'bloom'})
     words = [f'--dataset={text_folder}', *TINY] if script == 'train.py' else []
-    check(warm(script, f'--init_from={folder}', *words), f"{folder}", "holds a 'llama' model, not gpt2")
+    check(warm(script, f'--init_from={folder}', *words), f"{folder}", "holds a 'bloom' model, not gpt2")
 
 
 def test_a_longer_context_than_the_pretrained_model_has(train, trained):

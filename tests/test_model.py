@@ -201,7 +201,7 @@ def test_exact_gelu_folder_and_shards_load_too(tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'model_type': 'llama'}, 'llama'), ({'activation_function': 'relu'}, 'activation'), ({'n_layer': 3}, 'missing')])
+    ({'model_type': 'bloom'}, 'bloom'), ({'activation_function': 'relu'}, 'activation'), ({'n_layer': 3}, 'missing')])
 def test_a_folder_that_is_not_this_gpt2_is_refused(tmp_path, change, message):
     save_hf(tmp_path, n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64)
     config = json.loads((tmp_path / 'config.json').read_text())

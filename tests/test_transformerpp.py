@@ -1,0 +1,223 @@
+"""models/transformerpp.py against `transformers`' Llama; its sizes; and the door to Llama's files, both ways."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY, run, same
+from test_export import check, export, exported, saved
+
+import checkpoint
+import huggingface
+import layers
+from model import GPT
+from models import build
+
+SHAPE = dict(block_size=24, vocab_size=50, n_layer=3, n_head=4, n_embd=32)
+KINDS = {'mha': {}, 'gqa': dict(n_kv_head=2), 'mqa': {}}
+
+
+def shaken(dtype=torch.float32, **fields):
+    """A small model whose weights are all large enough to count, the norms' too."""
+    torch.manual_seed(0)
+    model = build('transformerpp', **{**SHAPE, **fields}).to(dtype).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, std=0.2)
+    return model
+
+
+@pytest.fixture(scope='session')
+def transformers():
+    module = pytest.importorskip('transformers')
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+@pytest.fixture
+def exact(transformers, monkeypatch):
+    """Llama's norms and angles in float64; as it is, both are float32 whatever the weights are."""
+    from transformers.models.llama import modeling_llama as llama
+
+    def angles(self, x, position_ids):
+        found = position_ids[..., None].double() / self.config.rope_parameters['rope_theta'] ** (
+            torch.arange(0, self.config.head_dim, 2).double() / self.config.head_dim)
+        return torch.cat([found.cos()] * 2, -1), torch.cat([found.sin()] * 2, -1)
+    monkeypatch.setattr(llama.LlamaRotaryEmbedding, 'forward', angles)
+    monkeypatch.setattr(llama.LlamaRMSNorm, 'forward', lambda self, x: self.weight * x * torch.rsqrt(
+        x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+    monkeypatch.setattr(layers, 'rotary', rotary64)
+
+
+def rotary64(T, D, base=1e4):
+    angles = torch.outer(torch.arange(T).double(), base ** (-torch.arange(0, D, 2).double() / D))
+    return torch.stack([torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)])
+
+
+def as_llama(transformers, model):
+    """transformers' model with these weights, which go there as they are exported."""
+    files, weights = huggingface.content(model, 'transformerpp', str(model.lm_head.weight.dtype).removeprefix('torch.'))
+    config = transformers.LlamaConfig(**{k: v for k, v in files['config.json'].items() if k != 'torch_dtype'})
+    theirs = transformers.LlamaForCausalLM(config).to(model.lm_head.weight.dtype).eval()
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {'lm_head.weight'}
+    theirs.tie_weights()
+    return theirs
+
+
+FORMS = [dict(fields, attention_kind=kind) for kind, fields in KINDS.items()] + [
+    dict(tied=False), dict(rope_theta=500.0), dict(norm_eps=1e-2), dict(n_hidden=40), dict(multiple_of=1), dict(n_head=1)]
+
+
+@pytest.mark.parametrize('fields', FORMS, ids=str)
+def test_logits_are_llamas(transformers, exact, fields):
+    model, idx = shaken(torch.float64, **fields), torch.randint(50, (2, 24))
+    assert (model(idx, idx)[0] - as_llama(transformers, model)(idx).logits).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('fields', FORMS[:4], ids=str)
+def test_logits_are_llamas_as_it_is(transformers, fields):
+    """Its own norms and angles, in float32."""
+    model, idx = shaken(**fields), torch.randint(50, (2, 24))
+    ours, theirs = model(idx, idx)[0], as_llama(transformers, model)(idx).logits
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
+
+
+def test_layers_angles_are_the_exact_ones():
+    assert (layers.rotary(1024, 64, 5e5).double() - rotary64(1024, 64, 5e5)).abs().max() < 1e-4     # float32, of 1,024
+
+
+def test_parameters_of_the_published_example():
+    with torch.device('meta'):
+        model = build('transformerpp', n_embd=288, n_layer=6, n_head=6, vocab_size=32000, block_size=256)
+    assert model.num_params() == 15_191_712 and model.config.hidden == 768
+
+
+@pytest.mark.parametrize('fields', [*FORMS, dict(n_embd=72, n_head=3, n_layer=5, multiple_of=64, tied=False)], ids=str)
+def test_parameters_by_formula(fields):
+    model = build('transformerpp', **{**SHAPE, **fields})
+    c = model.config
+    V, d, L, H, G, f = c.vocab_size, c.n_embd, c.n_layer, c.n_head, c.kv_heads, c.hidden
+    assert model.num_params() == V * d * (2 - c.tied) + L * (d * d // H * (2 * H + 2 * G) + 3 * d * f + 2 * d) + d
+    assert f % c.multiple_of == 0 or c.n_hidden
+    assert model.flops_per_token(24) == 6 * (model.num_params() - (not c.tied) * V * d) + 12 * L * d * 24
+
+
+def test_rmsnorm_sums_in_float32():
+    x = torch.randn(4, 4096).bfloat16() * 300       # squares beyond float16, sums beyond bfloat16's digits
+    norm = layers.RMSNorm(4096, 1e-5)
+    expected = x.double() / x.double().square().mean(-1, keepdim=True).add(1e-5).sqrt()
+    assert norm(x).dtype == torch.bfloat16 and torch.allclose(norm(x).double(), expected, rtol=2 ** -8, atol=0)
+    assert torch.allclose(norm(x.half().clamp(-6e4, 6e4)).double(), expected, rtol=2 ** -10, atol=1e-6)
+    assert (norm.double()(x.double()) - expected).abs().max() < 1e-12
+
+
+def test_dropout_is_on_embeddings_attention_weights_and_branches():
+    model, idx = shaken(dropout=0.5), torch.randint(50, (2, 24))
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.5] * 4
+    assert all(block.attn.dropout == 0.5 for block in model.transformer.h)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    assert not torch.equal(model(idx)[0], model(idx)[0])        # attention weights alone
+
+
+def test_recomputing_blocks_changes_nothing():
+    grads = []
+    for recompute in (False, True):
+        model, idx = shaken(dropout=0.3).train(), torch.arange(48).view(2, 24)
+        model.gradient_checkpointing = recompute
+        torch.manual_seed(3)
+        model(idx, idx)[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(*grads))
+
+
+def test_post_norm_is_a_norm_of_each_sum():
+    model, idx = shaken(torch.float64, norm_place='post', n_layer=2), torch.randint(50, (1, 24))
+    x = model.transformer.wte(idx)
+    for block in model.transformer.h:
+        x = block.ln_1(x + block.attn(x, model.rotary))
+        x = block.ln_2(x + block.mlp(x))
+    assert torch.allclose(model(idx, idx)[0], x @ model.lm_head.weight.T, atol=1e-12)
+    assert not [name for name in model.state_dict() if 'ln_f' in name]
+
+
+def test_the_context_may_grow():
+    model, idx = shaken(), torch.randint(50, (1, 40))
+    model.crop_block_size(40)
+    longer = shaken(block_size=40)
+    assert torch.equal(model(idx, idx)[0], longer(idx, idx)[0])
+
+
+@pytest.mark.parametrize('fields, part', [
+    (dict(n_head=3), 'n_embd=32'), (dict(n_layer=0), 'n_layer=0'), (dict(multiple_of=0), 'multiple_of=0'),
+    (dict(n_hidden=-1), 'n_hidden=-1'), (dict(rope_theta=0.0), 'rope_theta=0.0'), (dict(norm_eps=-1.0), 'norm_eps=-1.0'),
+    (dict(norm_place='behind'), 'take pre or post'), (dict(dropout=1.0), 'dropout=1.0')])
+def test_fields_that_make_no_sense(fields, part):
+    with pytest.raises(ValueError, match=part) as caught:
+        build('transformerpp', **{**SHAPE, **fields})
+    assert '\n' not in str(caught.value)
+
+
+# ---- Hugging Face's files --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('fields', FORMS[:6], ids=str)
+def test_export_and_back(transformers, tmp_path, fields):
+    model, idx = shaken(**fields), torch.randint(50, (2, 24))
+    folder = exported(tmp_path, model)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(theirs).__name__ == 'LlamaForCausalLM'
+    ours, logits = model(idx, idx)[0], theirs(idx).logits
+    assert (ours - logits).abs().max() / logits.abs().max() < 1e-5
+    back = checkpoint.load_model(folder)
+    assert same(dict(back.state_dict()), dict(model.state_dict())) and torch.equal(back(idx, idx)[0], ours)
+    theirs.save_pretrained(tmp_path / 'again')
+    assert torch.equal(checkpoint.load_model(tmp_path / 'again')(idx, idx)[0], ours)
+    assert export(f'--init_from={folder}', f'--folder={tmp_path / "twice"}').returncode == 0
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / 'twice' / path.name).read_bytes()
+
+
+@pytest.mark.parametrize('fields, part', [
+    (dict(attention_kind='mla'), "no attention_kind='mla'"), (dict(attention_kind='alibi'), "no attention_kind='alibi'"),
+    (dict(norm_place='post'), "norm_place='post'")])
+def test_what_llama_does_not_have_is_not_exported(tmp_path, fields, part):
+    done = export(f'--init_from={saved(tmp_path / "model.pt", shaken(**fields))}', f'--folder={tmp_path / "hf"}')
+    check(done, part)
+    assert not (tmp_path / 'hf').exists()
+
+
+@pytest.mark.parametrize('change, part', [
+    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0, 'rope_theta': 1e4}}, "rope_type='llama3'"),
+    ({'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "rope_type='linear'"),
+    ({'attention_bias': True}, 'attention_bias=True'), ({'mlp_bias': True}, 'mlp_bias=True'),
+    ({'head_dim': 16}, 'head_dim=16'), ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
+    ({'intermediate_size': None}, 'sizes'), ({'num_key_value_heads': 3}, '3'), ({'tie_word_embeddings': False}, 'lm_head.weight'),
+    ({'num_hidden_layers': 2}, 'layers.2'), ({'vocab_size': 49}, '2 weights')])
+def test_what_another_llama_has_is_refused(tmp_path, change, part):
+    folder = exported(tmp_path, shaken())
+    (folder / 'config.json').write_text(json.dumps(json.loads((folder / 'config.json').read_text()) | change))
+    check(export(f'--init_from={folder}', f'--folder={tmp_path / "out"}'), part)
+
+
+def test_gpt_says_whose_a_llamas_folder_is(tmp_path):
+    with pytest.raises(ValueError, match='holds no GPT-2 but a transformerpp'):
+        GPT.from_pretrained(exported(tmp_path, shaken()))
+
+
+def test_a_run_from_the_command_line(text_folder, tmp_path):
+    words = [word for word in TINY if '--model' not in word and 'max_iters' not in word]
+    data, out = f'--dataset={text_folder}', f'--out_dir={tmp_path / "out"}'
+    done = run('train.py', *words, '--model=transformerpp', '--attention_kind=gqa', '--max_iters=20', data, out)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split('val loss ')[1].split()[0]) for line in done.stdout.splitlines() if 'val loss' in line]
+    assert losses[-1] < losses[0] - 0.1 and abs(losses[0] - math.log(60)) < 0.4
+    done = run('sample.py', out, '--device=cpu', '--num_samples=1', '--max_new_tokens=20', '--dtype=bfloat16')
+    assert done.returncode == 0 and len(done.stdout) > 20, done.stderr
+    assert export(tmp_path / 'out', tmp_path / 'hf').returncode == 0
+    words = [word for word in words if word.split('=')[0] not in ('--n_layer', '--n_head', '--n_embd')]
+    done = run('train.py', *words, '--max_iters=1', data, f'--init_from={tmp_path / "hf"}', f'--out_dir={tmp_path / "b"}')
+    assert done.returncode == 0 and 'model: transformerpp' in done.stdout, done.stderr
