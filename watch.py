@@ -177,8 +177,7 @@ class _Eyes(TorchDispatchMode):
         is_cap = self.inside == [''] and y.size(-1) == self.V       # of logits, which are no units
         if y.dim() < 2 or y.size(-1) == self.T or is_cap:           # (…, T, T) are attention's scores
             return
-        path = _short(self.inside[-1])
-        name = path if path.split('.')[-1] == op else f'{path}.{op}'.lstrip('.')
+        name = _short(self.inside[-1].removesuffix(op).rstrip('.') + f'.{op}').lstrip('.')
         flat = flat.flatten(0, -2)      # (examples, units)
         self.calls.setdefault(name, []).append((flat.all(0), flat.float().mean(), _sample(y)))
 
@@ -195,7 +194,11 @@ class _Eyes(TorchDispatchMode):
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
-GREY, RED = '#666666', '#c23b22'
+RED = '#c23b22'
+PANELS = {      # left, bottom, width, height: fixed, because matplotlib takes seconds to work a layout out
+    'update': (0.04, 0.76, 0.23, 0.18), 'norm': (0.04, 0.525, 0.23, 0.18), 'dead': (0.04, 0.29, 0.23, 0.18),
+    'clip': (0.04, 0.055, 0.23, 0.18), 'shares': (0.35, 0.085, 0.64, 0.15), 'activations': (0.45, 0.29, 0.2, 0.65),
+    'gradients': (0.79, 0.29, 0.2, 0.65)}
 
 
 def page(title, history, samples, matrices, grad_clip):
@@ -205,12 +208,10 @@ def page(title, history, samples, matrices, grad_clip):
     style = {'font.size': 10, 'axes.grid': True, 'grid.color': '#e4e4e4', 'axes.spines.top': False, 'axes.axisbelow': True,
              'axes.spines.right': False, 'axes.titlelocation': 'left', 'axes.titlesize': 11}
     with matplotlib.rc_context(style):
-        figure = matplotlib.figure.Figure(figsize=(20, 13), dpi=100, layout='constrained')
-        figure.suptitle(f"{title}        colours: from the input (dark) to the output (light)", fontsize=13,
-                        parse_math=False)
-        at = figure.subplot_mosaic([['update', 'activations', 'gradients'], ['norm', 'activations', 'gradients'],
-                                    ['dead', 'activations', 'gradients'], ['clip', 'shares', 'shares']],
-                                   width_ratios=[1.25, 1, 1])
+        figure = matplotlib.figure.Figure(figsize=(20, 13), dpi=100)
+        figure.text(0.04, 0.975, f"{title}     colours: from the input (dark) to the output (light)", fontsize=13,
+                    parse_math=False)
+        at = {name: figure.add_axes(place) for name, place in PANELS.items()}
         _lines(at['update'], history, 'update_ratio', matrices)
         at['update'].axhline(-3, color=RED, lw=1.2, ls='--')
         at['update'].set_title("size of updates: log10(std(change) / std(matrix)); about -3 is healthy")
@@ -224,7 +225,6 @@ def page(title, history, samples, matrices, grad_clip):
         for kind in ('activations', 'gradients'):
             found = {name.split('/', 1)[1]: values for name, values in samples.items() if name.startswith(kind)}
             _ridges(at[kind], {name: values for name, values in found.items() if kind[0] == 'a' or name in matrices}, kind)
-        figure.draw_without_rendering()     # now the axes have their limits
         for key in ('update', 'norm', 'dead'):
             _name_ends(at[key])
     return figure
@@ -232,7 +232,7 @@ def page(title, history, samples, matrices, grad_clip):
 
 def _colours(n):
     import matplotlib
-    return matplotlib.colormaps['viridis'](np.linspace(0, 0.88, max(1, n)))
+    return matplotlib.colormaps['viridis'](np.linspace(0, 0.82, max(1, n)))
 
 
 def _series(history, key):
@@ -251,7 +251,7 @@ def _lines(axes, history, key, names=None, **style):
         style = dict(lw=1.6 if len(names) < 12 else 1.0, marker='o' if len(history) < 3 else '', ms=4) | style
         axes.plot(*_series(history, f'{key}/{name}'), color=colour, label=name if key != 'saturated' else '_', **style)
     if not names:
-        axes.text(0.5, 0.5, "no nonlinearity was seen", transform=axes.transAxes, ha='center', color=GREY)
+        axes.text(0.5, 0.5, "no nonlinearity was seen", transform=axes.transAxes, ha='center')
     axes.margins(x=0.01)
 
 
@@ -262,6 +262,7 @@ def _name_ends(axes, most=8):
     ends = sorted(ends, key=lambda end: end[0])
     if len(ends) > most:
         ends = ends[:most // 2] + ends[-most // 2:]
+    axes.get_ylim()     # works the limits out
     up = -math.inf
     for i, (value, name, colour) in enumerate(ends):
         place = axes.transAxes.inverted().transform(axes.transData.transform((0, value)))[1]
@@ -308,9 +309,10 @@ def _ridges(axes, samples, kind):
         samples = {name: np.log10(np.abs(values[values != 0])) for name, values in samples.items()}
         samples = {name: values for name, values in samples.items() if len(values)}
     axes.set_title("activations" if kind == 'activations' else "gradients: log10 of their sizes")
+    axes.text(-0.02, 1.02, "mean ± standard deviation", transform=axes.transAxes, ha='right')
     axes.set_yticks([])
     if not samples:
-        axes.text(0.5, 0.5, "none was seen", transform=axes.transAxes, ha='center', color=GREY)
+        axes.text(0.5, 0.5, "none was seen", transform=axes.transAxes, ha='center')
         return
     spans = np.array([np.percentile(values, (0.1, 99.9)) for values in samples.values()])
     low, high = spans[:, 0].min(), spans[:, 1].max()
@@ -322,7 +324,7 @@ def _ridges(axes, samples, kind):
                           zorder=row + 2)
     rows = range(0, n, -(-n // 60))
     axes.set_yticks([-row for row in rows], [names[list(samples)[row]] for row in rows], fontsize=9 if n < 40 else 7)
-    axes.set_ylim(-n + 0.8, 1.05)
+    axes.set_ylim(1 - 1.02 * n, 1.05)
     axes.grid(False, axis='y')
 
 
