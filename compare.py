@@ -1,0 +1,94 @@
+"""Finished runs side by side: a table, and a picture of their validation loss against parameters and training time.
+
+    python compare.py out-zoo-*                                         # the table, as Markdown, and ./compare.png
+    python compare.py out-a out-b --names="small, large" --out=two.svg
+
+It needs each run's metrics.jsonl and config.json, no more. The loss is that of the last evaluation, which a finished run
+makes over the whole validation split; time is what the steps took, without start-up and evaluations.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import files
+from configurator import configure
+from metrics import seconds, short
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+out = 'compare.png'  # the picture, .png, .svg or .pdf
+names = ''  # what to call the runs, with commas between; else their folders' names
+# ----------------------------------------------------------------------------------------------------------------------
+
+COLOURS = '#1f5fa8', '#d1602c', '#3a8a4d', '#8a4fa3', '#a8842c', '#3f98a0', '#b0476a', '#666666'
+
+
+def read(folder):
+    """What a run came to: its settings, and {parameters, tokens, seconds, loss, bpb}. Raises ValueError."""
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        lines = (folder / 'metrics.jsonl').read_text(encoding='utf-8', errors='replace').splitlines()
+        last = json.loads([line for line in lines if '"val_loss"' in line and line.endswith('}')][-1])
+        return config, dict(parameters=config['resolved']['n_params'], tokens=last['tokens'], seconds=last['train_seconds'],
+                            loss=float(last['val_loss']), bpb=last['val_bpb'])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"{folder} holds no evaluated run of train.py: metrics.jsonl or config.json is missing or damaged, "
+                         "or has no validation loss yet") from None
+
+
+def table(runs):
+    """Markdown: a row for each of {name: what `read` found}, the lowest loss last."""
+    rows = ["| run | model | parameters | tokens | time | tokens/s | validation loss | bits per byte |", '|---' * 8 + '|']
+    for name, (config, found) in sorted(runs.items(), key=lambda item: -item[1][1]['loss']):
+        bpb = f"{found['bpb']:.4f}" if found['bpb'] else ''
+        rows.append(f"| {name} | {config['model']} | {short(found['parameters'])} | {short(found['tokens'])} | "
+                    f"{seconds(found['seconds'])} | {short(found['tokens'] / max(found['seconds'], 1e-9))} | "
+                    f"{found['loss']:.4f} | {bpb} |")
+    return '\n'.join(rows)
+
+
+def draw(runs):
+    """The figure: a point for each run, twice."""
+    import matplotlib.figure  # without pyplot, which would look for a display
+    matplotlib.rcParams.update({'font.size': 12, 'axes.grid': True, 'grid.color': '#e4e4e4'})
+    figure = matplotlib.figure.Figure(figsize=(14, 7), dpi=150, layout='constrained')
+    models = list(dict.fromkeys(config['model'] for config, _ in runs.values()))
+    labels = []
+    for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ('parameters', 'seconds'),
+                                ('parameters (counted models, which have none, at 1)', 'training time (seconds)')):
+        for name, (config, found) in runs.items():
+            x, colour = max(found[key], 1 if key == 'parameters' else 0.1), COLOURS[models.index(config['model']) % 8]
+            axes.plot(x, found['loss'], 'o', color=colour, ms=7)
+            labels.append(axes.annotate(name, (x, found['loss']), (8, 0), textcoords='offset points', color=colour,
+                                        fontsize=10, va='center', parse_math=False, in_layout=False))
+        axes.set(xscale='log', xlabel=label)
+        axes.spines[['top', 'right']].set_visible(False)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, high * (high / low) ** 0.35)     # room for the names
+    figure.axes[0].set_ylabel('validation loss (nats per token)')
+    figure.draw_without_rendering()     # now the texts have a size
+    taken = []
+    for text in labels:     # as near to its point as there is no other text
+        for up in sorted(range(-150, 151, 3), key=abs):
+            text.set_position((9, up))
+            box = text.get_window_extent()
+            if not any(map(box.overlaps, taken)) and box.y0 > text.axes.bbox.y0:
+                break
+        taken.append(box)
+    return figure
+
+
+try:
+    folders = [word for word in sys.argv[1:] if os.path.isdir(word) or ('=' not in word and word[:1] != '-')]
+    configure(globals(), [word for word in sys.argv[1:] if word not in folders])
+    labels = [name.strip() for name in names.split(',')] if names else [folder.rstrip('/') for folder in folders]
+    if len(set(labels)) != len(folders) or not folders:
+        raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and as many names")
+    runs = {label: read(Path(folder)) for label, folder in zip(labels, folders)}
+    print(table(runs))
+    with files.replacing(out) as file:
+        draw(runs).savefig(file, format=Path(out).suffix[1:] or 'png')
+    print(f"picture: {out}")
+except (ValueError, OSError, ImportError) as error:
+    from runtime import fail
+    fail(f"{error}: pip install matplotlib" if isinstance(error, ImportError) else error)
