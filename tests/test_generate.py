@@ -12,7 +12,8 @@ from generate import Context, Sampling, Text, stream
 from tokenizer import ByteTokenizer, CharTokenizer
 
 NAMES = ['gpt', *sorted(path.stem for path in Path(ROOT, 'models').glob('[a-z]*.py'))]
-FIELDS = {'modern': dict(ngram=3, ngram_rows=50)}      # by model; and for all that have them:
+FIELDS = {'modern': dict(ngram=3, ngram_rows=50), 'transformerpp': dict(attention_kind='mla')}
+# and for all that have them:
 SIZES = dict(n_layer=2, n_head=2, n_embd=32)
 
 
