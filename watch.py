@@ -13,6 +13,7 @@ Activations are looked at from outside, with one batch in eval mode, under the o
 needs a word for it, compiled, distributed and recomputed ones included, and neither weights, buffers nor random numbers
 know that somebody looks. Idea of the pages: A. Karpathy's lectures "Neural Networks: Zero to Hero", part 4.
 """
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import files
 
-EXAMPLES = 2048     # tokens to look at activations with: enough to tell a dead unit from a rare one
+EXAMPLES = 512      # tokens to look at activations with: enough to tell a dead unit from a rare one
 SAMPLE = 10_000     # values of each tensor that go into its histogram
 POINTS = 2000       # logged steps that the page keeps; above that every second one is left out
 
@@ -40,8 +41,8 @@ FLAT = {
 class Watch:
     """What train.py asks at each step. With `on` false every method does nothing.
 
-    model: not compiled or wrapped by a call, its `forward` is; ctx: the forward pass's autocast; data: a dataset.Dataset,
-    whose first training batch is looked at. An earlier part of the run in out_dir is gone on with.
+    ctx: the forward pass's autocast; data: a dataset.Dataset, with whose first training batch activations are looked at.
+    What the run has logged in out_dir before, if it is resumed, is gone on with. Raises ValueError.
     """
 
     def __init__(self, on, model, out_dir, grad_clip, ctx, data):
@@ -50,7 +51,8 @@ class Watch:
             if on:
                 print("watch: this model is counted, there are no gradients to watch", flush=True)
             return
-        import matplotlib  # noqa: F401  a missing one ends the run now, not at its first evaluation
+        if not importlib.util.find_spec('matplotlib'):
+            raise ValueError("watch=True draws its page with matplotlib: pip install matplotlib")
         self.model, self.folder, self.grad_clip, self.ctx = model, Path(out_dir), grad_clip, ctx
         self.parameters = dict(zip(_short_names(model), model.parameters()))
         self.matrices = [name for name, p in self.parameters.items() if p.dim() > 1] or list(self.parameters)
@@ -65,8 +67,7 @@ class Watch:
         """Of idx (B, T) as many rows as EXAMPLES allows, and a T that is no width of the model: so dimensions differ."""
         widths = {n for p in self.parameters.values() for n in p.shape}
         T = next((T for T in range(idx.shape[1], 0, -1) if T not in widths), idx.shape[1])
-        idx = torch.as_tensor(idx[:max(1, EXAMPLES // T), :T].copy())
-        return idx.to(next(self.model.parameters()).device)
+        return torch.tensor(idx[:max(1, EXAMPLES // T), :T], device=next(self.model.parameters()).device)
 
     def _remember(self, line):
         self.history.append({k: math.nan if v is None else v for k, v in line.items()})
@@ -121,7 +122,7 @@ class Watch:
         """Draw health.png and add a line to health.jsonl; returns {name: values} of what the histograms are of."""
         if not self.on or not self.samples:
             return {}
-        samples = {name: values.float().cpu().numpy() for name, values in self.samples.items()}
+        samples = {name: values.float().cpu().numpy().astype(float) for name, values in self.samples.items()}
         samples = {name: values[np.isfinite(values)] for name, values in samples.items()}
         samples = {name: values for name, values in samples.items() if len(values)}
         lines = [line for line in _read(self.folder / 'health.jsonl') if line['iter'] < step]
@@ -217,8 +218,8 @@ def page(title, history, samples, matrices, grad_clip):
         at['update'].set_title("size of updates: log10(std(change) / std(matrix)); about -3 is healthy")
         _lines(at['norm'], history, 'grad_norm')
         at['norm'].set(yscale='log', title="length of the gradient, by layer")
-        for key, style in (('saturated', dict(lw=0.8, ls=':')), ('dead', {})):
-            _lines(at['dead'], history, key, **style)
+        _lines(at['dead'], history, 'saturated', lw=0.8, ls=':')
+        _lines(at['dead'], history, 'dead')
         at['dead'].set(ylim=(-0.02, 1.02), title="share of dead units (flat for all examples); dotted: of flat activations")
         _clipping(at['clip'], history, grad_clip)
         _shares(at['shares'], history, grad_clip)
@@ -238,9 +239,9 @@ def _colours(n):
 def _series(history, key):
     """(steps, values) of what has been logged as `key`; smoothed a little where there are many."""
     values = np.array([line.get(key, math.nan) for line in history], float)
-    near = len(values) // 200
-    means = np.array([np.mean(part[good]) if (good := np.isfinite(part)).any() else math.nan for part in (
-        values[max(0, i - near):i + near + 1] for i in range(len(values)))])
+    good, near = np.isfinite(values), np.ones(1 + 2 * (len(values) // 200))
+    with np.errstate(invalid='ignore'):     # 0 / 0 where nothing near was finite
+        means = np.convolve(np.where(good, values, 0), near, 'same') / np.convolve(good, near, 'same')
     return np.array([line['iter'] for line in history]), means
 
 
@@ -250,7 +251,7 @@ def _lines(axes, history, key, names=None, **style):
     for name, colour in zip(names, _colours(len(names))):
         style = dict(lw=1.6 if len(names) < 12 else 1.0, marker='o' if len(history) < 3 else '', ms=4) | style
         axes.plot(*_series(history, f'{key}/{name}'), color=colour, label=name if key != 'saturated' else '_', **style)
-    if not names:
+    if not names and key == 'dead':
         axes.text(0.5, 0.5, "no nonlinearity was seen", transform=axes.transAxes, ha='center')
     axes.margins(x=0.01)
 
@@ -280,12 +281,13 @@ def _clipping(axes, history, grad_clip):
         return
     axes.axhline(grad_clip, color=RED, lw=1.2, ls='--')
     right = axes.twinx()
-    right.fill_between([line['iter'] for line in counted], [line['clipped'] / (line['iter'] + 1) for line in counted],
+    steps = [line['iter'] - counted[0]['iter'] + 1 for line in counted]
+    right.fill_between([line['iter'] for line in counted], [line['clipped'] / n for line, n in zip(counted, steps)],
                        color=RED, alpha=0.12, lw=0)
     right.set(ylim=(0, 1), yticks=[0, 0.5, 1], yticklabels=['0', '50 %', '100 %'])
     right.grid(False)
-    last, steps = counted[-1]['clipped'], counted[-1]['iter'] + 1
-    axes.set_title(f"length of the gradient: above {grad_clip:g} in {last} of {steps} steps (red area: share so far)")
+    axes.set_title(f"length of the gradient: above {grad_clip:g} in {counted[-1]['clipped']} of {steps[-1]} steps "
+                   "(red area: share so far)")
 
 
 def _shares(axes, history, grad_clip):
@@ -360,7 +362,7 @@ def _sample(tensor):
 
 
 def _histogram(values, bins=40):
-    counts, edges = np.histogram(values.astype(float), bins)
+    counts, edges = np.histogram(values, bins)
     return dict(mean=float(f'{values.mean():.4g}'), std=float(f'{values.std():.4g}'), low=edges[0], high=edges[-1],
                 counts=counts.tolist())
 

@@ -1,6 +1,7 @@
 """watch.py: what it tells of a network is true, and the network does not notice."""
 import json
 import math
+import runpy
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,15 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run, same
+from conftest import ROOT, TINY, run, same
 from torch import nn
 from torch.nn import functional as F
 
 import layers
 import models
+import watch
 from metrics import Metrics
 from model import LanguageModel
-from watch import POINTS, Watch, look
+from watch import Watch, look
 
 GPT = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=50, dropout=0.1, bias=True)
 IDX = np.random.default_rng(0).integers(0, 50, (8, 16))
@@ -174,7 +176,7 @@ def test_weights_buffers_gradients_and_random_numbers_are_the_same(tmp_path, nam
     assert same(*ends) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_watched_run_ends_as_any_other_and_plot_reads_its_log(trained, text_folder, tmp_path):
+def test_a_watched_run_ends_as_any_other_and_plot_reads_its_log(trained, text_folder, tmp_path, monkeypatch, capsys):
     done = run('train.py', *TINY, f'--dataset={text_folder}', f'--out_dir={tmp_path}/out', '--watch=True')
     assert done.returncode == 0, done.stderr
     ours, theirs = (torch.load(out_dir / 'ckpt.pt', weights_only=True) for out_dir in (tmp_path / 'out', trained))
@@ -187,8 +189,14 @@ def test_a_watched_run_ends_as_any_other_and_plot_reads_its_log(trained, text_fo
     assert not any('update_ratio' in record for record in unwatched) and not (trained / 'health.png').exists()
     assert [health['iter'] for health in lines(tmp_path / 'out' / 'health.jsonl')] == [3, 6]
     assert (tmp_path / 'out' / 'health.png').exists()
-    done = run('plot.py', tmp_path / 'out', '--y=loss,dead,update_ratio/wte')
-    assert (done.returncode, done.stdout) == (0, f'picture: {tmp_path}/out/loss-dead-update_ratio-wte.png\n')
+    monkeypatch.setattr(sys, 'argv', ['plot.py', str(tmp_path / 'out'), '--y=dead,update_ratio/wte'])
+    runpy.run_path(str(ROOT / 'plot.py'))
+    assert (tmp_path / 'out' / 'dead-update_ratio-wte.png').exists()
+    monkeypatch.setattr(sys, 'argv', ['plot.py', str(tmp_path / 'out'), '--y=missing'])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / 'plot.py'))
+    message = capsys.readouterr().err
+    assert 'update_ratio' in message and '/wte' not in message      # a hundred names are no help
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -222,14 +230,14 @@ def test_the_page_goes_on_from_what_the_run_has_logged(tmp_path):
         assert (health[name]['mean'], health[name]['std']) == pytest.approx((values.mean(), values.std()), rel=1e-3)
 
 
-def test_many_layers_and_many_steps_fit_on_the_page(tmp_path):
-    model = build(n_layer=24, n_embd=2)
-    watcher = train(model, tmp_path, 1)
-    for step in range(1, 2 * POINTS):
+def test_many_layers_and_many_steps_fit_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, 'POINTS', 100)
+    watcher = train(build(n_layer=24, n_embd=2), tmp_path, 1)
+    for step in range(1, 1000):
         watcher._remember(watcher.history[-1] | dict(iter=step))
-    assert POINTS / 2 <= len(watcher.history) <= POINTS and watcher.history[0]['iter'] == 0
-    watcher.history = watcher.history[::20]
-    watcher.draw(2 * POINTS)
+    steps = [line['iter'] for line in watcher.history]
+    assert 50 <= len(steps) <= 100 and steps == sorted(steps) and (steps[0], steps[-1]) == (0, 999)
+    watcher.draw(1000)
     assert size(tmp_path / 'health.png') == (2000, 1300)
 
 
