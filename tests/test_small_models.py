@@ -126,11 +126,12 @@ def test_a_learned_table_ends_where_the_counts_are(name, n, rank):
     assert found == pytest.approx(expected, abs=2e-3)
 
 
-def test_a_table_of_low_rank_is_the_product_of_its_matrices():
-    model = shaken('trigram', table='learned', rank=3)
-    A, B, C = (p.detach().numpy() for p in model.parameters())
-    table = np.einsum('ar,br,cr->abc', A, B, C)         # (V + 1, V, V)
-    idx = torch.randint(11, (1, 9))
+@pytest.mark.parametrize('rank', [0, 3])
+def test_a_learned_trigram_is_a_table_or_the_product_of_three_matrices(rank):
+    """Its first index is a token or, with nothing before, 0."""
+    model, idx = shaken('trigram', table='learned', rank=rank), torch.randint(11, (1, 9))
+    parts = [p.detach().numpy() for p in model.parameters()]
+    table = np.einsum('ar,br,cr->abc', *parts) if rank else parts[0].reshape(12, 11, 11)        # (V + 1, V, V)
     for t, row in enumerate(model(idx, idx)[0][0].detach().numpy()):
         assert np.allclose(row, table[idx[0, t - 1] + 1 if t else 0, idx[0, t]])
 
@@ -310,6 +311,18 @@ def test_the_stack_of_convolutions_is_a_tree_over_the_last_tokens(batchnorm):
                     x = F.batch_norm(x, level.norm.mean, level.norm.var, level.norm.weight, level.norm.bias)
                 nodes = x.tanh()
             assert torch.allclose(row[t], model.lm_head(nodes)[0], atol=1e-10)
+
+
+def test_a_level_is_normalised_over_all_pairs_that_trees_are_made_of():
+    """Those in the padding before a row too; not those with what stands behind its last target."""
+    model = shaken('wavenet', form='hierarchical', n_layer=2, n_embd=3, batchnorm='precise')
+    idx = torch.arange(10).view(2, 5)
+    model.calibrate([(idx, torch.tensor([[1] * 5, [1, 1, -1, -1, -1]]))])
+    rows = [11, 11, 11, 0, 1, 2, 3, 4], [11, 11, 11, 5, 6]      # 11: padding
+    pairs = torch.tensor([pair for row in rows for pair in itertools.pairwise(row)])
+    x = model.transformer.h[0].c_fc(model.transformer.wte(pairs).flatten(1))
+    norm = model.transformer.h[0].norm
+    assert torch.allclose(norm.mean, x.mean(0)) and torch.allclose(norm.var, x.var(0, correction=0))
 
 
 def test_the_hierarchical_form_has_the_published_size():
