@@ -32,8 +32,8 @@ def read(folder):
         return config, dict(parameters=config['resolved']['n_params'], tokens=last['tokens'], seconds=last['train_seconds'],
                             loss=float(last['val_loss']), bpb=last['val_bpb'])
     except (OSError, ValueError, LookupError, TypeError):
-        raise ValueError(f"{folder} holds no evaluated run of train.py: metrics.jsonl or config.json is missing or damaged, "
-                         "or has no validation loss yet") from None
+        raise ValueError(f"{folder} holds no evaluated run of train.py: metrics.jsonl or config.json is missing, damaged "
+                         "or has no validation loss") from None
 
 
 def table(runs):

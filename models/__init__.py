@@ -3,7 +3,7 @@ import difflib
 import importlib
 from pathlib import Path
 
-FREE = {'dropout', 'ngram_dropout'}     # Config fields that hold no weights: they may change between runs
+FREE = {'dropout', 'attn_dropout', 'ngram_dropout', 'k', 'batchnorm'}      # Config fields that may change between runs
 
 
 def architecture(name):

@@ -28,6 +28,7 @@ class TransformerppConfig(attention.AttentionConfig):
     n_head: int = 12            # attention heads per block
     n_embd: int = 768           # channels (C)
     dropout: float = 0.0        # probability, on embeddings, attention weights and both residual branches
+    attn_dropout: float = 0.0   # probability on the attention weights alone, in dropout's place; 0: dropout's
     n_hidden: int = 0           # SwiGLU's channels; 0: 8/3 of n_embd, up to the next multiple of multiple_of
     multiple_of: int = 32       # see n_hidden; a larger power of two may be faster
     tied: bool = True           # the head is the embeddings' table; False: a matrix of its own
@@ -41,8 +42,9 @@ class TransformerppConfig(attention.AttentionConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: a Transformer++ needs at least 1")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={self.n_head}: rotation is of pairs")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: take a probability from 0 up to, not including, 1")
+        for name in ('dropout', 'attn_dropout'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: take a probability from 0 up to, not including, 1")
         if self.n_hidden < 0:
             raise ValueError(f"n_hidden={self.n_hidden}: take 0 for the usual width, or a number of channels")
         if not (self.rope_theta > 0 and self.norm_eps > 0):
@@ -75,7 +77,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = attention.build(config, layer, dropout=config.dropout)
+        self.attn = attention.build(config, layer, dropout=config.attn_dropout or config.dropout)
         self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
