@@ -1,0 +1,66 @@
+"""The notebooks run from top to bottom, at a small size; and what is saved in them is what they print and draw."""
+import asyncio
+import os
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import ROOT
+
+nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+
+NOTEBOOKS = {path.stem: path for path in sorted(ROOT.glob('notebooks/*.ipynb'))}
+SMALL = dict(NOTEBOOK_STEPS='4', NOTEBOOK_VAL_TOKENS='1000', NOTEBOOK_WIDTH='48', OMP_NUM_THREADS='1')
+
+
+def saved(name):
+    return nbformat.read(NOTEBOOKS[name], as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == 'code']
+
+
+@pytest.fixture(scope='module')
+def executed(tmp_path_factory):
+    """{name: what running it came to}, the notebook or an error; all at once: most of it is waiting for kernels."""
+    async def run(name):
+        folder = ROOT if name == 'gpt_dev' else ROOT / 'notebooks'     # an editor's working directory, and Jupyter's
+        notebook = saved(name)
+        await nbclient.NotebookClient(notebook, timeout=120, coalesce_streams=True,
+                                      resources={'metadata': {'path': str(folder)}}).async_execute()
+        return notebook
+
+    async def run_all():
+        return await asyncio.gather(*map(run, NOTEBOOKS), return_exceptions=True)
+
+    nothing_to_download = str(tmp_path_factory.mktemp('mirror'))
+    with mock.patch.dict(os.environ, SMALL | {'NANOGPT_MIRROR': nothing_to_download}):
+        return dict(zip(NOTEBOOKS, asyncio.run(run_all())))
+
+
+def test_all_three_are_there():
+    assert list(NOTEBOOKS) == ['gpt_dev', 'network_health', 'transformer_sizing']
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_a_notebook_runs_and_its_cells_put_out_what_they_put_out_when_it_was_saved(name, executed):
+    if isinstance(executed[name], BaseException):
+        raise executed[name]
+    then, now = ([[(output.output_type, output.get('name')) for output in cell.outputs] for cell in code(notebook)]
+                 for notebook in (saved(name), executed[name]))
+    assert then == now
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_a_saved_notebook_is_of_one_run_and_of_no_particular_machine(name):
+    cells, text = code(saved(name)), NOTEBOOKS[name].read_text(encoding='utf-8')
+    nbformat.validate(saved(name))
+    assert [cell.execution_count for cell in cells] == list(range(1, 1 + len(cells)))
+    shows = re.compile(r'^(print\(|plt\.(?!rcParams)|figure)', re.MULTILINE)
+    assert all(cell.outputs for cell in cells if shows.search(cell.source))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == 'error' or output.get('name') == 'stderr']
+    assert not re.search(r'/(home|root|tmp|work|Users)/', text) and str(Path.home()) not in text
+    assert len(text.encode()) < 700_000
