@@ -33,7 +33,7 @@ class AttentionConfig:
         for name, whose in (('n_kv_head', 'gqa'), ('kv_rank', 'mla'), ('rope_dim', 'mla')):
             value = getattr(self, name)
             if value < 0 or (value and kind != whose):
-                raise ValueError(f"{name}={value} is for attention_kind={whose!r}, from 0 up; here it is {kind!r}")
+                raise ValueError(f"{name}={value}: take 0 or more, and 0 unless it is attention_kind={whose!r}")
         if self.window < 1:
             raise ValueError(f"window={self.window}: a token sees at least itself, 1")
         if H % self.kv_heads:

@@ -93,9 +93,10 @@ class Llama:
     @classmethod
     def config(cls, c):
         """config.json's part of a Config `c`. Raises ValueError where Llama has no such thing."""
-        if c.attention_kind not in ('mha', 'gqa', 'mqa') or c.norm_place != 'pre':
-            raise ValueError(f"Hugging Face's Llama has no attention_kind={c.attention_kind!r} with norm_place="
-                             f"{c.norm_place!r}: mha, gqa and mqa with 'pre' can be exported")
+        for name, known in (('attention_kind', ('mha', 'gqa', 'mqa')), ('norm_place', ('pre',))):
+            if getattr(c, name) not in known:
+                raise ValueError(f"can't be exported: Hugging Face's Llama has no {name}={getattr(c, name)!r}, but "
+                                 f"{', '.join(known)}")
         return {**{theirs: getattr(c, ours) for ours, theirs in cls.names}, **cls.fixed(c.n_embd, c.n_head),
                 'intermediate_size': c.hidden, 'num_key_value_heads': c.kv_heads, 'rms_norm_eps': c.norm_eps,
                 'rope_theta': c.rope_theta, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta},

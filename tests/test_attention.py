@@ -247,6 +247,16 @@ def test_rotation_keeps_norms_and_sees_differences_of_places():
     assert all(scores.diagonal(-d).std() < 1e-5 for d in range(23)) and scores[0].std() > 0.1
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_moderns_queries_and_keys_have_one_length(kind):
+    """mla's q as a whole, and its rotated key; the latent has a norm of its own."""
+    q, k, v = one(kind, name='modern')[3:]
+    q, k = (torch.cat([q, k], -1), v[..., -4:]) if kind == 'mla' else (q, k)
+    for x in (q, k):
+        assert torch.allclose(x.square().mean(-1), torch.ones_like(x[..., 0]), atol=1e-3)
+    assert one(kind)[3].square().mean(-1).std() > 0.1
+
+
 @BOTH
 @pytest.mark.parametrize('kind', KINDS)
 def test_both_kernels_and_reading_on_give_the_same(name, kind):
@@ -347,8 +357,8 @@ def test_flops_of_scores_and_sums(kind, share):
 
 @pytest.mark.parametrize('fields, part', [
     (dict(attention_kind='mla2'), 'take mha, gqa'), (dict(attention_kind='gqa', n_kv_head=3), 'n_kv_head=3'),
-    (dict(n_kv_head=2), "for attention_kind='gqa'"), (dict(attention_kind='gqa', n_kv_head=-1), 'n_kv_head=-1'),
-    (dict(attention_kind='gqa', kv_rank=4), "for attention_kind='mla'"), (dict(window=0), 'window=0'),
+    (dict(n_kv_head=2), "unless it is attention_kind='gqa'"), (dict(attention_kind='gqa', n_kv_head=-1), 'n_kv_head=-1'),
+    (dict(attention_kind='gqa', kv_rank=4), "unless it is attention_kind='mla'"), (dict(window=0), 'window=0'),
     (dict(attention_kind='mla', rope_dim=3), 'rope_dim=3'), (dict(attention_kind='mla', kv_rank=-2), 'kv_rank=-2'),
     (dict(attention_kind='differential', n_head=1), 'n_head=1')])
 @BOTH

@@ -143,6 +143,15 @@ def test_post_norm_is_a_norm_of_each_sum():
         x = block.ln_2(x + block.mlp(x))
     assert torch.allclose(model(idx, idx)[0], x @ model.lm_head.weight.T, atol=1e-12)
     assert not [name for name in model.state_dict() if 'ln_f' in name]
+    model = build('modern', **SHAPE, norm_place='post').double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x = layers.norm(model.transformer.wte(idx))
+    for block in model.transformer.h:
+        x = layers.norm(x + block.attn(x, model.rotary))
+        x = layers.norm(x + block.mlp(x))
+    logits = 15 * torch.tanh(layers.norm(x) @ model.lm_head.weight.T / 15)
+    assert torch.allclose(model(idx, idx)[0], logits, atol=1e-12)
 
 
 def test_the_context_may_grow():
@@ -195,8 +204,9 @@ def test_what_llama_does_not_have_is_not_exported(tmp_path, fields, part):
     ({'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "rope_type='linear'"),
     ({'attention_bias': True}, 'attention_bias=True'), ({'mlp_bias': True}, 'mlp_bias=True'),
     ({'head_dim': 16}, 'head_dim=16'), ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
-    ({'intermediate_size': None}, 'sizes'), ({'num_key_value_heads': 3}, '3'), ({'tie_word_embeddings': False}, 'lm_head.weight'),
-    ({'num_hidden_layers': 2}, 'layers.2'), ({'vocab_size': 49}, '2 weights')])
+    ({'intermediate_size': None}, 'sizes'), ({'num_key_value_heads': 3}, '3'),
+    ({'tie_word_embeddings': False}, 'lm_head.weight'), ({'num_hidden_layers': 2}, 'layers.2'),
+    ({'vocab_size': 49}, '2 weights')])
 def test_what_another_llama_has_is_refused(tmp_path, change, part):
     folder = exported(tmp_path, shaken())
     (folder / 'config.json').write_text(json.dumps(json.loads((folder / 'config.json').read_text()) | change))
