@@ -210,7 +210,7 @@ def model_config(values):
 def restore(state, settings=None):
     """(model, tokenizer description or None) of a checkpoint's content, on the CPU. nanoGPT's checkpoints work too.
 
-    settings: train.py's; of them it takes the Config fields that hold no weights (models.FREE), such as dropout.
+    settings: train.py's; of them it takes the Config fields that may change (models.FREE), such as dropout.
     """
     Model = models.architecture(state.get('model_name', 'gpt'))
     weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}

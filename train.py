@@ -125,7 +125,7 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     if stored:
         model, trained_on = checkpoint.restore(stored, config)
     elif init_from != 'scratch':
-        trained, trained_on = checkpoint.open_model(init_from, config)
+        trained, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
         kept = {'model': models.name_of(trained)} | dataclasses.asdict(trained.config)
         globals().update(checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'}))
         model = trained

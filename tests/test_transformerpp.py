@@ -190,6 +190,24 @@ def test_export_and_back(transformers, tmp_path, fields):
         assert path.read_bytes() == (tmp_path / 'twice' / path.name).read_bytes()
 
 
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_llama_from_elsewhere(transformers, tmp_path, tied):
+    """Nine heads, three of keys and values, in bfloat16 and in shards, its config.json as older versions wrote it."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=72, intermediate_size=192, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=tied, initializer_range=0.3)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path, max_shard_size='100KB')
+    config = json.loads((tmp_path / 'config.json').read_text())
+    del config['rope_parameters'], config['head_dim']
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'rope_theta': 100, 'rope_scaling': None}))
+    model, idx = checkpoint.load_model(tmp_path), torch.randint(64, (2, 32))
+    assert (model.config.kv_heads, model.config.tied, model.config.rope_theta) == (3, tied, 100)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours, logits = model(idx, idx)[0], theirs(idx).logits
+    assert (ours - logits).abs().max() / logits.abs().max() < 1e-5
+
+
 @pytest.mark.parametrize('fields, part', [
     (dict(attention_kind='mla'), "no attention_kind='mla'"), (dict(attention_kind='alibi'), "no attention_kind='alibi'"),
     (dict(norm_place='post'), "norm_place='post'")])
