@@ -196,7 +196,8 @@ def test_a_llama_from_elsewhere(transformers, tmp_path, tied):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=72, intermediate_size=192, num_hidden_layers=2, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=tied, initializer_range=0.3)
+        num_key_value_heads=3, max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=tied,
+        initializer_range=0.3)
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path, max_shard_size='100KB')
     config = json.loads((tmp_path / 'config.json').read_text())
     del config['rope_parameters'], config['head_dim']
