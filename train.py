@@ -250,7 +250,7 @@ with user_errors(), runtime.memory_errors(advice):
         if (is_last or is_due) and evaluated != iter_num:
             clock.pause()
             if model.calibrate:
-                model.calibrate(data.epoch())
+                model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
             best_val_loss = min(losses['val'], best_val_loss)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import layers
+import ngrams
 from model import LanguageModel
 
 
@@ -67,7 +68,7 @@ class Bigram(LanguageModel):
     def __init__(self, config):
         super().__init__(config)
         if config.table == 'counted':
-            self.lm_head = layers.NgramCounts(2, config.vocab_size, config.k)
+            self.lm_head = ngrams.NgramCounts(2, config.vocab_size, config.k)
             self.fit = self.lm_head.fit
             self.exemptions = {'flops': "counts are looked up", 'learns': "counts are no parameters"}
         elif config.rank:

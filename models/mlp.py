@@ -4,7 +4,7 @@ Bengio, Ducharme, Vincent, Jauvin 2003, https://www.jmlr.org/papers/v3/bengio03a
 with `direct` + W x. Against GPT: no attention; a context of fixed length, each place of which has weights of its own.
 Before a window's first token is padding, with an embedding of its own.
 
-`batchnorm` normalises what tanh gets, as layers.BATCH_NORMS says: ema (moving averages), precise (measured before each
+`batchnorm` normalises what tanh gets, as batchnorm.BATCH_NORMS says: ema (moving averages), precise (measured before each
 evaluation), frozen (measured once), batch (those of the mini-batch, in use too). In training it lets places learn of each
 other, so that none sees the future holds in eval mode only.
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import batchnorm
 import layers
 from model import LanguageModel
 
@@ -35,7 +36,7 @@ class MLPConfig:
         for name in ('block_size', 'vocab_size', 'context', 'n_embd', 'n_hidden'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: an MLP needs at least 1")
-        for name, known in (('batchnorm', layers.BATCH_NORMS), ('init', layers.INITS)):
+        for name, known in (('batchnorm', batchnorm.BATCH_NORMS), ('init', layers.INITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: take {' or '.join(filter(None, known))}")
 
@@ -46,7 +47,7 @@ class Hidden(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.context * config.n_embd, config.n_hidden, bias=not config.batchnorm)
-        self.norm = layers.BATCH_NORMS[config.batchnorm](config.n_hidden)
+        self.norm = batchnorm.BATCH_NORMS[config.batchnorm](config.n_hidden)
         self.n_out = config.n_hidden
 
     def forward(self, x, valid):
@@ -81,9 +82,9 @@ class MLP(LanguageModel):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         if config.batchnorm == 'batch':
-            self.exemptions = layers.ONE_BATCH
+            self.exemptions = batchnorm.ONE_BATCH
         elif config.batchnorm in ('ema', 'precise'):
-            self.exemptions = layers.IN_TRAINING
+            self.exemptions = batchnorm.IN_TRAINING
 
     def forward(self, idx, targets=None, cache=None):
         if idx.size(1) > self.config.block_size:
@@ -98,7 +99,7 @@ class MLP(LanguageModel):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def calibrate(self, batches):
-        layers.measure_statistics(self, batches)
+        batchnorm.measure_statistics(self, batches)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         return layers.KVCache(batch, length, [], device, dtype) if self.config.batchnorm != 'batch' else None

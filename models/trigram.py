@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import layers
+import ngrams
 from model import LanguageModel
 
 
@@ -72,7 +73,7 @@ class Trigram(LanguageModel):
     def __init__(self, config):
         super().__init__(config)
         if config.table == 'counted':
-            self.lm_head = layers.NgramCounts(3, config.vocab_size, config.k)
+            self.lm_head = ngrams.NgramCounts(3, config.vocab_size, config.k)
             self.fit = self.lm_head.fit
             self.exemptions = {'flops': "counts are looked up", 'learns': "counts are no parameters"}
         elif config.rank:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import batchnorm
 import layers
 from model import LanguageModel
 
@@ -46,7 +47,7 @@ class WavenetConfig:
         if self.kernel < 2 or self.n_skip < 0 or self.n_layer > 24:
             raise ValueError(f"kernel={self.kernel}, n_skip={self.n_skip}, n_layer={self.n_layer}: take a kernel from 2, "
                              "n_skip from 0, n_layer up to 24, which is 16 million tokens")
-        for name, known in (('form', FORMS), ('batchnorm', layers.BATCH_NORMS), ('init', layers.INITS)):
+        for name, known in (('form', FORMS), ('batchnorm', batchnorm.BATCH_NORMS), ('init', layers.INITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: take {' or '.join(filter(None, known))}")
         if not 0 <= self.dropout < 1:
@@ -133,7 +134,7 @@ class Level(nn.Module):
         super().__init__()
         self.dilation = dilation
         self.c_fc = nn.Linear(2 * C, config.n_hidden, bias=not config.batchnorm)
-        self.norm = layers.BATCH_NORMS[config.batchnorm](config.n_hidden)
+        self.norm = batchnorm.BATCH_NORMS[config.batchnorm](config.n_hidden)
 
     def forward(self, x, valid):
         x = self.c_fc(torch.cat([x[:, :-self.dilation], x[:, self.dilation:]], -1))
@@ -178,9 +179,9 @@ class Wavenet(LanguageModel):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         if config.batchnorm == 'batch':
-            self.exemptions = layers.ONE_BATCH
+            self.exemptions = batchnorm.ONE_BATCH
         elif config.batchnorm in ('ema', 'precise'):
-            self.exemptions = layers.IN_TRAINING
+            self.exemptions = batchnorm.IN_TRAINING
 
     @property
     def receptive_field(self):
@@ -197,7 +198,7 @@ class Wavenet(LanguageModel):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def calibrate(self, batches):
-        layers.measure_statistics(self, batches)
+        batchnorm.measure_statistics(self, batches)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         if self.config.batchnorm == 'batch':

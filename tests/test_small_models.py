@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import batchnorm
 import layers
 from models import build
 
@@ -35,7 +36,7 @@ def shaken(name, **fields):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3)
         for module in model.modules():
-            if isinstance(module, layers.BatchNorm):
+            if isinstance(module, batchnorm.BatchNorm):
                 module.mean.normal_()
                 module.var.uniform_(0.5, 2)
     return model
@@ -169,7 +170,7 @@ def test_mlp_has_the_parameters_of_the_formula(fields, expected):
 
 def norm_of(kind, C=3):
     torch.manual_seed(0)
-    norm = layers.BATCH_NORMS[kind](C).double()
+    norm = batchnorm.BATCH_NORMS[kind](C).double()
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     return norm
@@ -218,7 +219,7 @@ def test_precise_statistics_are_those_of_all_examples_together():
 def test_measuring_stops_after_enough_examples_and_leaves_the_weights():
     model, taken = shaken('mlp', batchnorm='precise'), []
     before = [p.clone() for p in model.parameters()]
-    layers.measure_statistics(model, (taken.append(1) or batch for batch in batches_of([10] * 50)), samples=100)
+    batchnorm.measure_statistics(model, (taken.append(1) or batch for batch in batches_of([10] * 50)), samples=100)
     assert len(taken) == 2 and all(map(torch.equal, before, model.parameters()))    # 60 targets each
 
 
