@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import batchnorm
 import layers
+import ngrams
 from models import build
 
 
@@ -93,7 +94,7 @@ def test_counting_anew_forgets_and_counting_in_parts_is_counting(monkeypatch):
     model.fit([(rows, rows)])
     model.fit([(rows[:, :-1], rows[:, 1:])])
     whole = model.lm_head.keys, model.lm_head.sums
-    monkeypatch.setattr(layers, 'AT_ONCE', 50)      # two rows, then two more, …
+    monkeypatch.setattr(ngrams, 'AT_ONCE', 50)      # two rows, then two more, …
     model.fit([(row[None, :-1], row[None, 1:]) for row in rows])
     assert all(map(torch.equal, whole, (model.lm_head.keys, model.lm_head.sums)))
 
