@@ -10,6 +10,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+if 'PYTEST_XDIST_WORKER' in os.environ:     # a worker per core
+    torch.set_num_threads(1)
+
 # The smallest run that still has every part: dropout, accumulation, several evaluations.
 TINY = ['--model=gpt', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--device=cpu',
         '--gradient_accumulation_steps=2', '--dropout=0.1', '--max_iters=6', '--lr_decay_iters=6', '--warmup_iters=2',
