@@ -18,7 +18,8 @@ class BatchNorm(nn.Module):
     1502.03167). valid (B, T): which places count in the statistics; absent: all.
 
     In training the statistics are the mini-batch's, padding left out, so positions learn of each other there; otherwise
-    they are stored ones: here, moving averages. In a run of several processes each has its own mini-batch's.
+    they are stored ones: here, moving averages. Of several processes each has its own mini-batch's, and
+    what the first one has stored is kept: as many others would differ a little.
     """
 
     def __init__(self, C):

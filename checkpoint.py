@@ -216,8 +216,12 @@ def restore(state, settings=None):
     weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
     if 'model_name' not in state:       # nanoGPT's; on old torch versions it kept its causal mask among the weights
         weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+    free = _free(Model.Config, settings)
+    if 'batchnorm' in free and bool(free['batchnorm']) != bool(state['model_args']['batchnorm']):
+        raise ValueError(f"batchnorm={free['batchnorm']!r}: the run has {state['model_args']['batchnorm']!r}, and with or "
+                         "without it are different weights: leave it out")
     try:
-        model = Model(Model.Config(**state['model_args'] | _free(Model.Config, settings)))
+        model = Model(Model.Config(**state['model_args'] | free))
         model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's weights and model_args are not a {Model.__name__}'s: "

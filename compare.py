@@ -53,18 +53,19 @@ def draw(runs):
     matplotlib.rcParams.update({'font.size': 12, 'axes.grid': True, 'grid.color': '#e4e4e4'})
     figure = matplotlib.figure.Figure(figsize=(14, 7), dpi=150, layout='constrained')
     models = list(dict.fromkeys(config['model'] for config, _ in runs.values()))
-    labels = []
+    labels, least = [], min((found['parameters'] for _, found in runs.values() if found['parameters']), default=4) / 4
     for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ('parameters', 'seconds'),
-                                ('parameters (counted models, which have none, at 1)', 'training time (seconds)')):
+                                ('parameters (counted models have none: at the left edge)', 'training time (seconds)')):
         for name, (config, found) in runs.items():
-            x, colour = max(found[key], 1 if key == 'parameters' else 0.1), COLOURS[models.index(config['model']) % 8]
+            x, colour = max(found[key], least if key == 'parameters' else 0.1), COLOURS[models.index(config['model']) % 8]
             axes.plot(x, found['loss'], 'o', color=colour, ms=7)
             labels.append(axes.annotate(name, (x, found['loss']), (8, 0), textcoords='offset points', color=colour,
+                                        arrowprops=dict(arrowstyle='-', color=colour, lw=0.6, shrinkA=0, shrinkB=4),
                                         fontsize=10, va='center', parse_math=False, in_layout=False))
         axes.set(xscale='log', xlabel=label)
         axes.spines[['top', 'right']].set_visible(False)
         low, high = axes.get_xlim()
-        axes.set_xlim(low, high * (high / low) ** 0.35)     # room for the names
+        axes.set_xlim(low, high * (high / low) ** 0.25)     # room for the names
     figure.axes[0].set_ylabel('validation loss (nats per token)')
     figure.draw_without_rendering()     # now the texts have a size
     taken = []
@@ -83,7 +84,8 @@ try:
     configure(globals(), [word for word in sys.argv[1:] if word not in folders])
     labels = [name.strip() for name in names.split(',')] if names else [folder.rstrip('/') for folder in folders]
     if len(set(labels)) != len(folders) or not folders:
-        raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and as many names")
+        raise ValueError("give the out_dir of at least one run" if not folders else
+                         f"{len(folders)} runs, {len(set(labels))} names: names= takes one for each, with commas between")
     runs = {label: read(Path(folder)) for label, folder in zip(labels, folders)}
     print(table(runs))
     with files.replacing(out) as file:

@@ -11,8 +11,7 @@ lambada: the last word of a passage (arXiv 1606.06031, OpenAI's version); acc: e
 hellaswag: the right one of four endings (arXiv 1905.07830); acc by log-probability, acc_norm by that per character.
 
 The figures are lm-evaluation-harness's for lambada_openai, hellaswag and, with --stride=block_size, rolling perplexity.
-Bits per byte and word perplexity compare models with different tokenizers. Probabilities are over all ids of the model,
-padding included, as in training; sums are float64.
+Bits per byte and word perplexity compare models with different tokenizers. Probabilities are over all ids, padding too.
 """
 import difflib
 import functools
@@ -63,8 +62,8 @@ DOWNLOADS = {   # each with the sha256 that the dataset_infos.json of its Huggin
 
 @functools.cache
 def read_text():
-    """(ids, bytes, words) of the text: its ids as a NumPy array, the others counted. Raises ValueError or OSError."""
-    name = dataset or 'shakespeare'
+    """(ids, bytes, words, cuts) of the text: cuts are its ends and the ids between its documents. ValueError, OSError."""
+    name, separator = dataset or 'shakespeare', None
     if not dataset and init_from == 'resume':
         try:
             name = json.loads(Path(out_dir, 'config.json').read_text(encoding='utf-8'))['dataset']
@@ -82,7 +81,7 @@ def read_text():
         if data.tokenizer != model.tokenizer.describe():
             raise ValueError(f"{data.folder} was made with another tokenizer than the model's: give the text itself, as "
                              "--dataset=FILE")
-        ids = data.first('val', data.tokens['val']).astype(np.int64)
+        ids, separator = data.first('val', data.tokens['val']).astype(np.int64), data.meta.get('separator')
     ids = ids[:limit * T or None]
     content = model.tokenizer.decode_bytes(ids.tolist())
     documents = [content] if eot is None else content.split(model.tokenizer.decode_bytes([eot]))
@@ -90,16 +89,19 @@ def read_text():
     n_words = sum(len(re.split(r'\s+', document.decode(errors='replace'))) for document in documents if document)
     if len(ids) < 2 or not n_bytes:
         raise ValueError(f"{name} has {n_bytes} bytes of text, {len(ids)} token(s): too few to predict one from another")
-    return ids, n_bytes, n_words
+    return ids, n_bytes, n_words, [0, len(ids) - 1] if separator is None else np.flatnonzero(ids == separator).tolist()
 
 
 def text_task(rolling):
     """Windows of T tokens: rolling ones reach back from the end of what they score, the others begin with it."""
-    text, n_bytes, n_words = read_text()
-    ids = np.concatenate([[eot], text]) if rolling and eot is not None else text
-    last = len(ids) - 1
-    ends = [*range(min(T, last), last, stride if rolling else T), last]
-    rows = [(ids[max(0, end - T) if rolling else before:end + 1], end - before) for before, end in zip([0, *ends], ends)]
+    text, n_bytes, n_words, cuts = read_text()
+    ids, cuts = (np.concatenate([[eot], text]), [0, len(text)]) if rolling and eot is not None else (text, cuts)
+    rows, reach = [], rolling or len(cuts) > 2
+    for first, last in np.column_stack([cuts[:-1], cuts[1:]]).tolist():
+        ends = [*range(min(first + T, last), last, stride if rolling else T), last]
+        rows += [(ids[max(first, end - T) if reach else before:end + 1], end - before)
+                 for before, end in zip([first, *ends], ends)]
+    last = sum(n for _, n in rows)
 
     def figures(logprobs, greedy):
         loss = -logprobs.sum() / last       # a first token that is not scored counts as one like the others, below

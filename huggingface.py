@@ -100,7 +100,7 @@ class Llama:
         return {**{theirs: getattr(c, ours) for ours, theirs in cls.names}, **cls.fixed(c.n_embd, c.n_head),
                 'intermediate_size': c.hidden, 'num_key_value_heads': c.kv_heads, 'rms_norm_eps': c.norm_eps,
                 'rope_theta': c.rope_theta, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta},
-                'attention_dropout': c.dropout, 'tie_word_embeddings': c.tied}
+                'attention_dropout': c.attn_dropout or c.dropout, 'tie_word_embeddings': c.tied}
 
     @classmethod
     def fields(cls, config):

@@ -183,8 +183,11 @@ def plan(config, model, data, tokens_per_step, max_iters, iter_num):
     elif model.fit:
         todo = f"one pass, which counts: {tokens_per_step:,} tokens"
     else:
+        places = c['gradient_accumulation_steps'] * c['batch_size'] * c['block_size']
+        padded = '' if tokens_per_step == places else f"{places:,} places, of which about "
+        epochs = max_iters * tokens_per_step / data.tokens['train']
         todo = (f"steps: {max(0, max_iters - iter_num):,} of {c['gradient_accumulation_steps']} x {windows} = "
-                f"{tokens_per_step:,} tokens, {max_iters * tokens_per_step / data.tokens['train']:.3g} epochs in all")
+                f"{padded}{tokens_per_step:,} tokens, {epochs:.3g} epochs in all")
     return '\n'.join([
         f"model: {c['model']}, {short(model.num_params())} parameters, from {c['init_from']}",
         f"data: {c['dataset']}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on", todo])

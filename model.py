@@ -31,7 +31,6 @@ class LanguageModel(nn.Module):
 
     Config = None
     fit = None                      # counted models: fit(batches of (idx, targets)) replaces the optimizer's steps
-    calibrate = None                # of models with statistics of the data: calibrate(batches), before each evaluation
     exemptions = {}                 # {shared property of tests/test_zoo.py: why it does not hold here}
     cache_dtype = None              # of init_cache, where it is not the weights' own; set by weights.prepare
     tokenizer = None                # set by checkpoint.load_model: what the ids stand for
@@ -57,6 +56,9 @@ class LanguageModel(nn.Module):
 
     def after_step(self):
         """Called after every optimizer step, for models that put their weights or buffers right then."""
+
+    def calibrate(self, batches):
+        """Called before every evaluation and save with training batches, for models that keep statistics of the data."""
 
     def flops_per_token(self, T):
         """FLOPs of forward and backward for one token of a T-token context (PaLM's estimate, attention left out)."""

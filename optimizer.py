@@ -8,7 +8,7 @@ MUON_MOMENTUM = 0.85, 0.95, 300     # from, to, within so many steps: early grad
 
 
 def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, width=768, bfloat16=False, is_asked=False,
-          name='adamw', max_norm=0.0):
+          name='adamw', max_norm=0.0, lr_schedule='cosine'):
     """The optimizer of {role: [parameters]}; None where there is nothing to learn. Raises ValueError.
 
     Without `lrs` it is AdamW in nanoGPT's two groups: what has two dimensions or more decays, vectors don't. lrs: learning
@@ -17,11 +17,13 @@ def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, 
     bfloat16: orthogonalise in bfloat16, which is exact enough and fast where the chip has it. is_asked: somebody wants this
     learning_rate, so it is an error if nothing is trained with it. name: 'adamw', or 'sgd', whose momentum is betas[0] and
     whose weight decay is part of the gradient. max_norm: of each row of a matrix, the weights into one unit, after each
-    step (Srivastava et al. 2014, section 5.1); 0: no limit.
+    step (Srivastava et al. 2014, section 5.1); 0: no limit. lr_schedule: the shape of `schedule`, checked ahead of the run.
     Fused: one kernel for all parameters, measured faster on each device.
     """
     if name not in ('adamw', 'sgd'):
         raise ValueError(f"optimizer={name!r} is unknown: take adamw or sgd; --muon_lr gives the matrices to Muon")
+    if lr_schedule not in ('cosine', 'step'):
+        raise ValueError(f"lr_schedule={lr_schedule!r} is unknown: take cosine or step; for a straight line, --cooldown")
     lrs = {role: lr * (1 if role == 'matrix' else math.sqrt(768 / width)) for role, lr in (lrs or {}).items() if lr}
     if lrs and not learning_rate:
         raise ValueError("learning_rate=0 with another rate above 0: it is what the schedule starts from, take it > 0")
@@ -44,6 +46,8 @@ def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, 
     else:
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
     if max_norm:
+        if not limited:
+            raise ValueError(f"max_norm={max_norm} limits nothing: this model has only tables and vectors")
         optimizer.register_step_post_hook(lambda *_: limit_rows(limited, max_norm))
     return optimizer
 
@@ -141,10 +145,8 @@ def schedule(step, peak, floor, warmup_steps, decay_steps, decay=True, cooldown=
     """The learning rate at `step`: linear warm-up from `start` to `peak`, then down to `floor` at decay_steps, then floor.
 
     shape: 'cosine', half of one, or 'step', all at once at decay_steps. cooldown: above 0, `peak` is kept and falls in a
-    straight line over this last share of decay_steps. Without `decay` it is `peak` throughout. Raises ValueError.
+    straight line over this last share of decay_steps. Without `decay` it is `peak` throughout.
     """
-    if shape not in ('cosine', 'step'):
-        raise ValueError(f"lr_schedule={shape!r} is unknown: take cosine or step; --cooldown falls in a straight line")
     if not decay:
         return peak
     if step < warmup_steps:
@@ -162,10 +164,10 @@ def schedule(step, peak, floor, warmup_steps, decay_steps, decay=True, cooldown=
 def load(optimizer, state):
     """Load a state_dict's moments; the options stay this run's. Raises ValueError where the state is another model's."""
     options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    theirs, ours = ([(len(group['params']), group.get('muon', False)) for group in groups]
+    theirs, ours = ([(len(group['params']), group.get('muon', False), 'momentum' in group) for group in groups]
                     for groups in (state['param_groups'], optimizer.param_groups))
     if theirs != ours:
-        raise ValueError("the checkpoint's optimizer state does not fit: it is another model's, or one of muon_lr, "
-                         "embed_lr and head_lr was 0 and is not now, or the other way round; leave them as they were")
+        raise ValueError("the checkpoint's optimizer state does not fit: it is another model's, or another optimizer's, or "
+                         "one of muon_lr, embed_lr and head_lr was 0 and is not now, or the other way round; leave them")
     groups = [{**group, **own} for group, own in zip(state['param_groups'], options, strict=True)]
     optimizer.load_state_dict({**state, 'param_groups': groups})

@@ -66,12 +66,12 @@ weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of its square's
 grad_clip = 1.0  # longest gradient; 0: no limit
-max_norm = 0.0  # longest row of a matrix, the weights into one unit; 0: no limit
+max_norm = 0.0  # longest row of a matrix, the weights into one unit, tables and tied heads left out; 0: no limit
 decay_lr = True  # down to min_lr after a linear warm-up; False: constant
 lr_schedule = 'cosine'  # how: cosine; step: all at once at lr_decay_iters
 cooldown = 0.0  # the last share of lr_decay_iters, in which it falls in a straight line; 0: a cosine from the warm-up on
 warmup_iters = 2000  # steps of the warm-up
-warmup_lr = 0.0  # where it starts
+warmup_lr = 0.0  # what it rises from
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
 min_lr = 6e-5  # usually learning_rate / 10; rates of their own fall by the same factor
 # the machine
@@ -143,7 +143,7 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     optimizer = model.configure_optimizers(
         weight_decay, learning_rate, (beta1, beta2), device_type, dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
         bfloat16=dtype == 'bfloat16', is_asked=given.get('learning_rate') == 'command line', name=optimizer,
-        max_norm=max_norm)
+        max_norm=max_norm, lr_schedule=lr_schedule)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if stored and optimizer:
         if not stored['optimizer']:
@@ -187,11 +187,10 @@ def state():
     """All that a resumed run and sample.py need."""
     return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), scaler=scaler.state_dict(),
                 model_name=config['model'], model_args=dataclasses.asdict(model.config), tokenizer=data.tokenizer,
-                iter_num=iter_num, best_val_loss=best_val_loss, config=config,
-                progress=dict(evaluated=evaluated, bad_evals=bad_evals, train_seconds=clock.total,
-                              wall_seconds=time.perf_counter() - _start, wandb_id=metrics.wandb_id),
-                resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
-                versions=runtime.versions())
+                iter_num=iter_num, best_val_loss=best_val_loss, config=config, versions=runtime.versions(),
+                progress=dict(evaluated=evaluated, bad_evals=bad_evals, wall_seconds=time.perf_counter() - _start,
+                              train_seconds=clock.total, wandb_id=metrics.wandb_id, clipped=int(watcher.clipped)),
+                resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads))
 
 
 def save(name):
@@ -217,7 +216,8 @@ if eval_only:
         losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
     say(evaluation_table(f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from, model, losses, data))
 elif is_over:
-    say(f"{out_dir} holds the end of this run, step {iter_num}: give a larger --max_iters (or --early_stop) to go on")
+    say(f"{out_dir} holds the end of this run, step {iter_num}" +
+        ("" if model.fit else ": give a larger --max_iters (or --early_stop) to go on"))
 if eval_only or is_over:
     parallel.stop()
     sys.exit()
@@ -236,7 +236,7 @@ with user_errors():
                  compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
     metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
     metrics.start(config | {'resolved': facts}, wanted, progress.get('wandb_id'))
-    watcher = Watch(watch and parallel.IS_MASTER, model, out_dir, grad_clip, ctx, data)
+    watcher = Watch(watch and parallel.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress.get('clipped', 0))
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 stop = runtime.StopRequest()
@@ -246,11 +246,12 @@ with user_errors(), runtime.memory_errors(advice):
     while True:
         # evaluate, and save
         is_last, is_stopped = iter_num >= max_iters, parallel.anyone(bool(stop.signal))
-        is_due = eval_interval > 0 and iter_num % eval_interval == 0 and not is_stopped
-        if (is_last or is_due) and evaluated != iter_num:
+        is_due = evaluated != iter_num and (is_last or (eval_interval and not iter_num % eval_interval and not is_stopped))
+        if is_pause := is_due or is_stopped or 0 < 60 * save_minutes < time.monotonic() - saved_at:
             clock.pause()
-            if model.calibrate:
+            with ctx:
                 model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
+        if is_due:
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
             best_val_loss = min(losses['val'], best_val_loss)
@@ -268,11 +269,10 @@ with user_errors(), runtime.memory_errors(advice):
                 if is_best:
                     save('best.pt')
                 save('ckpt.pt')
-            clock.go_on()
-        elif is_stopped or 0 < 60 * save_minutes < time.monotonic() - saved_at:
-            clock.pause()
+        elif is_pause:
             runtime.check_finite('loss', float(loss), iter_num)
             save('ckpt.pt')
+        if is_pause:
             clock.go_on()
         if is_last:
             break

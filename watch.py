@@ -42,10 +42,12 @@ class Watch:
     """What train.py asks at each step. With `on` false every method does nothing.
 
     ctx: the forward pass's autocast; data: a dataset.Dataset, with whose first training batch activations are looked at.
-    What the run has logged in out_dir before, if it is resumed, is gone on with. Raises ValueError.
+    What the run has logged in out_dir before, if it is resumed, is gone on with; clipped: its count so far. Raises
+    ValueError.
     """
 
-    def __init__(self, on, model, out_dir, grad_clip, ctx, data):
+    def __init__(self, on, model, out_dir, grad_clip, ctx, data, clipped=0):
+        self.clipped = clipped
         self.on = on and not model.fit and any(p.requires_grad for p in model.parameters())
         if not self.on:
             if on:
@@ -57,11 +59,10 @@ class Watch:
         self.parameters = dict(zip(_short_names(model), model.parameters()))
         self.matrices = [name for name, p in self.parameters.items() if p.dim() > 1] or list(self.parameters)
         self.idx = self._examples(data.train_batch(0, 0)[0])
-        self.history, self.samples, self.clipped = [], {}, 0
+        self.history, self.samples = [], {}
         for line in _read(self.folder / 'metrics.jsonl'):
             if 'update_ratio' in line:
                 self._remember(line)
-                self.clipped = line.get('clipped', 0)
 
     def _examples(self, idx):
         """Of idx (B, T) as many rows as EXAMPLES allows, and a T that is no width of the model: so dimensions differ."""
@@ -215,7 +216,7 @@ def page(title, history, samples, matrices, grad_clip):
         at = {name: figure.add_axes(place) for name, place in PANELS.items()}
         _lines(at['update'], history, 'update_ratio', matrices)
         at['update'].axhline(-3, color=RED, lw=1.2, ls='--')
-        at['update'].set_title("size of updates: log10(std(change) / std(matrix)); about -3 is healthy")
+        at['update'].set_title("size of updates, log10(std(change) / std(matrix)): -3 is healthy")
         _lines(at['norm'], history, 'grad_norm')
         at['norm'].set(yscale='log', title="length of the gradient, by layer")
         _lines(at['dead'], history, 'saturated', lw=0.8, ls=':')
@@ -286,8 +287,7 @@ def _clipping(axes, history, grad_clip):
                        color=RED, alpha=0.12, lw=0)
     right.set(ylim=(0, 1), yticks=[0, 0.5, 1], yticklabels=['0', '50 %', '100 %'])
     right.grid(False)
-    axes.set_title(f"length of the gradient: above {grad_clip:g} in {counted[-1]['clipped']} of {steps[-1]} steps "
-                   "(red area: share so far)")
+    axes.set_title(f"gradient longer than {grad_clip:g} in {counted[-1]['clipped']} of {steps[-1]} steps (red: share)")
 
 
 def _shares(axes, history, grad_clip):

@@ -5,11 +5,13 @@ eval_interval, eval_iters, log_interval, always_save_checkpoint = 250, 20, 50, F
 gradient_accumulation_steps, batch_size, block_size = 1, 8, 256
 min_lr, weight_decay, dropout = 0.0, 0.1, 0.0
 if model in ('bigram', 'trigram'):
-    learning_rate, max_iters = 0.1, 6000
+    learning_rate, max_iters = 3e-2, 6000
 elif model == 'mlp':
-    learning_rate, max_iters, context, n_embd, n_hidden = 3e-3, 2700, 16, 32, 512
+    learning_rate, max_iters, context, n_embd, n_hidden = 1e-2, 2700, 16, 32, 512
 elif model == 'wavenet':
-    learning_rate, max_iters, n_layer, n_embd = 3e-3, 1700, 8, 96
+    learning_rate, max_iters, n_layer, n_embd = 1e-2, 1700, 8, 96
 else:
     learning_rate, max_iters, n_layer, n_head, n_embd = 3e-3, 800, 4, 4, 128
+    if model == 'modern':
+        learning_rate = 1e-2
 warmup_iters, lr_decay_iters = max_iters // 10, max_iters

@@ -32,6 +32,8 @@ class BigramConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: a bigram model needs at least 1")
         if self.table not in ('counted', 'learned'):
             raise ValueError(f"table={self.table!r} is unknown: take counted or learned")
+        if self.k != 1 and self.table == 'learned':
+            raise ValueError(f"k={self.k} is for table=counted: leave it out")
         if not self.k > 0:
             raise ValueError(f"k={self.k} must be above 0, however little: what never occurred would be impossible")
         if self.rank < 0 or (self.rank and self.table == 'counted'):

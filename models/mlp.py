@@ -36,6 +36,8 @@ class MLPConfig:
         for name in ('block_size', 'vocab_size', 'context', 'n_embd', 'n_hidden'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: an MLP needs at least 1")
+        if self.context > self.block_size:
+            raise ValueError(f"context={self.context} is longer than a window: take at most block_size={self.block_size}")
         for name, known in (('batchnorm', batchnorm.BATCH_NORMS), ('init', layers.INITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: take {' or '.join(filter(None, known))}")

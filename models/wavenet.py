@@ -52,7 +52,8 @@ class WavenetConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: take {' or '.join(filter(None, known))}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: take a probability from 0 up to, not including, 1")
-        others = dict(batchnorm='') if self.form == 'gated' else dict(n_stack=1, kernel=2, n_skip=0, dropout=0.0)
+        others = (dict(batchnorm='', n_hidden=128) if self.form == 'gated' else
+                  dict(n_stack=1, kernel=2, n_skip=0, dropout=0.0))
         for name, value in others.items():
             if getattr(self, name) != value:
                 raise ValueError(f"form={self.form} has no {name}: leave out {name}={getattr(self, name)}")

@@ -26,7 +26,8 @@ def test_the_table_is_what_was_logged(tmp_path):
     assert (tmp_path / 'c.png').read_bytes()[:4] == b'\x89PNG'
 
 
-@pytest.mark.parametrize('arguments, message', [((), '0 runs, 0 names'), (('nowhere',), 'nowhere holds no evaluated run')])
+@pytest.mark.parametrize('arguments, message', [
+    ((), 'give the out_dir of at least one run'), (('nowhere',), 'nowhere holds no evaluated run')])
 def test_mistakes(arguments, message):
     done = run('compare.py', *arguments)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -4,8 +4,9 @@ import os
 
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY, run, same
 
+import checkpoint
 from dataset import Documents, open_dataset, write_bins
 from tokenizer import CharTokenizer
 
@@ -93,3 +94,53 @@ def test_a_run_shows_documents(folder, tmp_path):
     assert "--start=$'\\n' --stop=$'\\n'" in shown.splitlines()[0]
     done = run('sample.py', f'--out_dir={tmp_path / "out"}', '--start=\n', '--stop=\n', '--num_samples=2', '--device=cpu')
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('name', ['study_mlp', 'study_wavenet', 'study_transformer', 'names', 'zoo'])
+def test_the_configs_of_small_models_run(folder, tmp_path, name):
+    """And evaluate.py finds the loss that the run has reported, each name on its own."""
+    done = run('train.py', f'config/{name}.py', '--model=mlp' if name == 'names' else '--eval_iters=1', '--max_iters=2',
+               '--lr_decay_iters=2', '--warmup_iters=1', '--eval_interval=0', '--dtype=float32', f'--dataset={folder}',
+               '--batch_size=2', '--device=cpu', f'--out_dir={tmp_path / "out"}',
+               *(['--block_size=16'] if name == 'zoo' else []))
+    assert done.returncode == 0, done.stderr
+    if name == 'names':
+        told = json.loads((tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()[-1])['val_loss']
+        done = run('evaluate.py', f'--out_dir={tmp_path / "out"}', '--device=cpu')
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())['results']
+        assert results['bpb']['loss'] == pytest.approx(told, rel=1e-5)
+        assert results['perplexity']['loss'] == pytest.approx(told, rel=1e-5)
+
+
+def test_sgd_and_batch_norm_resume_bit_for_bit(folder, tmp_path):
+    settings = [*TINY, '--model=mlp', '--dropout=0', '--batchnorm=ema', '--optimizer=sgd', '--max_norm=1',
+                '--lr_schedule=step', '--lr_decay_iters=4', '--warmup_lr=1e-3', f'--dataset={folder}']
+    for out, steps in (('whole', 6), ('cut', 3)):
+        done = run('train.py', *settings, f'--max_iters={steps}', f'--out_dir={tmp_path / out}')
+        assert done.returncode == 0, done.stderr
+    done = run('train.py', '--init_from=resume', '--max_iters=6', f'--out_dir={tmp_path / "cut"}')
+    assert done.returncode == 0, done.stderr
+    a, b = (checkpoint.read(tmp_path / out / 'ckpt.pt') for out in ('whole', 'cut'))
+    assert same(a['model'], b['model']) and same(a['optimizer'], b['optimizer'])
+
+
+def test_precise_statistics_are_those_of_the_saved_weights(folder, tmp_path):
+    """A run that is stopped between two evaluations has them too."""
+    done = run('train.py', *TINY, '--model=mlp', '--dropout=0', '--batchnorm=precise', '--eval_interval=0',
+               '--save_minutes=1e-9', f'--dataset={folder}', '--max_iters=3', f'--out_dir={tmp_path}')
+    assert done.returncode == 0, done.stderr
+    before = checkpoint.read(tmp_path / 'ckpt.prev.pt')
+    assert before['iter_num'] == 2 and before['model']['transformer.h.norm.is_measured']
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize('arguments, train_loss, val_loss', [
+    (['--model=mlp'], 2.126, 2.170), (['--model=wavenet'], 1.769, 1.994),
+    (['--model=mlp', '--batchnorm=ema', '--max_iters=5500', '--lr_decay_iters=5500'], 2.067, 2.105)])
+def test_names_are_learned_as_published(tmp_path, arguments, train_loss, val_loss):
+    """The figures of the lectures that go with https://github.com/karpathy/makemore."""
+    done = run('train.py', 'config/names.py', *arguments, f'--out_dir={tmp_path}', '--device=cpu', timeout=1500)
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert abs(last['train_loss'] - train_loss) < 0.02 and abs(last['val_loss'] - val_loss) < 0.02
