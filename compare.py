@@ -50,6 +50,7 @@ def table(runs):
 def draw(runs):
     """The figure: a point for each run, twice."""
     import matplotlib.figure  # without pyplot, which would look for a display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     matplotlib.rcParams.update({'font.size': 12, 'axes.grid': True, 'grid.color': '#e4e4e4'})
     figure = matplotlib.figure.Figure(figsize=(14, 7), dpi=150, layout='constrained')
     models = list(dict.fromkeys(config['model'] for config, _ in runs.values()))
@@ -68,12 +69,15 @@ def draw(runs):
         axes.set_xlim(low, high * (high / low) ** 0.25)     # room for the names
     figure.axes[0].set_ylabel('validation loss (nats per token)')
     figure.draw_without_rendering()     # now the texts have a size
-    taken = []
-    for text in labels:     # as near to its point as there is no other text
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    points = [text.axes.transData.transform(text.xy) for text in labels]
+    taken = [matplotlib.transforms.Bbox([point - 10, point + 10]) for point in points]
+    for text in labels:     # as near to its point as there is no other text and no point
         for up in sorted(range(-150, 151, 3), key=abs):
-            text.set_position((9, up))
-            box = text.get_window_extent()
-            if not any(map(box.overlaps, taken)) and box.y0 > text.axes.bbox.y0:
+            text.set_position((14, up))
+            text.update_positions(renderer)
+            box = matplotlib.text.Text.get_window_extent(text, renderer)    # without its line
+            if not any(map(box.overlaps, taken)) and text.axes.bbox.y0 < box.y0 and box.y1 < text.axes.bbox.y1:
                 break
         taken.append(box)
     return figure
