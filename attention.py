@@ -34,8 +34,6 @@ class AttentionConfig:
             value = getattr(self, name)
             if value < 0 or (value and kind != whose):
                 raise ValueError(f"{name}={value}: take 0 or more, and 0 unless it is attention_kind={whose!r}")
-        if self.window != 128 and kind not in ('sliding', 'banded'):
-            raise ValueError(f"window={self.window} is for attention_kind='sliding' or 'banded'; here it is {kind!r}")
         if self.window < 1:
             raise ValueError(f"window={self.window}: a token sees at least itself, 1")
         if H % self.kv_heads:
