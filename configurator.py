@@ -10,16 +10,15 @@ their real type; whoever resolves them checks the value.
 import ast
 import dataclasses
 import difflib
-import inspect
 import math
 import os
 import re
 import sys
 import types
 import warnings
-from pathlib import Path
 
 import configfile
+import confighelp
 
 PLAIN = (bool, int, float, str)
 
@@ -65,7 +64,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
             if field.name != 'vocab_size' and field.name not in defaults:
                 defaults[field.name] = values[field.name] = field.default
     if wants_help:
-        _print_help(settings, defaults, Config)
+        confighelp.print_help(settings, defaults, Config)
         sys.exit(0)
     for key, (value, where) in later.items():
         if key not in defaults:
@@ -133,13 +132,3 @@ def _show(value):
     except Exception:       # an int of thousands of digits
         text = f"this {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:90]}…{text[-1]}"
-
-
-def _print_help(settings, defaults, Config):
-    """Every setting with its default and the comment behind it in the source."""
-    source = ''.join(inspect.getsource(c) for c in (Config.__mro__[:-1] if Config else ()))
-    source += Path(settings['__file__']).read_text(encoding='utf-8')
-    comments = dict(re.findall(r'^ *(\w+)(?:: [^=\n]+)? = .*?  # (.*)$', source, re.MULTILINE))
-    print(f"{settings.get('__doc__') or ''}\nSettings, as --key=value:")
-    for key, value in defaults.items():
-        print(f"  --{f'{key}={value!r}':38} {comments.get(key, '')}")
