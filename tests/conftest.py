@@ -32,7 +32,7 @@ def run(script, *arguments, processes=1, env=None, cwd=ROOT, timeout=120, stdin=
 
 def write_text(folder, text):
     """Make `folder` a dataset of `text` by characters, nine tenths to train on."""
-    from dataset import write_bins
+    from bins import write_bins
     from tokenizer import CharTokenizer
     folder.mkdir(parents=True, exist_ok=True)
     cut = len(text) * 9 // 10

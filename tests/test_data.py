@@ -20,7 +20,8 @@ from conftest import ROOT, run, write_text
 
 import dataset
 import files
-from dataset import Dataset, RandomDataset, write_bins, write_documents
+from bins import write_bins, write_documents
+from dataset import Dataset, RandomDataset
 from tokenizer import ByteTokenizer, CharTokenizer
 
 MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')

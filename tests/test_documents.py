@@ -7,7 +7,8 @@ import pytest
 from conftest import TINY, run, same
 
 import checkpoint
-from dataset import Documents, open_dataset, write_bins
+from bins import write_bins
+from dataset import Documents, open_dataset
 from tokenizer import CharTokenizer
 
 NAMES = ['ada', 'bo', 'christopherson', 'dee', 'x', 'maximiliana', 'yu', 'li', 'wu']

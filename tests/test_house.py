@@ -16,7 +16,7 @@ KNOWS = {       # module: the project's modules that it may import
     'huggingface': {'tokenizer'},
     'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
-    'dataset': {'tokenizer', 'files'},
+    'dataset': {'tokenizer'}, 'bins': {'files'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
     'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files', 'huggingface'},

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import batchnorm
 import layers
 import ngrams
-from dataset import open_dataset, write_bins
+from bins import write_bins
+from dataset import open_dataset
 from models import build
 from tokenizer import CharTokenizer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from dataset import write_bins
+from bins import write_bins
 from files import download
 from runtime import user_errors
 from tokenizer import CharTokenizer

@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from dataset import write_documents
+from bins import write_documents
 from runtime import user_errors
 from tokenizer import TiktokenTokenizer
 
