@@ -9,7 +9,7 @@ from conftest import ROOT
 SCRIPTS = {'train', 'sample', 'bench', 'bench_generation', 'plot', 'compare', 'evaluate', 'export'}
 KNOWS = {       # module: the project's modules that it may import
     'configfile': set(), 'confighelp': set(), 'runtime': set(), 'files': set(), 'tokenizer': set(), 'layers': set(),
-    'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'attention': {'layers'}, 'ngrams': {'layers'},
+    'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'chat': set(), 'lora': set(), 'attention': {'layers'}, 'ngrams': {'layers'},
     'configurator': {'configfile', 'confighelp'},
     'generate': {'tokenizer', 'layers'},
     'weights': {'model'},
