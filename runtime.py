@@ -1,4 +1,4 @@
-"""The machine: device, number format, compilation, randomness, peak speed; and how a script ends on a user's mistake."""
+"""The machine: device, number format, compilation, randomness, peak speed; and settings that cannot be."""
 import contextlib
 import ctypes
 import math
@@ -11,16 +11,12 @@ import time
 import numpy as np
 import torch
 
+from mistakes import fail, user_errors  # noqa: F401 (scripts have both from here)
+
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
-
-def fail(message):
-    """End the script on a user's mistake: one line on stderr, exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
 
 def check_at_least(least, config, keys):
     """Fail where one of the settings `keys` (names in one string) is below `least`."""
@@ -41,22 +37,6 @@ def check_finite(what, loss, step):
     if not math.isfinite(loss):
         fail(f"the {what} is {loss} at step {step}: it diverged after the last save; take lower learning rates "
              "(--learning_rate, or --muon_lr and --embed_lr where they are set)")
-
-
-@contextlib.contextmanager
-def user_errors():
-    """The project's modules raise ValueError and OSError with a line for the user; inside this, that line ends the
-    script. Only around calls that check what a user gave."""
-    try:
-        yield
-    except BrokenPipeError:     # `| head` has seen enough; what is left of the output goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None
-    except (ValueError, OSError) as error:
-        fail(f"{error.filename}: {error.strerror}" if getattr(error, 'filename', None) else error)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
 
 
 @contextlib.contextmanager

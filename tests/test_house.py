@@ -8,7 +8,7 @@ from conftest import ROOT
 
 SCRIPTS = {'train', 'sample', 'bench', 'bench_generation', 'plot', 'compare', 'evaluate', 'export'}
 KNOWS = {       # module: the project's modules that it may import
-    'configfile': set(), 'confighelp': set(), 'runtime': set(), 'files': set(), 'tokenizer': set(), 'layers': set(),
+    'configfile': set(), 'confighelp': set(), 'mistakes': set(), 'runtime': {'mistakes'}, 'files': set(), 'tokenizer': set(), 'layers': set(),
     'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'chat': set(), 'lora': set(), 'attention': {'layers'}, 'ngrams': {'layers'},
     'configurator': {'configfile', 'confighelp'},
     'generate': {'tokenizer', 'layers'},
@@ -16,7 +16,7 @@ KNOWS = {       # module: the project's modules that it may import
     'huggingface': {'tokenizer'},
     'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
-    'dataset': {'tokenizer'}, 'bins': {'files'},
+    'shards': set(), 'dataset': {'tokenizer', 'shards'}, 'bins': {'files'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
     'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files', 'huggingface'},

@@ -1,0 +1,27 @@
+"""How a script ends on a user's mistake: one line on stderr, exit code 2. Apart from runtime.py, which loads torch."""
+import contextlib
+import os
+import signal
+import sys
+
+
+def fail(message):
+    """End the script on a user's mistake: one line on stderr, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """The project's modules raise ValueError and OSError with a line for the user; inside this, that line ends the
+    script. Only around calls that check what a user gave."""
+    try:
+        yield
+    except BrokenPipeError:     # `| head` has seen enough; what is left of the output goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None
+    except (ValueError, OSError) as error:
+        fail(f"{error.filename}: {error.strerror}" if getattr(error, 'filename', None) else error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
