@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards import Shards
 from tokenizer import check_description, describe_meta_pkl
 
 ROOT = Path(__file__).resolve().parent / 'data'
@@ -21,63 +22,91 @@ SCAN_LIMIT = 100_000_000    # bins up to so many tokens are searched whole for i
 class Dataset:
     """The splits of data/NAME (or of any folder), and the batches that training and evaluation take from them.
 
-    tokenizer: its description; vocab_size: ids are below it.
+    tokenizer: its description; vocab_size: ids are below it; eot: what stands behind each document; tokens: {split: how
+    many}. Where there are masks (train.mask, a byte per token), targets whose byte is 0 are -1, as padding is.
     Raises ValueError or OSError with what is missing or wrong.
     """
 
     def __init__(self, name, block_size, batch_size, batches_per_step=1, seed=1337):
-        self.name, self.block_size, self.batch_size = name, block_size, batch_size
-        self.batches_per_step, self.seed = batches_per_step, seed
+        self._settings(name, block_size, batch_size, batches_per_step, seed)
         self.folder = ROOT / name
         self.tokenizer, self.vocab_size, self.dtype, self.meta = read_meta(self.folder)
-        self.tokens, self._files = {}, {}       # by split: its length, its open file
-        for split in ('train', 'val'):
-            path = self.folder / f'{split}.bin'
-            if not path.is_file():
+        self.shards = {split: Shards(self.folder, split, 'bin', self.dtype) for split in ('train', 'val', 'test')}
+        if not self.shards['test'].paths:
+            del self.shards['test']
+        self.tokens = {split: len(shards) for split, shards in self.shards.items()}
+        for split, n in self.tokens.items():
+            path = self.shards[split].name
+            if not self.shards[split].paths:
                 script = self.folder / 'prepare.py'
                 raise FileNotFoundError(f"{path} is missing: " + (f"run `python {script}` first" if script.is_file() else
                                         "dataset= takes a folder in data/, or a path, with train.bin and val.bin"))
-            n, rest = divmod(path.stat().st_size, np.dtype(self.dtype).itemsize)
-            if rest:
-                raise ValueError(f"{path} is not a whole number of {self.dtype} ids long: it was cut off; prepare it again")
-            self.tokens[split] = n
             if n < 2:
                 raise ValueError(f"{path} holds {n} token(s): too few to learn from; prepare it again")
             if split == 'train' and n <= block_size:
                 raise ValueError(f"block_size={block_size} is larger than the train split of {name} ({n} tokens, of "
                                  f"which {n - 1} can be a context); take a smaller --block_size")
-            self._files[split] = open(path, 'rb', buffering=1 << 12)
             if n <= SCAN_LIMIT:
                 self._check(split, self._tokens(split, 0, n))
             facts = self.meta.get('splits', {}).get(split, {})
             if n != facts.get('tokens', n):
                 raise ValueError(f"{path} holds {n} tokens, meta.json says {facts['tokens']}; prepare it again")
+        if self.meta.get('masked'):
+            self.masks = {split: self._mask(split) for split in self.tokens}
+        elif stray := next(self.folder.glob('*.mask'), None):
+            raise ValueError(f'{stray} is there, but meta.json does not say "masked": true; prepare it again')
         self.windows = max(1, (self.tokens['train'] - block_size) // block_size)    # per epoch
-        self.batch_tokens = batch_size * block_size
+
+    def _settings(self, name, block_size, batch_size, batches_per_step, seed):
+        self.name, self.block_size, self.batch_size = name, block_size, batch_size
+        self.batches_per_step, self.seed = batches_per_step, seed
+        self.batch_tokens, self.masks, self._shares = batch_size * block_size, {}, (None, None)
+
+    def _mask(self, split):
+        mask, n = Shards(self.folder, split, 'mask', 'uint8'), self.tokens[split]
+        if len(mask) != n:
+            raise ValueError(f"{mask.name} " + (f"has {len(mask)} bytes for {n} tokens" if mask.paths else
+                             "is missing, and meta.json says that there is one") + "; prepare it again")
+        if n <= SCAN_LIMIT and not mask.read(1, n).any():
+            raise ValueError(f"{mask.name} leaves no token to learn or to be judged by; prepare it again")
+        return mask
 
     def _tokens(self, split, start, n):
-        """Tokens start to start + n of a split, fewer at its end. Read, not mapped: that is faster for windows, and the
-        pages of a map would stay in the process's memory."""
-        file, size = self._files[split], np.dtype(self.dtype).itemsize
-        file.seek(int(start) * size)
-        return np.frombuffer(file.read(n * size), self.dtype)
+        """Tokens start to start + n of a split, fewer at its end."""
+        return self.shards[split].read(start, n)
 
     def _check(self, split, tokens):
         if (top := int(tokens.max())) >= self.vocab_size:
-            raise ValueError(f"{self.folder / split}.bin holds the id {top}, but its vocabulary has {self.vocab_size} "
+            raise ValueError(f"{self.shards[split].name} holds the id {top}, but its vocabulary has {self.vocab_size} "
                              "entries; prepare it again")
 
-    def _read(self, split, starts, length):
-        """(idx, targets), each (len(starts), length) int64: the windows at `starts`, and the same one token later.
-
-        What lies beyond the end of the split is 0 in idx and -1 in targets.
-        """
-        rows = np.full((len(starts), length + 1), -1, np.int64)
-        for row, start in zip(rows, starts, strict=True):
-            piece = self._tokens(split, start, length + 1)
-            row[:len(piece)] = piece
+    def _read(self, split, spans):
+        """(idx, targets), each (len(spans), block_size) int64: the tokens of each span (see `_spans`), and the same one
+        token later, from the first that counts. The rest is 0 in idx and -1 in targets."""
+        rows = np.full((2, len(spans), self.block_size), -1, np.int64)
+        for idx, targets, (start, scored, end) in zip(*rows, spans.tolist()):
+            piece = self._tokens(split, start, end - start + 1)
+            idx[:end - start] = piece[:-1]
+            targets[scored - start:end - start] = piece[1 + scored - start:]
+            if self.masks:
+                targets[scored - start:end - start][self.masks[split].read(scored + 1, end - scored) == 0] = -1
         self._check(split, rows)
-        return np.maximum(rows[:, :-1], 0), rows[:, 1:]
+        return np.maximum(rows[0], 0), rows[1]
+
+    def _counts(self, split, spans):
+        """How many targets each of `spans` has."""
+        if not self.masks:
+            return spans[:, 2] - spans[:, 1]
+        mask = self.masks[split]
+        return np.array([np.count_nonzero(mask.read(scored + 1, end - scored)) for _, scored, end in spans.tolist()])
+
+    def _spans(self, split, places):
+        """(len(places), 3): each window's start, the first token whose next one is a target that counts, and its last
+        target. Windows are at `places`, of which `train_places` and `eval_batch` know."""
+        starts = np.minimum(places, self.tokens[split] - 1)
+        return np.stack([starts, starts, np.minimum(starts + self.block_size, self.tokens[split] - 1)], 1)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def train_batch(self, step, micro):
         """(idx, targets, share) of micro-batch `micro` of `step`: a function of the seed alone, whoever asks.
@@ -85,17 +114,31 @@ class Dataset:
         share: the part of the step's targets that are in it, which weighs its loss. Every window comes once per
         epoch, in a new order and from a new offset each time.
         """
-        return *self._read('train', self._train_starts(step, micro), self.block_size), 1 / self.batches_per_step
+        numbers = np.arange(self.batches_per_step * self.batch_size).reshape(-1, self.batch_size)
+        numbers += step * numbers.size
+        if self._shares[0] != step:
+            counts = np.array([self.train_counts(some).sum() for some in numbers])
+            self._shares = step, (counts / max(1, counts.sum())).tolist()
+        return *self.train_rows(numbers[micro]), self._shares[1][micro]
 
-    def _train_starts(self, step, micro):
-        first = (step * self.batches_per_step + micro) * self.batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.windows)
-        starts = np.empty(self.batch_size, np.int64)
+    def train_rows(self, numbers):
+        """(idx, targets) of the training windows with these numbers, which go on through all epochs."""
+        return self._read('train', self._spans('train', self._train_places(numbers)))
+
+    def train_counts(self, numbers):
+        """How many targets each of them has."""
+        if not self.masks:      # they are full
+            return np.full(len(numbers), self.block_size)
+        return self._counts('train', self._spans('train', self._train_places(numbers)))
+
+    def _train_places(self, numbers):
+        epochs, windows = np.divmod(numbers, self.windows)
+        places = np.empty(len(numbers), np.int64)
         for epoch in np.unique(epochs):
             key = np.random.SeedSequence((self.seed, int(epoch))).generate_state(5, np.uint64)
             here = epochs == epoch
-            starts[here] = self._places(permute(places[here], self.windows, key[:4]), key[4])
-        return starts
+            places[here] = self._places(permute(windows[here], self.windows, key[:4]), key[4])
+        return places
 
     def _places(self, windows, key):
         """Where these training windows start in an epoch, whose offset `key` decides."""
@@ -110,6 +153,8 @@ class Dataset:
     def first(self, split, n):
         """The first n tokens of a split, as a NumPy array."""
         return self._tokens(split, 0, n)
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def eval_windows(self, split):
         """How many windows side by side the split has."""
@@ -126,19 +171,33 @@ class Dataset:
         The whole split is its windows side by side, the last batch filled up with ignored targets, so that every token
         but the first is predicted once; fewer batches are windows spread evenly over it. Always the same ones.
         """
-        places = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
-        if (batches := self.eval_batches(split, limit)) < self.eval_batches(split):
-            places = places * self.eval_windows(split) // (batches * self.batch_size)
-        idx, targets = self._read(split, self._eval_starts(places), self.block_size)
+        idx, targets = self._read(split, self._eval_spans(split, i, limit))
         return idx, targets, int((targets >= 0).sum())
 
-    def _eval_starts(self, windows):
+    def eval_targets(self, split, limit=None):
+        """How many targets all batches of an evaluation have together."""
+        return sum(int(self._counts(split, self._eval_spans(split, i, limit)).sum())
+                   for i in range(self.eval_batches(split, limit)))
+
+    def _eval_spans(self, split, i, limit):
+        windows = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
+        if (batches := self.eval_batches(split, limit)) < self.eval_batches(split):
+            windows = windows * self.eval_windows(split) // (batches * self.batch_size)
+        return self._spans(split, self._eval_places(windows))
+
+    def _eval_places(self, windows):
         return windows * self.block_size
 
     def bits_per_byte(self, split, loss):
-        """`loss` (nats per token) as bits per byte of text, or None where meta.json does not say the bytes."""
+        """`loss` (nats per token) as bits per byte of text, or None where meta.json does not say the bytes, or the loss is
+        that of some tokens only."""
+        bytes_per_token = self.bytes_per_token(split)
+        return loss / np.log(2) / bytes_per_token if bytes_per_token else None
+
+    def bytes_per_token(self, split):
+        """Of the text of a split; None: see bits_per_byte."""
         facts = self.meta.get('splits', {}).get(split)
-        return loss / np.log(2) * facts['tokens'] / facts['bytes'] if facts else None
+        return facts['bytes'] / facts['tokens'] if facts and not self.masks else None
 
 
 class Documents(Dataset):
@@ -151,12 +210,12 @@ class Documents(Dataset):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.spans = {split: self._spans(split) for split in self.tokens}
+        self.spans = {split: self._divide(split) for split in self.tokens}
         self.windows = len(self.spans['train'])
         self.batch_tokens = round(self.batch_size * (self.tokens['train'] - 1) / self.windows)      # on average
 
-    def _spans(self, split):
-        """(windows, 3): each one's start, the first of its targets that counts, and its end."""
+    def _divide(self, split):
+        """The spans of a split's windows."""
         tokens, separator = self._tokens(split, 0, self.tokens[split]), self.meta['separator']
         ends = np.flatnonzero(tokens == separator)
         if len(ends) < 2 or ends[0] or ends[-1] != len(tokens) - 1:
@@ -168,24 +227,17 @@ class Documents(Dataset):
                       for at in range(start, end, self.block_size)]
         return np.array(spans)
 
-    def _read(self, split, windows, length):
-        rows = np.full((2, len(windows), length), -1, np.int64)
-        for i, (start, scored, end) in enumerate(self.spans[split][windows[windows < len(self.spans[split])]]):
-            piece = self._tokens(split, start, end - start + 1)
-            rows[0, i, :end - start] = piece[:-1]
-            rows[1, i, scored - start:end - start] = piece[1 + scored - start:]
-        self._check(split, rows)
-        return np.maximum(rows[0], 0), rows[1]
+    def _spans(self, split, places):
+        spans = self.spans[split]       # beyond the last one: empty
+        return spans[np.minimum(places, len(spans) - 1)] * (places < len(spans))[:, None]
 
-    def train_batch(self, step, micro):
-        places = [self._train_starts(step, i) for i in range(self.batches_per_step)]
-        counts = [(self.spans['train'][p, 2] - self.spans['train'][p, 1]).sum() for p in places]
-        return *self._read('train', places[micro], self.block_size), float(counts[micro] / sum(counts))
+    def train_counts(self, numbers):
+        return self._counts('train', self._spans('train', self._train_places(numbers)))
 
     def _places(self, windows, key=None):
         return windows
 
-    _eval_starts = _places
+    _eval_places = _places
 
     def eval_windows(self, split):
         return len(self.spans[split])
@@ -195,14 +247,12 @@ class RandomDataset(Dataset):
     """Random ids in place of text, to measure speed where no data is prepared."""
 
     def __init__(self, block_size, batch_size, batches_per_step=1, seed=1337, vocab_size=50257):
-        self.name, self.block_size, self.batch_size = 'random', block_size, batch_size
-        self.batches_per_step, self.seed = batches_per_step, seed
+        self._settings('random', block_size, batch_size, batches_per_step, seed)
         self.tokenizer, self.vocab_size, self.meta, self.folder = None, vocab_size, {}, Path('random')
         ids = np.random.default_rng(seed).integers(vocab_size, size=max(1 << 20, 4 * block_size), dtype=np.uint32)
         self._ids = {'train': ids, 'val': ids[:8 * block_size + 1]}
         self.tokens = {split: len(ids) for split, ids in self._ids.items()}
         self.windows = (len(ids) - block_size) // block_size
-        self.batch_tokens = batch_size * block_size
 
     def _tokens(self, split, start, n):
         return self._ids[split][start:start + n]
@@ -244,8 +294,9 @@ def read_meta(folder):
                 raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
             if not all(type(facts['tokens']) is int and facts['bytes'] > 0 for facts in meta.get('splits', {}).values()):
                 raise ValueError("splits")
-            if not 0 <= meta.get('separator', 0) < meta['vocab_size']:
-                raise ValueError(f"separator {meta['separator']!r}")
+            for key in ('separator', 'eot'):
+                if not 0 <= meta.get(key, 0) < meta['vocab_size']:
+                    raise ValueError(f"{key} {meta[key]!r}")
             if meta['tokenizer']:
                 check_description(meta['tokenizer'])
             return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
@@ -263,7 +314,7 @@ def read_meta(folder):
 def prepare_if_small(name):
     """Run data/NAME/prepare.py where the bins are missing and it says that it downloads less than 100 MB."""
     script = ROOT / name / 'prepare.py'
-    if (ROOT / name / 'train.bin').is_file() or not script.is_file():
+    if any((ROOT / name / first).is_file() for first in ('train.bin', 'train-00000.bin')) or not script.is_file():
         return
     size = re.search(r'^DOWNLOAD_MB = ([\d._]+)', script.read_text(encoding='utf-8'), re.MULTILINE)
     if not size or float(size[1]) >= 100:

@@ -9,7 +9,8 @@ from conftest import ROOT
 SCRIPTS = {'train', 'sample', 'bench', 'bench_generation', 'plot', 'compare', 'evaluate', 'export'}
 KNOWS = {       # module: the project's modules that it may import
     'configfile': set(), 'confighelp': set(), 'mistakes': set(), 'runtime': {'mistakes'}, 'files': set(), 'tokenizer': set(), 'layers': set(),
-    'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'chat': set(), 'lora': set(), 'attention': {'layers'}, 'ngrams': {'layers'},
+    'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'chat': set(), 'lora': set(),
+    'attention': {'layers'}, 'ngrams': {'layers'},
     'configurator': {'configfile', 'confighelp'},
     'generate': {'tokenizer', 'layers'},
     'weights': {'model'},
@@ -19,7 +20,7 @@ KNOWS = {       # module: the project's modules that it may import
     'shards': set(), 'dataset': {'tokenizer', 'shards'}, 'bins': {'files'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
-    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files', 'huggingface'},
+    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files', 'huggingface', 'lora'},
 }
 LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'bench_generation.py': 170, 'plot.py': 130,
          'compare.py': 100, 'evaluate.py': 250, 'export.py': 80, 'configurator.py': 145}
