@@ -20,6 +20,7 @@ import torch
 import dataset
 import files
 import huggingface
+import lora
 import models
 import tokenizer
 
@@ -209,6 +210,7 @@ def model_config(values):
 
 def restore(state, settings=None):
     """(model, tokenizer description or None) of a checkpoint's content, on the CPU. nanoGPT's checkpoints work too.
+    Of a run with lora_rank it is the model as it trains; the model's `template` is the chat template of the run's data.
 
     settings: train.py's; of them it takes the Config fields that may change (models.FREE), such as dropout.
     """
@@ -222,6 +224,7 @@ def restore(state, settings=None):
                          "without it are different weights: leave it out")
     try:
         model = Model(Model.Config(**state['model_args'] | free))
+        lora.add(model, lora.rank_of(weights))
         model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's weights and model_args are not a {Model.__name__}'s: "
@@ -233,6 +236,7 @@ def restore(state, settings=None):
         description, vocab_size = dataset.read_meta(folder)[:2]
         if vocab_size > model.config.vocab_size:    # the folder is gone, and the model not GPT-2's
             description = None
+    model.template = state.get('template')
     return model, description
 
 
@@ -242,17 +246,17 @@ def _free(Config, settings):
 
 def open_model(source, settings=None):
     """(model, tokenizer description or None) from an out_dir, a checkpoint, a Hugging Face folder or .safetensors
-    file, or an OpenAI name.
+    file, or an OpenAI name. What a run learned by LoRA is merged into its weights.
 
     From an out_dir: the best weights, or the latest where its run had always_save_checkpoint. Raises ValueError, OSError.
     """
     path = Path(source)
     is_weights = path.suffix == '.safetensors'
     if path.is_file() and not is_weights:
-        return restore(read(path), settings)
+        return _merged(read(path), settings)
     names = [name for name in _preference(path) if (path / name).exists()]
     if names:
-        return restore(_first_good([path / name for name in names], 'taking'), settings)
+        return _merged(_first_good([path / name for name in names], 'taking'), settings)
     if (path / 'metrics.jsonl').exists():
         raise FileNotFoundError(f"{source!r} holds a run that has saved no checkpoint yet")
     folder, names = path.parent if is_weights else path, huggingface.OPENAI
@@ -264,6 +268,11 @@ def open_model(source, settings=None):
     model = Model(Model.Config(**fields | _free(Model.Config, settings)))
     huggingface.fill(model, weights, source)
     return model, tokenizer.from_files(folder) or (dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None)
+
+
+def _merged(state, settings):
+    model, description = restore(state, settings)
+    return lora.merge(model), description
 
 
 def _preference(folder):

@@ -188,8 +188,10 @@ def plan(config, model, data, tokens_per_step, max_iters, iter_num):
         epochs = max_iters * tokens_per_step / data.tokens['train']
         todo = (f"steps: {max(0, max_iters - iter_num):,} of {c['gradient_accumulation_steps']} x {windows} = "
                 f"{padded}{tokens_per_step:,} tokens, {epochs:.3g} epochs in all")
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    part = f", {short(n_trained)} of them trained (lora_rank={c['lora_rank']})" if c.get('lora_rank') else ''
     return '\n'.join([
-        f"model: {c['model']}, {short(model.num_params())} parameters, from {c['init_from']}",
+        f"model: {c['model']}, {short(model.num_params())} parameters{part}, from {c['init_from']}",
         f"data: {c['dataset']}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on", todo])
 
 

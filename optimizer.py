@@ -9,7 +9,7 @@ MUON_MOMENTUM = 0.85, 0.95, 300     # from, to, within so many steps: early grad
 
 def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, width=768, bfloat16=False, is_asked=False,
           name='adamw', max_norm=0.0, lr_schedule='cosine'):
-    """The optimizer of {role: [parameters]}; None where there is nothing to learn. Raises ValueError.
+    """The optimizer of {role: [parameters]}, frozen ones left out; None where there is nothing to learn. Raises ValueError.
 
     Without `lrs` it is AdamW in nanoGPT's two groups: what has two dimensions or more decays, vectors don't. lrs: learning
     rates by role ('matrix', 'embedding', 'head'; one that is missing or 0 is `learning_rate`). With one for matrices
@@ -24,6 +24,9 @@ def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, 
         raise ValueError(f"optimizer={name!r} is unknown: take adamw or sgd; --muon_lr gives the matrices to Muon")
     if lr_schedule not in ('cosine', 'step'):
         raise ValueError(f"lr_schedule={lr_schedule!r} is unknown: take cosine or step; for a straight line, --cooldown")
+    if (lrs or {}).get('matrix') and not all(p.requires_grad for p in groups.get('matrix', ())):
+        raise ValueError("muon_lr is for whole matrices: leave it out with lora_rank, whose thin ones learning_rate trains")
+    groups = {role: [p for p in params if p.requires_grad] for role, params in groups.items()}
     lrs = {role: lr * (1 if role == 'matrix' else math.sqrt(768 / width)) for role, lr in (lrs or {}).items() if lr}
     if lrs and not learning_rate:
         raise ValueError("learning_rate=0 with another rate above 0: it is what the schedule starts from, take it > 0")
@@ -162,7 +165,9 @@ def schedule(step, peak, floor, warmup_steps, decay_steps, decay=True, cooldown=
 
 
 def load(optimizer, state):
-    """Load a state_dict's moments; the options stay this run's. Raises ValueError where the state is another model's."""
+    """Load a state_dict's moments; the options stay this run's. Raises ValueError where it is another model's, or none."""
+    if not state:
+        raise ValueError("the checkpoint holds weights only, not the state of a run: start from it with --init_from")
     options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
     theirs, ours = ([(len(group['params']), group.get('muon', False), 'momentum' in group) for group in groups]
                     for groups in (state['param_groups'], optimizer.param_groups))

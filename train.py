@@ -18,6 +18,7 @@ import torch
 
 import checkpoint
 import generate
+import lora
 import models
 import optimizer as optimizers
 import parallel
@@ -55,6 +56,7 @@ n_head = 12  # attention heads
 n_embd = 768  # channels
 dropout = 0.0  # 0 for pretraining; for finetuning try 0.1
 bias = False  # in Linears and LayerNorms
+lora_rank = 0  # finetuning: train only two matrices of this rank beside each one of the blocks; 0: all weights
 # the optimizer and its learning rate
 optimizer = 'adamw'  # adamw, or sgd, whose momentum is beta1
 learning_rate = 6e-4  # the optimizer's, after the warm-up
@@ -96,7 +98,7 @@ with user_errors():
 runtime.check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')
 runtime.check_at_least(0, config, 'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay '
                                   'grad_clip warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown max_norm '
-                                  'warmup_lr')
+                                  'warmup_lr lora_rank')
 runtime.check_at_most(1, config, 'cooldown')
 if gradient_accumulation_steps % parallel.WORLD_SIZE:
     fail(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of {parallel.WORLD_SIZE} processes")
@@ -125,10 +127,9 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     if stored:
         model, trained_on = checkpoint.restore(stored, config)
     elif init_from != 'scratch':
-        trained, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
-        kept = {'model': models.name_of(trained)} | dataclasses.asdict(trained.config)
-        globals().update(checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'}))
-        model = trained
+        model, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
+        kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
+        globals().update(checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'}) | {'model': model})
         if block_size != model.config.block_size:
             model.crop_block_size(block_size)
     data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
@@ -139,6 +140,7 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
         fail(f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
              f"{out_dir if stored else init_from}")
+    lora.add(model, lora_rank, init_from)
     model.to(device).gradient_checkpointing = gradient_checkpointing
     optimizer = model.configure_optimizers(
         weight_decay, learning_rate, (beta1, beta2), device_type, dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
@@ -146,13 +148,10 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
         max_norm=max_norm, lr_schedule=lr_schedule)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if stored and optimizer:
-        if not stored['optimizer']:
-            fail(f"{out_dir} holds weights only, not the state of a run: start from them with --init_from={out_dir}")
         optimizers.load(optimizer, stored['optimizer'])
         if scaler.is_enabled() and stored.get('scaler'):
             scaler.load_state_dict(stored['scaler'])
-iter_num = int(stored['iter_num']) if stored else 0
-best_val_loss = float(stored['best_val_loss']) if stored else math.inf
+iter_num, best_val_loss = (int(stored['iter_num']), float(stored['best_val_loss'])) if stored else (0, math.inf)
 progress = stored.get('progress', {}) if stored else {}
 evaluated, bad_evals = progress.get('evaluated', -1), progress.get('bad_evals', 0)  # its step; how many since the best
 _start -= progress.get('wall_seconds', 0.0)
@@ -186,11 +185,11 @@ def evaluate(split, limit=None):
 def state():
     """All that a resumed run and sample.py need."""
     return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), scaler=scaler.state_dict(),
-                model_name=config['model'], model_args=dataclasses.asdict(model.config), tokenizer=data.tokenizer,
-                iter_num=iter_num, best_val_loss=best_val_loss, config=config, versions=runtime.versions(),
+                model_name=config['model'], model_args=dataclasses.asdict(model.config), config=config, iter_num=iter_num,
+                best_val_loss=best_val_loss, versions=runtime.versions(), template=data.meta.get('template'),
                 progress=dict(evaluated=evaluated, bad_evals=bad_evals, wall_seconds=time.perf_counter() - _start,
                               train_seconds=clock.total, wandb_id=metrics.wandb_id, clipped=int(watcher.clipped)),
-                resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads))
+                tokenizer=data.tokenizer, resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads))
 
 
 def save(name):
@@ -326,5 +325,5 @@ if is_stopped:
     sys.exit(128 + (stop.signal or signal.SIGTERM))
 if parallel.IS_MASTER and data.tokenizer:
     with ctx:
-        generate.closing_sample(model, data.tokenizer, data.first('val', 32).tolist(), out_dir,
+        generate.closing_sample(lora.merge(model), data.tokenizer, data.first('val', 32).tolist(), out_dir,
                                 data.meta.get('separator'))

@@ -56,7 +56,7 @@ class Watch:
         if not importlib.util.find_spec('matplotlib'):
             raise ValueError("watch=True draws its page with matplotlib: pip install matplotlib")
         self.model, self.folder, self.grad_clip, self.ctx = model, Path(out_dir), grad_clip, ctx
-        self.parameters = dict(zip(_short_names(model), model.parameters()))
+        self.parameters = {name: p for name, p in zip(_short_names(model), model.parameters()) if p.requires_grad}
         self.matrices = [name for name, p in self.parameters.items() if p.dim() > 1] or list(self.parameters)
         self.idx = self._examples(data.train_batch(0, 0)[0])
         self.history, self.samples = [], {}
