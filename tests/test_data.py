@@ -4,14 +4,12 @@ Texts come from the standard library's own source, which is everywhere; Shakespe
 NANOGPT_MIRROR and TIKTOKEN_CACHE_DIR have them.
 """
 import hashlib
-import http.server
 import json
 import os
 import pickle
 import runpy
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ import pytest
 from conftest import ROOT, run, write_text
 
 import dataset
-import files
 from bins import write_bins, write_documents
 from dataset import Dataset, RandomDataset
 from tokenizer import ByteTokenizer, CharTokenizer
@@ -510,66 +507,6 @@ def test_a_large_bin_does_not_fill_the_memory(tmp_path):
     assert int(done.stdout) < 10 << 20
 
 
-# ---- downloads and atomic files --------------------------------------------------------------------------------------
-
-TEXT = b'What a piece of work is a man!\n'
-DIGEST = hashlib.sha256(TEXT).hexdigest()
-NOWHERE = 'http://127.0.0.1:9/file'         # nobody listens there
-
-
-@pytest.fixture
-def mirror(tmp_path):
-    """A folder that has hamlet/input.txt."""
-    (tmp_path / 'mirror/hamlet').mkdir(parents=True)
-    (tmp_path / 'mirror/hamlet/input.txt').write_bytes(TEXT)
-    return tmp_path / 'mirror'
-
-
-@pytest.fixture
-def server(mirror):
-    """The URL of a local server of the mirror."""
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(mirror))
-
-        def log_message(self, *args):
-            pass
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
-
-
-@pytest.mark.parametrize('kind', ['a folder as mirror', 'a server as mirror', 'the host itself'])
-def test_download(mirror, server, tmp_path, monkeypatch, kind):
-    monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
-    url = NOWHERE
-    if kind == 'the host itself':
-        url = f'{server}/hamlet/input.txt'
-    else:
-        monkeypatch.setenv('NANOGPT_MIRROR', str(mirror) if 'folder' in kind else f'{server}/')
-    path = files.download(url, tmp_path / 'input.txt', DIGEST, mirrored_as='hamlet/input.txt')
-    assert path.read_bytes() == TEXT
-    monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
-    assert files.download(NOWHERE, path, DIGEST, mirrored_as='hamlet/input.txt') == path    # it is there already
-
-
-def test_a_download_with_another_checksum_is_not_kept(mirror, tmp_path, monkeypatch):
-    monkeypatch.setenv('NANOGPT_MIRROR', str(mirror))
-    (tmp_path / 'here').mkdir()
-    with pytest.raises(ValueError, match=r'is not the expected file.*nothing was kept'):
-        files.download(NOWHERE, tmp_path / 'here/input.txt', '0' * 64, mirrored_as='hamlet/input.txt')
-    assert not list((tmp_path / 'here').iterdir())
-
-
-@pytest.mark.parametrize('value', [None, '/nowhere', 'http://127.0.0.1:9'])
-def test_no_network_is_said_with_what_to_do(tmp_path, monkeypatch, value):
-    monkeypatch.setenv('NANOGPT_MIRROR', value) if value else monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
-    with pytest.raises(OSError, match=r'cannot download .*put the file at .*input\.txt by hand, or set NANOGPT_MIRROR'):
-        files.download(NOWHERE, tmp_path / 'input.txt', DIGEST, mirrored_as='hamlet/input.txt')
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_prepare_without_network_ends_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
     with pytest.raises(SystemExit) as end:
@@ -577,31 +514,3 @@ def test_a_prepare_without_network_ends_with_one_line(tmp_path, monkeypatch, cap
     out, error = capsys.readouterr()
     assert end.value.code == 2 and out == ''
     assert error.startswith('error: cannot download') and error.count('\n') == 1
-
-
-@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, OSError])
-def test_atomic_writing_leaves_the_old_file_and_no_litter(tmp_path, error):
-    path = tmp_path / 'file'
-    for content in (b'old', None):
-        with pytest.raises(error), files.replacing(path) as file:
-            file.write(b'new, but not')
-            raise error('the disk is full, say')
-        assert list(tmp_path.iterdir()) == ([path] if content is None else [])
-        path.write_bytes(b'old')
-    assert path.read_bytes() == b'old'
-    with files.replacing(path) as file:
-        file.write(b'new')
-    assert path.read_bytes() == b'new' and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(OSError, match=r'cannot write .*no/file'), files.replacing(tmp_path / 'no/file'):
-        pass
-
-
-def test_a_text_of_ones_own_is_not_downloaded_over(mirror, tmp_path, monkeypatch):
-    monkeypatch.setenv('NANOGPT_MIRROR', str(mirror))
-    (tmp_path / 'input.txt').write_text("my own words")
-    with pytest.raises(ValueError, match='input.txt is there, but is not'):
-        files.download(NOWHERE, tmp_path / 'input.txt', DIGEST, mirrored_as='hamlet/input.txt')
-    assert (tmp_path / 'input.txt').read_text() == "my own words"
