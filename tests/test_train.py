@@ -39,7 +39,7 @@ def learned(out_dir):
 
 # ---- exact resume ----------------------------------------------------------------------------------------------------
 
-CUTS = [('float32', 1, 1), ('float32', 1, 3), ('float32', 1, 5), ('bfloat16', 1, 4), ('float16', 1, 2), ('float32', 2, 4)]
+CUTS = [('float32', 1, 3), ('bfloat16', 1, 4), ('float16', 1, 2), ('float32', 2, 4)]
 
 
 @pytest.mark.parametrize('dtype, processes, cut', CUTS + [
@@ -177,7 +177,7 @@ def test_eval_only_and_finetuning_from_an_out_dir(trained, text_folder, tmp_path
                 '--block_size=16', '--batch_size=4', '--dtype=float32', '--eval_iters=1000')
     assert f" {metrics(trained)[-1]['val_loss']:.4f} " in out.splitlines()[-1] and not (tmp_path / 'none').exists()
     train(tmp_path / 'tuned', *TINY, f'--init_from={trained}', '--block_size=8', f'--dataset={text_folder}')
-    assert metrics(tmp_path / 'tuned')[0]['val_loss'] < 4.0     # not from scratch
+    assert metrics(tmp_path / 'tuned')[0]['val_loss'] < metrics(trained)[0]['val_loss'] - 0.1      # not from scratch
     assert checkpoint.load_model(tmp_path / 'tuned').config.block_size == 8
 
 
@@ -216,7 +216,7 @@ def test_random_data_and_bench(tmp_path):
 
 # ---- nanoGPT's checkpoints -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
+@pytest.mark.parametrize('prefix', [pytest.param('', marks=pytest.mark.campaign), '_orig_mod.'])
 def test_a_nanogpt_checkpoint_samples_and_resumes(text_folder, tmp_path, prefix):
     from dataset import read_meta
     vocab_size = read_meta(text_folder)[1]
