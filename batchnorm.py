@@ -38,8 +38,9 @@ class BatchNorm(nn.Module):
     def in_training(self, x, valid):
         mean, var, n = moments(x, valid)
         with torch.no_grad():
-            self.mean.lerp_(mean, 0.1)
-            self.var.lerp_(var * n / (n - 1).clamp(min=1), 0.1)
+            rate = 0.1 * n.clamp(max=1)         # nothing is learned where all is padding
+            self.mean.lerp_(mean, rate)
+            self.var.lerp_(var * n / (n - 1).clamp(min=1), rate)
         return mean, var
 
     def in_use(self, x, valid):
@@ -63,7 +64,7 @@ class PreciseBatchNorm(BatchNorm):
 
     def store(self):
         mean, var, n = (torch.stack(values) for values in zip(*self.parts))                 # (batches, C) twice, (batches,)
-        share = (n / n.sum())[:, None]
+        share = (n / n.sum().clamp(min=1))[:, None]
         self.mean.copy_((share * mean).sum(0))
         self.var.copy_((share * (var + (mean - self.mean) ** 2)).sum(0))      # E[x²] - E[x]², without cancellation
         self.is_measured.fill_(True)
@@ -79,9 +80,10 @@ class FrozenBatchNorm(PreciseBatchNorm):
         if self.parts is not None:
             self.parts.append((mean, var, n))
             return mean, var
-        self.mean.copy_(torch.where(self.is_measured, self.mean, mean))
-        self.var.copy_(torch.where(self.is_measured, self.var, var))
-        self.is_measured.fill_(True)
+        is_known = self.is_measured | (n == 0)
+        self.mean.copy_(torch.where(is_known, self.mean, mean))
+        self.var.copy_(torch.where(is_known, self.var, var))
+        self.is_measured.logical_or_(n > 0)
         return self.mean.clone(), self.var.clone()      # the next micro-batch may write before this one's backward pass
 
     def is_due(self):

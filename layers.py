@@ -166,6 +166,13 @@ def _use_plain(q):
     return ATTENTION == 'plain' or (ATTENTION == 'auto' and fastest)
 
 
+def cross_entropy(logits, targets):
+    """The mean over targets (B, T) other than -1 of what logits (B, T, V) say, in nats, in at least float32; 0 where there
+    is no target, whose gradient is 0 too. (torch's own mean is NaN then, and the same number otherwise.)"""
+    logits, targets = at_least_float32(logits).flatten(0, 1), targets.flatten()
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum') / (targets >= 0).sum().clamp(min=1)
+
+
 def compute_type(x):
     """x in bfloat16 where autocast computes in that: a residual stream in the products' own type needs no conversions."""
     kind = x.device.type

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import generate
@@ -191,7 +190,7 @@ class GPT(LanguageModel):
         logits = self.lm_head(x)                                            # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, layers.cross_entropy(logits, targets)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shape = self.config.n_head, self.config.n_embd // self.config.n_head

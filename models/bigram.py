@@ -11,7 +11,6 @@ Shapes: B batch, T time, V vocabulary.
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn import functional as F
 
 import layers
 import ngrams
@@ -86,7 +85,7 @@ class Bigram(LanguageModel):
         logits = self.lm_head(context if targets is not None else context[:, -1:])      # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, layers.cross_entropy(logits, targets)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         return layers.KVCache(batch, length, [], device, dtype)

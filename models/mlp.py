@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import batchnorm
 import layers
@@ -98,7 +97,7 @@ class MLP(LanguageModel):
         logits = self.lm_head(x if targets is not None else x[:, -1:])      # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, layers.cross_entropy(logits, targets)
 
     def calibrate(self, batches):
         batchnorm.measure_statistics(self, batches)

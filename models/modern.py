@@ -149,10 +149,10 @@ class Modern(LanguageModel):
             x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary, past)
         x = norm(x if targets is not None else x[:, -1:])
         logits = self.lm_head(x)                                            # (B, T, V), or (B, 1, V)
-        logits = 15 * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / 15)
+        logits = 15 * torch.tanh(layers.at_least_float32(logits) / 15)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, layers.cross_entropy(logits, targets)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shapes = [block.attn.cache_shapes for block in self.transformer.h]

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import attention
@@ -134,8 +133,7 @@ class Transformerpp(LanguageModel):
         logits = self.lm_head(x)                                            # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(layers.at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        return logits, layers.cross_entropy(logits, targets)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shapes = [block.attn.cache_shapes for block in self.transformer.h]

@@ -196,7 +196,7 @@ class Wavenet(LanguageModel):
         logits = self.lm_head(x if targets is not None else x[:, -1:])      # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, layers.cross_entropy(logits, targets)
 
     def calibrate(self, batches):
         batchnorm.measure_statistics(self, batches)

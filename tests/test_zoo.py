@@ -247,3 +247,15 @@ def test_flops(name):
     model = new(name)
     with unless_exempt(model, 'flops'):
         assert 0 < model.flops_per_token(T) and np.isfinite(model.estimate_mfu(1e3, 1e12))
+
+
+def test_without_any_target_loss_and_gradients_are_zero(name):
+    """A micro-batch of a masked dataset may have none."""
+    model, (idx, targets) = new(name), batch()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    loss = model.train()(idx, torch.full_like(targets, -1))[1]
+    assert loss.item() == 0 and model.eval()(idx, torch.full_like(targets, -1))[1].item() == 0
+    if not model.fit:
+        loss.backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())    # statistics of batch norm
