@@ -23,6 +23,7 @@ import huggingface
 import lora
 import models
 import tokenizer
+import tokenizer_files
 
 SUMS = 'sums.json'
 FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'evaluation.json', 'tensorboard',
@@ -267,7 +268,7 @@ def open_model(source, settings=None):
     Model = models.architecture(name)
     model = Model(Model.Config(**fields | _free(Model.Config, settings)))
     huggingface.fill(model, weights, source)
-    return model, tokenizer.from_files(folder) or (dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None)
+    return model, tokenizer_files.from_files(folder) or (dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None)
 
 
 def _merged(state, settings):

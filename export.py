@@ -50,8 +50,8 @@ with user_errors():
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         for name, value in content.items():
-            text = value if type(value) is str else json.dumps(value, indent=2, ensure_ascii=False)
-            (fresh / name).write_text(text, encoding='utf-8', newline='\n')
+            text = value if type(value) in (str, bytes) else json.dumps(value, indent=2, ensure_ascii=False)
+            (fresh / name).write_bytes(text if type(text) is bytes else text.encode())
         safetensors.torch.save_file(weights, fresh / 'model.safetensors', {'format': 'pt'})
         (fresh / 'model.safetensors').chmod((fresh / 'config.json').stat().st_mode)     # else its owner's only
         if path.is_dir():

@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-import tokenizer
+import tokenizer_files
 
 # The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face Hub.
 OPENAI = {
@@ -223,6 +223,6 @@ def content(model, name, dtype):
     files = {'config.json': {'architectures': [twin.architecture], 'model_type': twin.model_type,
                              **twin.config(c), 'vocab_size': vocab_size, **ends, 'torch_dtype': dtype},
              'generation_config.json': {**ends, 'pad_token_id': eot}}
-    files |= tokenizer.to_files(own, c.block_size) if own else {}
+    files |= tokenizer_files.to_files(own, c.block_size) if own else {}
     weights = twin.stored(model.state_dict(), c, vocab_size)
     return files, {k: v.to(getattr(torch, dtype)).contiguous() for k, v in weights.items()}

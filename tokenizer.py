@@ -1,34 +1,54 @@
-"""Text to token ids and back: characters, bytes, tiktoken's encodings (GPT-2's among them), Hugging Face's tokenizer.json.
+"""Text to token ids and back: characters, bytes, tiktoken's encodings (GPT-2's among them), sentencepiece's models, and
+whatever a tokenizer.json of Hugging Face's says.
 
-A tokenizer has encode(text) -> [ids], decode(ids) -> text, decode_bytes(ids) -> bytes, vocab_size, describe() -> the
-plain dict that meta.json and checkpoints keep and `load` turns back into the tokenizer, and to_json() -> the text of a
-tokenizer.json that gives the same ids.
+A tokenizer has
+  encode(text) -> [ids]; the text of a special token, such as <|endoftext|>, is that token;
+  encode_ordinary(text) -> ids, a list or an array; there it is plain text: for documents, which may contain it;
+  decode(ids) -> the text that they are; decode_bytes(ids) -> the bytes that they add behind other text. The two differ
+    where a text's first token loses the space before it: "The" is " The" behind another word;
+  vocab_size; eot, the id that ends a document, or None; describe() -> the plain dict that meta.json and checkpoints keep
+    and `load` turns back into the tokenizer;
+  lossless: whether decode(encode(text)) is the text, as far as a PROBE of hard cases shows. bert-base-uncased, for one,
+    drops capitals, accents, line ends and runs of spaces: a model can't write what its tokenizer has dropped. Figures per
+    byte or word are then to be taken over the real text, and ids are only as many as the text that is left needs.
 """
+import base64
 import contextlib
-import hashlib
 import io
 import json
 import pickle
+import re
+
+import numpy as np
 
 EOT = '<|endoftext|>'
+# What ends a document in a vocabulary that says nothing: Llama's, Gemma's, BERT's. [SEP] stands between BERT's sentences.
+ENDS = (EOT, '<|end_of_text|>', '</s>', '<eos>', '[SEP]')
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
-GPT2_MERGES = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'    # sha256 of merges.txt
+PROBE = ' Two  spaces,\n\n\ta tab; \u00c9t\u00e9 e\u0301 \ufb01 \uff21 \u65e5\u672c \U0001f680\r\n '
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 SPELLING = ''.join(chr(b if b in PRINTABLE else 256 + OTHERS.index(b)) for b in range(256))   # of bytes, in byte-level BPE
 BYTES = {c: b for b, c in enumerate(SPELLING)}
 
 
-def _spell(entry):
-    return ''.join(SPELLING[b] for b in entry)
+def _is_lossless(own):
+    with contextlib.suppress(ValueError):       # it can't say all of it
+        return own.decode(own.encode(PROBE)) == PROBE
+    return False
 
 
 class CharTokenizer:
     """One id per character, in the order of `chars`. What is not among them can't be encoded."""
 
+    eot, lossless = None, True
+
     def __init__(self, chars):
         self.chars, self.vocab_size = list(chars), len(chars)
         self.ids = {c: i for i, c in enumerate(self.chars)}
+        codes = [ord(c) for c in self.chars]
+        self.table = np.full(max(codes, default=0) + 2, -1)     # by code point; the last one stands for all beyond
+        self.table[codes] = range(len(codes))
 
     @classmethod
     def of(cls, text):
@@ -36,15 +56,19 @@ class CharTokenizer:
         return cls(sorted(set(text)))
 
     def encode(self, text):
-        try:
-            return [self.ids[c] for c in text]
-        except KeyError as error:
-            at = text.index(error.args[0])
-            raise ValueError(f"the character {error.args[0]!r} at position {at} is not among the {self.vocab_size} "
-                             "that this model knows") from None
+        return self.encode_ordinary(text).tolist()
+
+    def encode_ordinary(self, text):
+        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
+        ids = self.table[np.minimum(codes, len(self.table) - 1)]
+        if (unknown := ids < 0).any():
+            at = int(unknown.argmax())
+            raise ValueError(f"the character {text[at]!r} at position {at} is not among the {self.vocab_size} that this "
+                             "model knows")
+        return ids
 
     def decode_bytes(self, ids):
-        return ''.join(self.chars[i] for i in ids).encode()
+        return self.decode(ids).encode()
 
     def decode(self, ids):
         return ''.join(self.chars[i] for i in ids)
@@ -52,18 +76,17 @@ class CharTokenizer:
     def describe(self):
         return {'kind': 'char', 'chars': ''.join(self.chars)}
 
-    def to_json(self):
-        each = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
-        return _json(each, {'type': 'WordLevel', 'vocab': self.ids, 'unk_token': ''}, {'type': 'Fuse'})
-
 
 class ByteTokenizer:
     """One id per byte of UTF-8."""
 
-    vocab_size = 256
+    vocab_size, eot, lossless = 256, None, True
 
     def encode(self, text):
         return list(text.encode())
+
+    def encode_ordinary(self, text):
+        return np.frombuffer(text.encode(), np.uint8)
 
     def decode_bytes(self, ids):
         return bytes(ids)
@@ -74,20 +97,15 @@ class ByteTokenizer:
     def describe(self):
         return {'kind': 'byte'}
 
-    def entries(self):
-        """{entry as byte-level BPE spells it: id}."""
-        return dict(BYTES)
-
-    def to_json(self):
-        return byte_level(self.entries(), [])
-
 
 class TiktokenTokenizer:
-    """An encoding of tiktoken: gpt2, p50k_base, cl100k_base, o200k_base. `<|endoftext|>` in the text is that token.
+    """An encoding of tiktoken: gpt2, p50k_base, cl100k_base, o200k_base.
 
     size: only its first size - 1 entries, and `<|endoftext|>` as the last one, for models too small for all of them.
     An entry is made of entries before it, the first being the 256 bytes, so that these are an encoding of any text too.
     """
+
+    lossless = True
 
     def __init__(self, name, size=None):
         import tiktoken  # costs a second to load: only where it is used
@@ -111,11 +129,10 @@ class TiktokenTokenizer:
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
-        return self.encoding.encode(text, allowed_special={'<|endoftext|>'})
+        return self.encoding.encode(text, allowed_special='all')
 
     def encode_ordinary(self, text):
-        """Like encode, but `<|endoftext|>` is plain text: for documents, which may contain it."""
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(ids)
@@ -126,71 +143,134 @@ class TiktokenTokenizer:
     def describe(self):
         return {'kind': 'tiktoken', 'name': self.name, **({'size': self.size} if self.size else {})}
 
-    def entries(self):
-        """Like ByteTokenizer's."""
-        ranks = self.encoding._mergeable_ranks
-        return {_spell(entry): rank for entry, rank in ranks.items()} | self.encoding._special_tokens
 
-    def to_json(self):
-        if self.name not in ('gpt2', 'r50k_base'):
-            raise ValueError(f"tiktoken's {self.name} has no tokenizer.json here, only gpt2 and r50k_base have")
-        ranks, merges = self.encoding._mergeable_ranks, []
-        for entry in sorted(ranks, key=ranks.get)[256:]:    # the two parts that the entries before it make of it
-            parts = [entry[i:i + 1] for i in range(len(entry))]
-            while len(parts) > 2:
-                at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-                parts[at:at + 2] = [parts[at] + parts[at + 1]]
-            merges.append(' '.join(map(_spell, parts)))
-        return byte_level(self.entries(), merges)
+class SentencePieceTokenizer:
+    """A model of the library sentencepiece (unigram or BPE), its .model file as base64.
+
+    Its control symbols, such as </s>, are special tokens, and their texts are seen. A text has neither <s> nor </s> added.
+    """
+
+    def __init__(self, model):
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ValueError("this tokenizer is a model of sentencepiece: pip install sentencepiece") from None
+        try:
+            self.model, self.pieces = model, sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"no sentencepiece model, or a damaged one ({' '.join(str(error).split())[:80]})") from None
+        ids, piece = range(self.pieces.vocab_size()), self.pieces.id_to_piece
+        self.bytes = [bytes([int(piece(i)[3:5], 16)]) if self.pieces.is_byte(i) else
+                      piece(i).replace('\u2581', ' ').encode() for i in ids]
+        self.special = {piece(i): i for i in ids if self.pieces.is_control(i)}
+        self.marks = re.compile('(' + '|'.join(map(re.escape, self.special)) + ')')
+        spaced = next((i for i in ids if re.fullmatch('\u2581\\w+', piece(i))), None)       # "The" is a beginning's " The"
+        self.is_prefixed = spaced is not None and not self.pieces.decode([spaced]).startswith(' ')
+        self.vocab_size, eot = len(ids), self.pieces.eos_id()
+        self.eot = None if eot < 0 else eot
+        self.lossless = _is_lossless(self)
+
+    def encode(self, text):
+        parts = self.marks.split(text) if self.special else [text]
+        return [i for part in parts for i in ([self.special[part]] if part in self.special else self.pieces.encode(part))]
+
+    def encode_ordinary(self, text):
+        return self.pieces.encode_as_numpy(text)
+
+    def decode_bytes(self, ids):
+        return b''.join(self.bytes[i] for i in ids)
+
+    def decode(self, ids):
+        content = self.decode_bytes(ids)
+        return (content.removeprefix(b' ') if self.is_prefixed else content).decode(errors='replace')
+
+    def describe(self):
+        return {'kind': 'sentencepiece', 'model': self.model}
 
 
 class HuggingFaceTokenizer:
-    """The text of a tokenizer.json, run by the library `tokenizers`: byte-level BPE, as GPT-2's kin have it.
+    """The text of a tokenizer.json, run by the library `tokenizers`, without the tokens that it puts around a text.
 
-    In other kinds, a token's text depends on its neighbours. Raises ValueError.
+    eot: the text of the token that ends a document, where it is not the first of ENDS. Raises ValueError.
     """
 
-    def __init__(self, json):
+    def __init__(self, json, eot=None):
         try:
-            from tokenizers import Tokenizer, decoders
+            from tokenizers import Tokenizer
         except ImportError:
             raise ValueError("this model's tokenizer.json needs a package: pip install tokenizers") from None
-        self.json = json
+        self.json, self.end = json, eot
         try:
             self.tokenizer = Tokenizer.from_str(json)
         except Exception as error:      # the library has no other class
             raise ValueError(f"this model's tokenizer.json is damaged: {error}") from None
-        if not isinstance(self.tokenizer.decoder, decoders.ByteLevel):
-            raise ValueError(f"this model's tokenizer.json is no byte-level BPE ({type(self.tokenizer.model).__name__}, "
-                             f"{type(self.tokenizer.decoder).__name__}): others can't be used here")
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        vocab = self.tokenizer.get_vocab()
+        self.vocab_size, self.eot = max(vocab.values(), default=-1) + 1, vocab.get(end_of(vocab, eot))
+        kinds = _kinds(json)
+        self.is_byte_level = 'ByteLevel' in kinds       # then a token's text is its own, else it may begin with a space
+        self.bytes = self._spelled(vocab) if self.is_byte_level else self._behind(vocab, 'ByteFallback' in kinds)
+        self.lossless = _is_lossless(self)
+
+    def _spelled(self, vocab):
+        """{id: bytes} of a byte-level BPE."""
         added = self.tokenizer.get_added_tokens_decoder().keys()
-        self.bytes = {i: entry.encode() if i in added or not BYTES.keys() >= set(entry) else bytes(BYTES[c] for c in entry)
-                      for entry, i in self.tokenizer.get_vocab().items()}
-        self.vocab_size, self.eot = max(self.bytes) + 1, self.tokenizer.token_to_id(EOT)
+        return {i: entry.encode() if i in added or not BYTES.keys() >= set(entry) else bytes(BYTES[c] for c in entry)
+                for entry, i in vocab.items()}
+
+    def _behind(self, vocab, has_bytes):
+        """{id: bytes} of other kinds: what each token adds to the text of a word before it."""
+        texts, ids = lambda rows: self.tokenizer.decode_batch(rows, skip_special_tokens=False), sorted(vocab.values())
+        word = next((i for i, text in zip(ids, texts([[i] for i in ids])) if text.isalnum()), ids[0])
+        known, = texts([[word]])
+        found = {i: text.removeprefix(known).encode() for i, text in zip(ids, texts([[word, i] for i in ids]))}
+        singles = {i: bytes([int(entry[3:5], 16)]) for entry, i in vocab.items() if re.fullmatch('<0x[0-9A-F]{2}>', entry)}
+        self.first = singles if has_bytes else {}       # at a text's beginning all but these may be another text
+        return found | self.first
 
     def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode(text, False)
+
+    def encode_ordinary(self, text):
+        return self._encode(text, True)
+
+    def _encode(self, text, special_is_plain):
+        self.tokenizer.encode_special_tokens = special_is_plain
+        try:        # fast: without each token's place in the text
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:
+            raise ValueError(f"this tokenizer.json can't encode the text: {' '.join(str(error).split())[:120]}") from None
 
     def decode_bytes(self, ids):
         return b''.join(self.bytes.get(i, b'') for i in ids)
 
     def decode(self, ids):
-        return self.decode_bytes(ids).decode(errors='replace')
+        if self.is_byte_level or not len(ids) or ids[0] in self.first:
+            return self.decode_bytes(ids).decode(errors='replace')
+        first = self.tokenizer.decode(ids[:1], skip_special_tokens=False)
+        return first + self.decode_bytes(ids[1:]).decode(errors='replace')
 
     def describe(self):
-        return {'kind': 'huggingface', 'json': self.json}
+        return {'kind': 'huggingface', 'json': self.json, **({'eot': self.end} if self.end else {})}
 
-    def to_json(self):
-        return self.json
+
+def end_of(entries, wish=None):
+    """The one of these entries that ends a document: <|endoftext|>, else the wish, else another of ENDS, or None."""
+    return next((end for end in (EOT, wish, *ENDS) if end in entries), None)
+
+
+def _kinds(text):
+    """The kinds of decoder in a tokenizer.json."""
+    decoder = json.loads(text).get('decoder') or {}
+    return {part['type'] for part in (decoder, *decoder.get('decoders', [])) if 'type' in part}
 
 
 def load(description):
     """The tokenizer that a description stands for. Raises ValueError or OSError."""
     check_description(description)
     kinds = {'char': (CharTokenizer, 'chars'), 'byte': (ByteTokenizer,), 'tiktoken': (TiktokenTokenizer, 'name', 'size'),
-             'huggingface': (HuggingFaceTokenizer, 'json')}
+             'sentencepiece': (SentencePieceTokenizer, 'model'), 'huggingface': (HuggingFaceTokenizer, 'json', 'eot')}
     make, *keys = kinds[description['kind']]
     return make(**{key: description[key] for key in keys if key in description})
 
@@ -201,85 +281,13 @@ def check_description(description):
         case {'kind': 'tiktoken', 'size': size} if type(size) is not int or size < 257:
             raise ValueError(f"a tiktoken tokenizer of the size {str(size)[:40]}: it must be a whole number from 257 on, "
                              "the bytes and <|endoftext|>")
+        case {'kind': 'huggingface', 'eot': eot} if type(eot) is not str:
+            raise ValueError(f"a tokenizer.json's eot is the text of a token, not {str(eot)[:40]}")
         case ({'kind': 'char', 'chars': str()} | {'kind': 'byte'} | {'kind': 'tiktoken', 'name': str()}
-              | {'kind': 'huggingface', 'json': str()}):
+              | {'kind': 'sentencepiece', 'model': str()} | {'kind': 'huggingface', 'json': str()}):
             return
-    raise ValueError(f"unknown tokenizer {str(description)[:80]}: its kind must be char (with chars), byte, "
-                     "tiktoken (with a name) or huggingface (with its json)")
-
-
-# ---- Hugging Face's files --------------------------------------------------------------------------------------------
-
-def byte_level(vocab, merges):
-    """The text of a tokenizer.json: byte-level BPE of GPT-2's words, with {entry: id} and ['left right']."""
-    split = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
-    model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
-             'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
-             'vocab': vocab, 'merges': merges}
-    end = {'id': vocab.get(EOT), 'content': EOT, 'single_word': False, 'lstrip': False, 'rstrip': False,
-           'normalized': False, 'special': True}
-    return _json(split, model, split, [end] if EOT in vocab else [])
-
-
-def _json(pre_tokenizer, model, decoder, added_tokens=()):
-    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added_tokens,
-                       'normalizer': None, 'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder,
-                       'model': model}, ensure_ascii=False)
-
-
-def to_files(own, block_size):
-    """{name: text or JSON} of the files that stand for a tokenizer, beside a model with this block_size."""
-    text = own.to_json()
-    model = json.loads(text)['model']
-    files = {'tokenizer.json': text, 'tokenizer_config.json': {
-        'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size, 'clean_up_tokenization_spaces': False,
-        **({} if getattr(own, 'eot', None) is None else {'bos_token': EOT, 'eos_token': EOT})}}
-    if model.get('merges'):     # for readers that know nothing else
-        files |= {'vocab.json': model['vocab'], 'merges.txt': _merges_txt(model['merges'])}
-    return files
-
-
-def _merges_txt(merges):
-    """Merges, each 'left right' or a pair, as the file that GPT2_MERGES is the sum of."""
-    return '\n'.join(['#version: 0.2', *(merge if type(merge) is str else ' '.join(merge) for merge in merges), ''])
-
-
-def from_files(folder):
-    """The description of the tokenizer in a folder, one of this module's others where it gives the same; or None.
-
-    Raises ValueError where it is damaged.
-    """
-    path, merges = folder / 'tokenizer.json', folder / 'merges.txt'
-    try:
-        if path.is_file():
-            text = path.read_text(encoding='utf-8')
-        elif merges.is_file():
-            lines = merges.read_text(encoding='utf-8').split('\n')
-            vocab = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
-            text = byte_level(vocab, [line for line in lines if line and not line.startswith('#version')])
-        else:
-            return None
-        return _known(json.loads(text)) or {'kind': 'huggingface', 'json': text}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the tokenizer in {folder} is damaged ({type(error).__name__}: {error})") from None
-
-
-def _known(found):
-    """The description of the tokenizer here that is the one in a tokenizer.json, or None."""
-    model, vocab, split = found['model'], found['model']['vocab'], found.get('pre_tokenizer') or {}
-    if model['type'] == 'WordLevel':
-        own = CharTokenizer(''.join(sorted(vocab, key=vocab.get)))
-        rest = dict.fromkeys(('truncation', 'padding', 'post_processor'))       # transformers may add one
-        return own.describe() if json.loads(own.to_json()) == found | rest else None
-    if (model['type'] != 'BPE' or split.get('type') != 'ByteLevel' or split.get('add_prefix_space')
-            or found.get('normalizer') or any(token['content'] != EOT for token in found.get('added_tokens', []))):
-        return None
-    if hashlib.sha256(_merges_txt(model['merges']).encode()).hexdigest() == GPT2_MERGES:
-        return dict(GPT2)
-    if 256 <= len(vocab) < 50257:
-        with contextlib.suppress(OSError):      # tiktoken's file is not there to compare with
-            own = ByteTokenizer() if len(vocab) == 256 else TiktokenTokenizer('gpt2', len(vocab))
-            return own.describe() if vocab == own.entries() else None
+    raise ValueError(f"unknown tokenizer {str(description)[:80]}: its kind must be char (with chars), byte, tiktoken (with "
+                     "a name), sentencepiece (with its model) or huggingface (with its json)")
 
 
 class _NoCode(pickle.Unpickler):

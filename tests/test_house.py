@@ -14,13 +14,14 @@ KNOWS = {       # module: the project's modules that it may import
     'configurator': {'configfile', 'confighelp'},
     'generate': {'tokenizer', 'layers'},
     'weights': {'model'},
-    'huggingface': {'tokenizer'},
+    'tokenizer_files': {'tokenizer'}, 'vocabulary': {'tokenizer', 'tokenizer_files', 'files'},
+    'huggingface': {'tokenizer_files', 'files'},
     'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
     'shards': set(), 'dataset': {'tokenizer', 'shards'}, 'bins': {'files'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
-    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'files', 'huggingface', 'lora'},
+    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora'},
 }
 LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'bench_generation.py': 170, 'plot.py': 130,
          'compare.py': 100, 'evaluate.py': 250, 'export.py': 80, 'configurator.py': 145}
