@@ -4,12 +4,12 @@ TWINS has the architectures that `transformers` has too, each with a class that 
 """
 import itertools
 import json
-import os
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
+import hub
 import tokenizer_files
 
 # The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face Hub.
@@ -175,20 +175,15 @@ def _download(name):
     """The folder with config.json and model.safetensors of an OpenAI size; NANOGPT_MIRROR may hold it as NAME/."""
     if name not in OPENAI:
         raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(OPENAI)}")
-    mirror = os.environ.get('NANOGPT_MIRROR', '')
-    if mirror and '://' not in mirror:
-        if not (Path(mirror) / name / 'config.json').is_file():
-            raise FileNotFoundError(f"NANOGPT_MIRROR={mirror} has no {name}/config.json")
-        return Path(mirror) / name
-    from huggingface_hub import hf_hub_download, logging
-    logging.set_verbosity_error()   # it would tell of each retry
+    if folder := hub.mirror_folder(name):
+        return folder
     try:
         for file in ('config.json', 'model.safetensors'):
-            path = hf_hub_download(f'openai-community/{name}', file, revision=OPENAI[name], endpoint=mirror or None)
-    except Exception as error:      # the library raises its own errors and those of two HTTP libraries
-        raise OSError(f"cannot download {name} ({type(error).__name__}): without a network, put its config.json and "
-                      "model.safetensors into a folder and give that as --init_from") from None
-    return Path(path).parent
+            path = hub.download(f'openai-community/{name}', file, OPENAI[name])
+    except OSError as error:
+        raise OSError(f"{error}; or put config.json and model.safetensors of {name} into a folder and give that as "
+                      "--init_from") from None
+    return path.parent
 
 
 def _weights(path):

@@ -10,6 +10,7 @@ import tokenizer
 GPT2_MERGES = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'    # sha256 of merges.txt
 GPT2_WORDS = 'gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'      # which divide a text into words as GPT-2 does
 ENTRIES = {50281: 'p50k_base', 100261: 'cl100k_base', 200000: 'o200k_base'}     # how many tiktoken's encodings have
+NAMES = 'tokenizer.json', 'tokenizer.model', 'spiece.model', 'merges.txt', 'vocab.txt'     # the first that is there counts
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4     # of sentencepiece's kinds of pieces
 
 
@@ -157,27 +158,30 @@ def from_files(folder):
 
     Raises ValueError where it is damaged.
     """
-    model = next((path for name in ('tokenizer.model', 'spiece.model') if (path := folder / name).is_file()), None)
-    model = model and {'kind': 'sentencepiece', 'model': base64.b64encode(model.read_bytes()).decode()}
+    return next((from_file(folder / name) for name in NAMES if (folder / name).is_file()), None)
+
+
+def from_file(path):
+    """Like `from_files`, of one of its files, with what the others beside it say."""
+    folder = path.parent
     try:
+        if path.suffix == '.model':
+            return tokenizer.load(_sentencepiece(path)).describe()
         config = _read(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').is_file() else {}
-        if (folder / 'tokenizer.json').is_file():
-            text = (folder / 'tokenizer.json').read_text(encoding='utf-8')
-        elif model:
-            tokenizer.load(model)
-            return model
-        elif (folder / 'merges.txt').is_file():
-            lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
-            text = byte_level(_read(folder / 'vocab.json'),
-                              [line for line in lines if line and not line.startswith('#version')])
-        elif (folder / 'vocab.txt').is_file():
-            text = _of_bert((folder / 'vocab.txt').read_text(encoding='utf-8').splitlines(), config)
-        else:
-            return None
-        found = json.loads(text)
+        text = path.read_text(encoding='utf-8')
+        if path.name == 'merges.txt':
+            lines = [line for line in text.split('\n') if line and not line.startswith('#version')]
+            text = byte_level(_read(folder / 'vocab.json'), lines)
+        elif path.name == 'vocab.txt':
+            text = _of_bert(text.splitlines(), config)
+        found, model = json.loads(text), folder / 'tokenizer.model'
         return _known(found, model) or {'kind': 'huggingface', 'json': text, **_end(found, config)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the tokenizer in {folder} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _sentencepiece(path):
+    return {'kind': 'sentencepiece', 'model': base64.b64encode(path.read_bytes()).decode()}
 
 
 def _read(path):
@@ -207,17 +211,16 @@ def _end(found, config):
     return {} if end == tokenizer.end_of(entries) else {'eot': end}
 
 
-def _known(found, sentencepiece=None):
+def _known(found, beside):
     """The description of the tokenizer here that is the one in a tokenizer.json, or None.
 
-    sentencepiece: the description of the model beside it, if there is one.
+    beside: the sentencepiece model from which it may have been made, if there is one.
     """
     model, vocab, split = found['model'], found['model']['vocab'], found.get('pre_tokenizer') or {}
     rest = dict.fromkeys(('truncation', 'padding', 'post_processor'))       # transformers may add one
-    if sentencepiece:
-        with contextlib.suppress(ValueError):
-            if json.loads(to_json(tokenizer.load(sentencepiece))) == found | rest:
-                return sentencepiece
+    with contextlib.suppress(ValueError, OSError):
+        if json.loads(to_json(tokenizer.load(_sentencepiece(beside)))) == found | rest:
+            return _sentencepiece(beside)
     if model['type'] == 'WordLevel':
         own = tokenizer.CharTokenizer(''.join(sorted(vocab, key=vocab.get)))
         return own.describe() if json.loads(to_json(own)) == found | rest else None

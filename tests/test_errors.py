@@ -503,7 +503,7 @@ def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
 
 
 @pytest.mark.parametrize('init_from, message', [
-    ('gpt2', 'cannot download gpt2 (LocalEntryNotFoundError): without a network, put its config.json'),
+    ('gpt2', 'cannot download config.json of openai-community/gpt2: no answer, and'),
     ('gpt3', "'gpt3' does not exist; the names that need no folder are gpt2, gpt2-medium"),
     ('', 'no Hugging Face model'),
     ('resumee', "'resumee' does not exist"),
@@ -606,7 +606,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(copy, fills):
     ('--out_dir=nowhere', "'nowhere' does not exist"),
     ('--out_dir=data', "'data' holds no checkpoint"),
     ('--init_from=train.py', 'train.py is damaged or no checkpoint'),
-    ('--init_from=gpt2', 'cannot download gpt2'),
+    ('--init_from=gpt2', 'cannot download config.json of openai-community/gpt2'),
 ])
 def test_sampling(warm, trained, word, message):
     check(warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', word), message)
