@@ -64,8 +64,8 @@ def download(url, path, digest, mirrored_as):
     part = path.with_name(f'{path.name}.part')
     if path.is_file():
         if sha256(path) != digest:
-            raise ValueError(f"{path} is there, but is not {url}: remove it; for a text of your own, copy this folder and "
-                             "let its prepare.py read the text in place of the download")
+            raise ValueError(f"{path} is there, but is not {url}: remove it; to learn a text of your own, `python "
+                             f"data/prepare.py NAME {path}` makes a dataset of it")
         return path
     urls = [url] if isinstance(url, str) else url
     if mirror := os.environ.get('NANOGPT_MIRROR'):
