@@ -1,21 +1,467 @@
-"""Writing token bins: train.bin, val.bin and the meta.json beside them, which dataset.py reads."""
+"""Writing token bins: train.bin, val.bin and the meta.json beside them, which dataset.py reads.
+
+`write_bins` for texts that fit into memory; `prepare` for any number of documents, by several processes, in as many
+sittings as it takes.
+"""
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor
+import time
+from bisect import bisect_right
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+import chat
 import files
+import tokenizer as tokenizers
 
+SPLITS = 'train', 'val', 'test'
+VERSION = 1         # of how documents become bins here: what another one has begun is begun anew
+SAVE_SECONDS, TELL_SECONDS = 5, 10
+ROW = np.dtype([('split', 'u1'), ('documents', 'u1'), ('tokens', 'u4'), ('bytes', 'u4'), ('digest', 'V16')])
+
+
+class Part(NamedTuple):
+    """A part of a document that is too large to be read at once. The parts of one come one after the other."""
+    text: str
+    key: bytes          # the digest of the document's first part, which decides where all of them go
+    is_last: bool
+    place: tuple | None = None      # (characters before this part, in all) of a text that is divided by position
+
+
+def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False, num_proc=None, shard_tokens=0, end=None,
+            **facts):
+    """Make FOLDER a dataset of the source's documents, however many they are; returns the meta.
+
+    source: an object that worker processes can be given, with
+        fingerprint     a text that changes with its documents
+        size            of its text in bytes, or None
+        pieces()        an iterator of small parts of it, the same every time. A piece may have a `size` in bytes, which
+                        add up to the source's; where it has a number `file`, pieces(n) begins with the first of file n
+        read(piece)     in a worker: an iterator of (split or None, document)
+        facts           perhaps: more of meta.json
+    A document is a text, or a list of (text, is_learned), or a Part of one. None lets the sha256 of the seed and the
+    document choose, so that copies stay on one side. Behind each document stands the tokenizer's eot, or where that has
+    none the text `end`: by default a newline, unless the document ends with one.
+
+    split: the shares of train, val and perhaps test. dedup: take each document once (Parts apart), which needs 100 bytes of
+    memory for each. shard_tokens: put so many tokens in a file. num_proc: processes that encode, by default one per core.
+    facts: more of meta.json; masked=True where documents are lists.
+
+    The bins depend on nothing else: not on num_proc, nor on how often the work was stopped. What is done waits in
+    FOLDER/parts, where the same call finds it. Old bins stay until the new ones are whole.
+    """
+    folder, work = Path(folder), Path(folder) / 'parts' / 'bins'
+    facts, shares = {**getattr(source, 'facts', {}), **facts}, check_split(split)
+    dtype, eot, masked = bin_dtype(tokenizer.vocab_size), getattr(tokenizer, 'eot', None), bool(facts.get('masked'))
+    of = [source.fingerprint, shares, seed, dedup, shard_tokens, end, facts, tokenizer.describe(), VERSION]
+    identity = hashlib.sha256(repr(of).encode()).hexdigest()
+    work.mkdir(parents=True, exist_ok=True)
+    journal = _journal(work)
+    if journal['identity'] == identity and (work / 'meta.json').is_file():
+        print(f"{folder}: the bins are ready; putting them in place")
+    else:
+        output = _Output(work, identity, SPLITS[:len(shares)], dtype, masked, dedup, shard_tokens)
+        encoder = functools.partial(_Encoder, source=source, shares=shares, seed=seed, dtype=dtype, end=end, masked=masked)
+        with output.kept_if_stopped():
+            _encode_all(output, source, tokenizer, encoder, num_proc)
+            output.finish(split, {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype,
+                                  **({} if eot is None else {'eot': eot}), **facts})
+        journal = output.done
+    meta = json.loads((work / 'meta.json').read_text(encoding='utf-8'))
+    _switch(folder, work, meta)
+    shutil.rmtree(work.parent, ignore_errors=True)
+    _tell(folder, meta, journal, dedup)
+    return meta
+
+
+def check_split(split):
+    """The shares of train, val and perhaps test, as exact fractions. Raises ValueError."""
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        shares = [Fraction(str(share)) for share in split]
+        if len(shares) in (2, 3) and min(shares) > 0 and sum(shares) == 1:
+            return shares
+    raise ValueError(f"split={','.join(map(str, split))} must be two or three shares above 0 that add up to 1, for train, "
+                     "val and perhaps test, such as 0.8,0.1,0.1")
+
+
+# ---- what the workers do ---------------------------------------------------------------------------------------------
+
+class _Encoder:
+    """A piece of the source -> (ids, learned or None, table of ROWs), documents one after the other."""
+
+    def __init__(self, tokenizer, source, shares, seed, dtype, end, masked):
+        self.tokenizer, self.source, self.seed, self.dtype, self.masked = tokenizer, source, b'%d/' % seed, dtype, masked
+        eot = getattr(tokenizer, 'eot', None)
+        self.eot, self.end = (None, end) if eot is None else (np.array([eot], dtype), '')
+        self.sums = [0, *itertools.accumulate(shares)]
+        self.limits = [int(share * 2 ** 64) for share in self.sums[1:-1]]
+
+    def __call__(self, piece):
+        ids, learned, table = [], [], []
+        for split, document in self.source.read(piece):
+            for (*row, text_bytes, digest), new, are_learned, ends in self._rows(split, document):
+                row_ids = [np.asarray(new, self.dtype), self.eot] if ends and self.eot is not None else [
+                    np.asarray(new, self.dtype)]
+                n = sum(map(len, row_ids))
+                ids += row_ids
+                if self.masked:
+                    are_learned = np.ones(n, 'u1') if are_learned is True else np.asarray(are_learned, 'u1')
+                    learned += [are_learned, are_learned[-1:]] if len(are_learned) < n else [are_learned]
+                table.append((*row, n, text_bytes, digest))
+        return (np.concatenate([np.empty(0, self.dtype), *ids]),
+                np.concatenate([np.empty(0, 'u1'), *learned]) if self.masked else None, np.array(table, ROW))
+
+    def _rows(self, split, document):
+        """((split, documents in it, bytes of text, digest or nothing), ids, True or whether each is learned, whether the
+        eot follows) of a document; of one by position perhaps several."""
+        if isinstance(document, Part):
+            if document.place:
+                yield from self._by_position(document)
+            else:
+                text = document.text + (self._end(document.text) if document.is_last else '')
+                yield ((self._split(split, document.key), document.is_last, len(text.encode()), b''),
+                       self.tokenizer.encode_ordinary(text), True, document.is_last)
+        elif isinstance(document, str):
+            if document:
+                content, end = document.encode(), self._end(document)
+                digest = hashlib.sha256(content).digest()[:16]
+                yield ((self._split(split, digest), 1, len(content) + len(end.encode()), digest),
+                       self.tokenizer.encode_ordinary(document + end), True, True)
+        else:
+            text = ''.join(part for part, _ in document)
+            end, digest = self._end(text), hashlib.sha256(text.encode()).digest()[:16]
+            yield ((self._split(split, digest), 1, len((text + end).encode()), digest),
+                   *chat.encode(self.tokenizer, [*document, *([(end, document[-1][1])] if end else [])]), True)
+
+    def _by_position(self, part):
+        """The parts of a part that is cut where one split ends and the next begins; nothing stands behind them."""
+        start, length = part.place
+        cuts = [int(share * length) for share in self.sums]
+        for split, (first, last) in enumerate(itertools.pairwise(cuts)):
+            text = part.text[max(0, first - start):max(0, last - start)]
+            if text:
+                yield (split, first >= start, len(text.encode()), b''), self.tokenizer.encode_ordinary(text), True, False
+
+    def _split(self, split, digest):
+        if split is not None:
+            return SPLITS.index(split)
+        return bisect_right(self.limits, int.from_bytes(hashlib.sha256(self.seed + digest).digest()[:8]))
+
+    def _end(self, text):
+        return ('' if text.endswith('\n') else '\n') if self.end is None else self.end
+
+
+_encoder = None     # a worker's
+
+
+def _start(make, description):
+    """Begin as a worker: with an encoder of its own; end when the process that started it ends; leave Ctrl-C to that."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    _encoder = make(tokenizers.load(description))
+
+
+def _encode(piece):
+    return _encoder(piece)
+
+
+# ---- what the process that was asked does ----------------------------------------------------------------------------
+
+def _encode_all(output, source, tokenizer, encoder, num_proc):
+    if num_proc is None:    # a process takes as long to start as 4 MB to encode
+        num_proc = min(_cores(), 1 + (source.size or 1 << 40) // (1 << 22))
+    with _progress(source.size, output.done['size']) as advance, _workers(num_proc, encoder, tokenizer) as submit:
+        waiting, left = deque(), output.left_of(source)
+        for piece in left:
+            waiting.append((piece, submit(piece)))
+            if len(waiting) >= 2 * num_proc:
+                advance(output.add(*waiting.popleft()))
+        while waiting:
+            advance(output.add(*waiting.popleft()))
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _workers(n, encoder, tokenizer):
+    """What encodes a piece, and returns a Future of that: in n processes, or where that is one, in this."""
+    if n == 1:
+        here = encoder(tokenizer)
+
+        def submit(piece):
+            future = Future()
+            future.set_result(here(piece))
+            return future
+        yield submit
+        return
+    pool = ProcessPoolExecutor(n, multiprocessing.get_context('spawn'), _start, (encoder, tokenizer.describe()))
+    try:
+        yield functools.partial(pool.submit, _encode)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _progress(total, done):
+    """advance(bytes): a bar on a terminal, a line every ten seconds elsewhere."""
+    began, told, at_first = time.monotonic(), time.monotonic(), done
+
+    def advance(n):
+        nonlocal told, done
+        done += n
+        bar.update(n)
+        if bar.disable and (now := time.monotonic()) - told > TELL_SECONDS:
+            told, speed = now, max(1, done - at_first) / (now - began)
+            of = f" of {total / 1e6:,.1f} MB, about {max(0, total - done) / speed:,.0f} s left" if total else " MB"
+            print(f"{done / 1e6:,.1f}{of} ({speed / 1e6:,.1f} MB/s)", flush=True)
+
+    with tqdm(total=total, initial=done, unit='B', unit_scale=True, leave=False, dynamic_ncols=True, disable=None) as bar:
+        yield advance
+
+
+class _Stream:
+    """One file to append arrays to, or numbered ones of `shard` items each, from item n on: what is beyond is cut off."""
+
+    def __init__(self, folder, name, suffix, dtype, shard, n):
+        self.folder, self.name, self.suffix, self.dtype = folder, name, suffix, np.dtype(dtype)
+        self.shard, self.n, self.file = shard, n, None
+        for path in self.paths():
+            number = int(path.stem.rpartition('-')[2]) if shard else 0
+            if (left := min(n - number * shard, shard) if shard else n) <= 0:
+                path.unlink()
+            elif path.stat().st_size < left * self.dtype.itemsize:
+                raise ValueError(f"{path} is shorter than when it was left: it was begun anew, give the command once more")
+            else:
+                os.truncate(path, left * self.dtype.itemsize)
+
+    def paths(self):
+        return sorted(self.folder.glob(f'{self.name}-*{self.suffix}' if self.shard else self.name + self.suffix))
+
+    def append(self, array):
+        array = np.ascontiguousarray(array, self.dtype)
+        while len(array):
+            number, inside = divmod(self.n, self.shard) if self.shard else (0, self.n)
+            if self.file is None or (self.shard and not inside):
+                self.close()
+                number = f'-{number:05d}' if self.shard else ''
+                self.file = open(self.folder / f'{self.name}{number}{self.suffix}', 'ab', buffering=0)
+            now = array[:self.shard - inside] if self.shard else array
+            self._write(memoryview(now).cast('B'))
+            array, self.n = array[len(now):], self.n + len(now)
+
+    def _write(self, content):
+        try:
+            while content:
+                content = content[self.file.write(content):]
+        except OSError as error:
+            raise OSError(f"cannot write {self.file.name}: {error.strerror}; what is done is kept, and once there is room, "
+                          "the same command goes on with it") from None
+
+    def sync(self):
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        if self.file:
+            self.sync()
+            self.file.close()
+        self.file = None
+
+
+class _Output:
+    """The bins as they grow in `folder`, and the journal that says how much of them is whole."""
+
+    def __init__(self, folder, identity, splits, dtype, masked, dedup, shard_tokens):
+        self.folder, self.splits, self.dtype, self.masked, self.shard_tokens = folder, splits, dtype, masked, shard_tokens
+        self.done, found = _NOTHING | {'identity': identity, 'splits': {
+            split: dict.fromkeys(('tokens', 'bytes', 'documents', 'learned'), 0) for split in splits}}, _journal(folder)
+        if found['identity'] == identity:
+            self.done = found
+            print(f"going on after the first {found['size'] / 1e6:,.1f} MB, which are done", flush=True)
+        else:
+            if found['identity']:
+                print(f"{folder.parent} has the beginning of something else: starting anew", flush=True)
+            shutil.rmtree(folder)
+            folder.mkdir()
+        self.saved, self.began = time.monotonic(), time.monotonic() - self.done['seconds']
+        n = {split: facts['tokens'] for split, facts in self.done['splits'].items()}
+        self.bins = {split: _Stream(folder, split, '.bin', dtype, shard_tokens, n[split]) for split in splits}
+        self.masks = {split: _Stream(folder, split, '.mask', 'u1', shard_tokens, n[split]) for split in splits if masked}
+        self.digests = _Stream(folder, 'digests', '', 'V16', 0, self.done['kept']) if dedup else None
+        self.seen = set()
+        if dedup and self.done['kept']:
+            self.seen.update(np.fromfile(folder / 'digests', 'V16').tolist())
+
+    def left_of(self, source):
+        """The source's pieces that are not done."""
+        return itertools.islice(source.pieces(self.done['file']) if self.done['file'] else source.pieces(),
+                                self.done['pieces'], None)
+
+    def add(self, piece, encoded):
+        """Append a piece, encoded (a Future); returns its size in bytes. Whatever stops this, `done` stays true."""
+        ids, learned, table = encoded.result()
+        kept, dropped = np.ones(len(table), bool), 0
+        if self.digests:
+            new = []
+            for i, digest in enumerate(table['digest'].tolist()):
+                if any(digest):     # Parts have none
+                    kept[i] = digest not in self.seen
+                    if kept[i]:
+                        self.seen.add(digest)
+                        new.append(digest)
+            self.digests.append(np.array(new, 'V16'))
+            dropped = int((~kept).sum())
+        splits = {}
+        for i, split in enumerate(self.splits):
+            rows = kept & (table['split'] == i)
+            tokens = np.repeat(rows, table['tokens'])
+            self.bins[split].append(ids[tokens])
+            if self.masked:
+                self.masks[split].append(learned[tokens])
+            new = {key: int(table[key][rows].sum()) for key in ('tokens', 'bytes', 'documents')}
+            new['learned'] = int(learned[tokens].sum()) if self.masked else 0
+            splits[split] = {key: self.done['splits'][split][key] + new[key] for key in new}
+        file, size = getattr(piece, 'file', 0), getattr(piece, 'size', None)
+        size = int(table['bytes'].sum()) if size is None else size
+        self.done = {**self.done, 'splits': splits, 'file': file, 'size': self.done['size'] + size,
+                     'pieces': self.done['pieces'] + 1 if file == self.done['file'] else 1,
+                     'dropped': self.done['dropped'] + dropped, 'kept': self.digests.n if self.digests else 0}
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+        return size
+
+    def save(self):
+        """Write the journal, once what it tells of is on the disk."""
+        self.done['seconds'] = time.monotonic() - self.began
+        for stream in self._streams():
+            stream.sync()
+        with files.replacing(self.folder / 'journal.json') as file:
+            file.write(json.dumps(self.done).encode())
+        self.saved = time.monotonic()
+
+    def _streams(self):
+        return [*self.bins.values(), *self.masks.values(), *([self.digests] if self.digests else [])]
+
+    def close(self):
+        for stream in self._streams():
+            with contextlib.suppress(OSError):
+                stream.close()
+
+    @contextlib.contextmanager
+    def kept_if_stopped(self):
+        """What stops this block leaves a journal; but what is wrong with a text stays wrong, and leaves nothing."""
+        try:
+            yield
+        except ValueError:
+            self.close()
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
+            raise
+        except BrokenProcessPool:
+            self.save()
+            raise OSError("a process was killed while it encoded, by too little memory perhaps: take a smaller --num_proc; "
+                          "what is done is kept, and the same command goes on with it") from None
+        except KeyboardInterrupt:
+            self.save()
+            print(f"stopped; what is done waits in {self.folder.parent}, and the same command goes on with it", flush=True)
+            raise SystemExit(128 + signal.SIGINT) from None
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.save()
+            raise
+        finally:
+            self.close()
+
+    def finish(self, shares, meta):
+        """All pieces are added: write the meta.json beside them. Raises ValueError where a split has got nothing."""
+        n = sum(facts['documents'] for facts in self.done['splits'].values())
+        if not n:
+            raise ValueError("there is no text in the sources: every document is empty")
+        for (split, facts), share in zip(self.done['splits'].items(), shares):
+            if facts['tokens'] < 2:
+                raise ValueError(f"none of the {n:,} document(s) fell to {split}, whose share is {share}: take smaller "
+                                 "ones (--document=paragraph or line), another --split or another --seed")
+        self.save()
+        meta = {**meta, 'splits': {split: self._facts(split) for split in self.splits}}
+        with files.replacing(self.folder / 'meta.json') as file:
+            file.write(json.dumps(meta, indent=1).encode())
+
+    def _facts(self, split):
+        """meta.json's facts about a split. Reads its bins for the sha256."""
+        facts, digest = self.done['splits'][split], hashlib.sha256()
+        for path in self.bins[split].paths():
+            with open(path, 'rb') as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        found = {key: facts[key] for key in ('tokens', 'bytes', 'documents')} | {'sha256': digest.hexdigest()}
+        if shard := self.shard_tokens:
+            found['shards'] = [min(shard, facts['tokens'] - i) for i in range(0, facts['tokens'], shard)]
+        return found | ({'learned': facts['learned']} if self.masked else {})
+
+
+_NOTHING = {'identity': None, 'file': 0, 'pieces': 0, 'size': 0, 'dropped': 0, 'kept': 0, 'seconds': 0.0, 'splits': {}}
+
+
+def _journal(folder):
+    """What was saved last in a folder, or _NOTHING."""
+    try:
+        return json.loads((folder / 'journal.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return dict(_NOTHING)
+
+
+def _switch(folder, new, meta):
+    """Put the bins in `new` in the place of the folder's own. Stopped in between, it can be called again: the meta.json
+    that stands there until then is one that readers refuse."""
+    def write_meta(content):
+        with files.replacing(folder / 'meta.json') as file:
+            file.write(json.dumps(content, indent=1).encode())
+
+    write_meta({'dtype': "of bins that were replaced only in part: prepare them again", 'vocab_size': 0})
+    is_bin = re.compile(rf'({"|".join(SPLITS)})(-\d+)?\.(bin|mask)').fullmatch
+    moved = {path.name for path in new.iterdir() if is_bin(path.name)}
+    wanted = set()
+    for split, facts in meta['splits'].items():
+        numbers = [f'-{i:05d}' for i in range(len(facts['shards']))] if 'shards' in facts else ['']
+        wanted |= {f'{split}{n}.{kind}' for n in numbers for kind in (['bin', 'mask'] if meta.get('masked') else ['bin'])}
+    for path in folder.iterdir():
+        if is_bin(path.name) and path.name not in wanted:
+            path.unlink()
+    for name in moved:
+        os.replace(new / name, folder / name)
+    files.sync_folder(folder)
+    write_meta(meta)
+
+
+def _tell(folder, meta, journal, dedup):
+    for split, of in meta['splits'].items():
+        print(f"{split}: {of['tokens']:,} tokens, {of['bytes']:,} bytes in {of['documents']:,} document(s), "
+              f"{of['bytes'] / of['tokens']:.2f} bytes per token, sha256 {of['sha256']}")
+    size, seconds = sum(of['bytes'] for of in meta['splits'].values()) / 1e6, max(journal['seconds'], 1e-3)
+    print(f"{folder}: {size:,.1f} MB in {seconds:,.1f} s, {size / seconds:,.2f} MB/s"
+          + (f"; {journal['dropped']:,} duplicate(s) dropped" if dedup else ''), flush=True)
+
+
+# ---- texts that fit into memory --------------------------------------------------------------------------------------
 
 def write_bins(folder, tokenizer, splits, **facts):
     """Write FOLDER/{split}.bin and meta.json from {split: [texts]}, each file whole or not at all; returns the meta.
@@ -24,58 +470,6 @@ def write_bins(folder, tokenizer, splits, **facts):
     """
     return _write(folder, tokenizer, {split: ((tokenizer.encode(text), len(text.encode())) for text in texts)
                                       for split, texts in splits.items()}, **facts)
-
-
-def write_documents(folder, tokenizer, shards, pieces, read, num_proc=None):
-    """Like write_bins, for documents that are too many for one process or one sitting.
-
-    pieces(shard) -> a list; read(piece), in another process, -> (split, document) pairs. After each document comes the
-    tokenizer's end-of-text token. A finished shard waits in FOLDER/parts, so that a killed run goes on with the next
-    one; the bins depend neither on that nor on num_proc. Memory: a shard's tokens, twice, and each process's piece.
-    """
-    folder = Path(folder)
-    (folder / 'parts').mkdir(exist_ok=True)
-    parts = [folder / 'parts' / f'{shard}.npz' for shard in shards]
-    encode = functools.partial(_encode_documents, tokenizer, read)
-    with ProcessPoolExecutor(num_proc, initializer=_end_with_parent) as pool:
-        for i, (shard, part) in enumerate(zip(shards, parts), 1):
-            if part.is_file():
-                continue
-            todo = pieces(shard)
-            try:
-                done = list(tqdm(pool.map(encode, todo), shard, len(todo), leave=False, disable=None))
-            except BrokenProcessPool:
-                raise OSError(f"a process was killed while it encoded {shard}, by too little memory perhaps: take a "
-                              "smaller --num_proc; the finished shards are kept") from None
-            with files.replacing(part) as file:
-                np.savez(file, **{key: np.concatenate([encoded[key] for encoded in done]) for key in done[0]})
-            print(f"{shard} ({i} of {len(shards)}): {sum(len(encoded['train']) for encoded in done):,} tokens", flush=True)
-
-    def of_split(split):
-        for part in parts:
-            with np.load(part) as encoded:
-                yield encoded[split], int(encoded[f'{split}_bytes'].sum())
-
-    meta = _write(folder, tokenizer, {split: of_split(split) for split in ('train', 'val')})
-    shutil.rmtree(folder / 'parts')
-    return meta
-
-
-def _encode_documents(tokenizer, read, piece):
-    """{split: ids, split_bytes: [bytes of text]} of the documents in a piece."""
-    ids, n_bytes = {'train': [], 'val': []}, {'train': 0, 'val': 0}
-    for split, document in read(piece):
-        ids[split] += tokenizer.encode_ordinary(document)
-        ids[split].append(tokenizer.eot)
-        n_bytes[split] += len(document.encode())
-    return {**{split: np.array(ids[split], bin_dtype(tokenizer.vocab_size)) for split in ids},
-            **{f'{split}_bytes': [n_bytes[split]] for split in ids}}
-
-
-def _end_with_parent():
-    """End this process when the one that started it is killed, and leave Ctrl-C to that one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def bin_dtype(vocab_size):

@@ -14,12 +14,13 @@ import hashlib
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from bins import write_documents
-from runtime import fail, user_errors
+from bins import prepare
+from mistakes import fail, user_errors
 from tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 24_193
@@ -44,17 +45,33 @@ def download(file):
                       "NANOGPT_MIRROR to a folder or URL that has it; finished shards are kept") from None
 
 
-def row_groups(shard):
-    path = FOLDER / f'{shard}.parquet' if FOLDER else download(f'plain_text/{shard}.parquet')
-    return [(path, i) for i in range(parquet.ParquetFile(path).num_row_groups)]
+class RowGroup(NamedTuple):
+    file: int           # the shard's number
+    path: str
+    i: int
 
 
 def documents(row_group):
     """(split, text) of each document in a row group."""
-    path, i = row_group
-    for text in parquet.ParquetFile(path).read_row_group(i, columns=['text'], use_threads=False)['text'].to_pylist():
+    file = parquet.ParquetFile(row_group.path)
+    for text in file.read_row_group(row_group.i, columns=['text'], use_threads=False)['text'].to_pylist():
         number = int(hashlib.sha256(f'{SEED}/{text}'.encode()).hexdigest(), 16)
         yield 'val' if number % 2000 == 0 else 'train', text
+
+
+class Shards:
+    """The shards as bins.prepare takes them."""
+
+    def __init__(self, names):
+        self.names, self.fingerprint, self.size = names, f'{FOLDER} {REVISION} {names}', None
+
+    def pieces(self, first=0):
+        for number, name in enumerate(self.names[first:], first):
+            path = FOLDER / f'{name}.parquet' if FOLDER else download(f'plain_text/{name}.parquet')
+            for i in range(parquet.ParquetFile(path).num_row_groups):
+                yield RowGroup(number, path, i)
+
+    read = staticmethod(documents)
 
 
 if __name__ == '__main__':
@@ -65,4 +82,4 @@ if __name__ == '__main__':
         shards = [f'train-{i:05d}-of-00080' for i in range(80)]
         if FOLDER and not (shards := sorted(path.stem for path in FOLDER.glob('train-*.parquet'))):
             raise FileNotFoundError(f"NANOGPT_MIRROR={MIRROR} has no openwebtext/plain_text/train-*.parquet")
-        write_documents(HERE, TiktokenTokenizer('gpt2'), shards, row_groups, documents, num_proc)
+        prepare(HERE, Shards(shards), TiktokenTokenizer('gpt2'), num_proc=num_proc)

@@ -18,8 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from bins import write_documents
-from runtime import user_errors
+from bins import prepare
+from mistakes import user_errors
 from tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 1.5
@@ -55,6 +55,19 @@ def documents(paths):
         yield 'val' if number % 100 == 0 else 'train', text
 
 
+class Corpus:
+    """The files as bins.prepare takes them. `found` is what `sources` returns."""
+
+    def __init__(self, found):
+        self.paths, self.fingerprint = list(found.values()), hashlib.sha256(b''.join(found)).hexdigest()
+        self.size = sum(path.stat().st_size for path in self.paths)
+
+    def pieces(self):
+        return (self.paths[i:i + 50] for i in range(0, len(self.paths), 50))
+
+    read = staticmethod(documents)
+
+
 if __name__ == '__main__':
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument('--vocab_size', type=int, help="only so many of GPT-2's 50,257 entries; default: all")
@@ -63,9 +76,6 @@ if __name__ == '__main__':
     with user_errors():
         tokenizer = TiktokenTokenizer('gpt2', options.vocab_size)
         found = sources(dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ('stdlib', 'purelib', 'platlib')))
-        paths, digest = list(found.values()), hashlib.sha256(b''.join(found)).hexdigest()
-        print(f"{len(paths):,} files, sha256 {digest}; encoding them takes a minute or two", flush=True)
-        # A shard's name says what it depends on: those that another vocabulary or environment has left don't count.
-        shards = {f'{digest[:8]}-{tokenizer.vocab_size}-{i // 2000}': [paths[j:j + 50] for j in range(i, i + 2000, 50)]
-                  for i in range(0, len(paths), 2000)}
-        write_documents(HERE, tokenizer, list(shards), shards.get, documents, options.num_proc)
+        corpus = Corpus(found)
+        print(f"{len(found):,} files, sha256 {corpus.fingerprint}; encoding them takes a minute or two", flush=True)
+        prepare(HERE, corpus, tokenizer, num_proc=options.num_proc)
