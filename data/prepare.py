@@ -1,60 +1,129 @@
-"""A dataset of your own text: data/NAME/train.bin, val.bin and meta.json.
+"""Makes a dataset out of your own text: data/NAME/train.bin, val.bin and meta.json, for train.py --dataset=NAME.
 
-    python data/prepare.py NAME SOURCE... [--tokenizer=gpt2] [--key=value ...]
-    python train.py --dataset=NAME
+    python data/prepare.py mine book.txt
+    python data/prepare.py mine texts/ 'more/**/*.md' dump.jsonl.zst pages.parquet --document=paragraph
+    python data/prepare.py mine chats.jsonl --field=prompt,answer
+    zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
+
+SOURCES are text files, JSONL and parquet (a row is a document: --field), any of them as .gz or .zst, folders of these, globs
+in quotes, and - for standard input. In folders and globs, what is no UTF-8 text is left out, and the first is named.
+
+DOCUMENTS go to train, val or test as a whole, by the sha256 of the seed and their text, so that copies stay on one side; one
+above 4 MB by its first 4 MB. Behind each stands the tokenizer's end-of-text token, or --separator. One text file alone is
+divided by position: the first nine tenths train.
+
+CONVERSATIONS, rows with "messages" or --field=ASKED,ANSWERED, are written in a chat template, and only the answers are
+learned.
+
+A run that was stopped goes on when it gets the same command; the bins are the same for any --num_proc. Old bins stay until
+the new ones are whole.
 """
 import argparse
+import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
 import bins
+import files
 import sources
-from mistakes import user_errors
-from tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
+import tokenizer
+import vocabulary
+from mistakes import fail, user_errors
+
+TRAINING = 'model_type', 'character_coverage', 'max_piece_length', 'byte_fallback'      # vocabulary.open's options
 
 
-def open_tokenizer(name, texts):
-    if name == 'char':
-        return CharTokenizer(sorted(set().union(*map(set, texts()))))
-    return ByteTokenizer() if name == 'byte' else TiktokenTokenizer(name)
+def arguments(words):
+    """What was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail
+    add = parser.add_argument
+    add('name', metavar='NAME', help="the folder in data/ to make, or any folder's whole path")
+    add('sources', metavar='SOURCE', nargs='+', help="files, folders, 'globs', -")
+    add('--tokenizer', default='gpt2', metavar='NAME', help="char, byte, gpt2, cl100k_base, o200k_base, a sentencepiece "
+        "model, a tokenizer.json, a name on the Hugging Face Hub, train:bpe:VOCAB, train:sentencepiece:VOCAB; default: gpt2")
+    add('--field', help="of a row: which is its text (a.b: b in a), or ASKED,ANSWERED; default: text, or messages")
+    add('--document', default='file', choices=sources.SEPARATORS, help="what is one in a text; default: file")
+    add('--separator', metavar='TEXT', help="behind each document, where the tokenizer has no end-of-text token; default: a "
+        "newline, unless the document ends with one")
+    add('--template', metavar='FILE.json', help='of conversations: {"user": [before, after], "assistant": [before, after]}')
+    add('--split', default='0.9,0.1', metavar='SHARES', help="of train and val, or train, val and test; default: 0.9,0.1")
+    add('--seed', type=int, default=1337, help="of the split; default: 1337")
+    add('--dedup', action='store_true', help="take each document once, those above 4 MB apart (100 bytes of memory for each)")
+    add('--num_proc', type=int, help="processes that encode; default: one per core")
+    add('--shard_tokens', type=int, default=0, metavar='N', help="write files of N tokens each: train-00000.bin, …")
+    training = parser.add_argument_group("options of --tokenizer=train:…")
+    training.add_argument('--train_bytes', type=int, default=100_000_000, metavar='N', help="of text to train it on, taken "
+                          "evenly from the sources; default: 100 MB")
+    training.add_argument('--model_type', help="of sentencepiece: bpe or unigram")
+    training.add_argument('--character_coverage', type=float, metavar='SHARE')
+    training.add_argument('--max_piece_length', type=int, metavar='N')
+    training.add_argument('--byte_fallback', type={'True': True, 'False': False}.__getitem__, metavar='True|False')
+    words = ['--dedup' if word == '--dedup=True' else word for word in words if word != '--dedup=False']
+    asked = parser.parse_intermixed_args(words)
+    for key, least in (('num_proc', 1), ('shard_tokens', 0), ('train_bytes', 1), ('seed', 0)):
+        if getattr(asked, key) is not None and getattr(asked, key) < least:
+            fail(f"{key}={getattr(asked, key)} must be at least {least}")
+    return asked
 
 
 def folder_of(name):
-    """data/NAME, or the path that NAME is. Raises ValueError."""
+    """data/NAME, or the folder that NAME is the path of. Raises ValueError."""
     folder = DATA / name
-    if not Path(name).is_absolute() and (DATA not in folder.resolve().parents):
-        raise ValueError(f"NAME={name} is not in {DATA}: take a name, or a path from / on")
-    if folder.is_file():
-        raise ValueError(f"NAME={name} is a file: the first word is the new dataset's name, the sources come behind it")
-    if (folder / 'prepare.py').is_file():
-        raise ValueError(f"{folder} has a prepare.py of its own: run `python {folder / 'prepare.py'}`, or take another NAME")
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file: the new dataset's NAME comes first, then the sources")
+    if not Path(name).is_absolute() and DATA not in folder.resolve().parents:
+        raise ValueError(f"NAME={name} is not in {DATA}: take a plain name, or a folder's whole path")
+    if (script := folder / 'prepare.py').is_file():
+        raise ValueError(f"{folder} belongs to {script}, which makes its bins: take another NAME")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: take another NAME")
     return folder
 
 
+def template_of(path):
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def tokenizer_for(asked, source, folder):
+    """The tokenizer. One that has to read the text is kept in parts/, for a command that was stopped and goes on."""
+    options = {key: getattr(asked, key) for key in TRAINING if getattr(asked, key) is not None}
+    if asked.tokenizer != 'char' and not asked.tokenizer.startswith('train:'):
+        return vocabulary.open(asked.tokenizer, **options)
+    most = None if asked.tokenizer == 'char' else asked.train_bytes
+    kept, key = folder / 'parts' / 'tokenizer.json', [asked.tokenizer, options, most, asked.separator, source.fingerprint]
+    if kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))['of'] == key:
+        return tokenizer.load(known['tokenizer'])
+    print(f"tokenizer {asked.tokenizer}: reading the text for its vocabulary", flush=True)
+    separator = ['\n' if asked.separator is None else asked.separator] if asked.tokenizer == 'char' else []
+    made = vocabulary.open(asked.tokenizer, lambda: chain(source.texts(most), separator * (source.length is None)), **options)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(kept) as file:
+        file.write(json.dumps({'of': key, 'tokenizer': made.describe()}).encode())
+    return made
+
+
 def main(words):
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = options.add_argument
-    add('name', metavar='NAME', help="of the dataset, as --dataset takes it; or a folder's path")
-    add('sources', metavar='SOURCE', nargs='+', help="files, folders, globs; - for standard input")
-    add('--tokenizer', default='gpt2')
-    add('--field')
-    add('--document', default='file')
-    add('--template')
-    add('--separator')
-    add('--split', default='0.9,0.1')
-    add('--seed', type=int, default=1337)
-    add('--dedup', action='store_true')
-    add('--num_proc', type=int)
-    add('--shard_tokens', type=int, default=0)
-    asked = options.parse_args(words)
+    asked = arguments(words)
+    shares = asked.split.split(',')
+    bins.check_split(shares)
     folder = folder_of(asked.name)
-    source = sources.open(asked.sources, asked.field, asked.document, None, folder)
-    tokenizer = open_tokenizer(asked.tokenizer, source.texts)
-    bins.prepare(folder, source, tokenizer, asked.split.split(','), asked.seed, asked.dedup, asked.num_proc,
-                 asked.shard_tokens, asked.separator)
+    source = sources.open(asked.sources, asked.field, asked.document, asked.template and template_of(asked.template), folder)
+    own = tokenizer_for(asked, source, folder)
+    if asked.separator is not None and getattr(own, 'eot', None) is not None:
+        raise ValueError(f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out")
+    if (folder / 'meta.json').is_file():
+        print(f"{folder} has bins, which stay until these are whole, and are then replaced", flush=True)
+    bins.prepare(folder, source, own, shares, asked.seed, asked.dedup, asked.num_proc, asked.shard_tokens, asked.separator)
+    print(f"now: python train.py --dataset={asked.name}")
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, run, write_text
 
 import dataset
-from bins import write_bins, write_documents
+from bins import write_bins
 from dataset import Dataset, RandomDataset
 from tokenizer import ByteTokenizer, CharTokenizer
 
@@ -185,117 +185,6 @@ def test_only_small_datasets_are_prepared_unasked(tmp_path, monkeypatch, capfd):
     with pytest.raises(FileNotFoundError, match=r'python data/large/prepare\.py'):
         dataset.prepare_if_small('large')
     assert 'DOWNLOAD_MB = 24_193\n' in (ROOT / 'data/openwebtext/prepare.py').read_text()
-
-
-# ---- many documents --------------------------------------------------------------------------------------------------
-
-def pieces(shard):
-    return [f'{shard}, piece {i}' for i in range(5)]
-
-
-def documents(piece):
-    for i in range(7):
-        yield 'val' if i == 4 else 'train', f'Document {i} of {piece}: ü\n'
-
-
-def documents_up_to_the_second_shard(piece):
-    if 'second' in piece:
-        raise OSError(f"cannot read {piece}")
-    yield from documents(piece)
-
-
-def no_documents_of_the_first_shard(piece):
-    assert 'first' not in piece
-    yield from documents(piece)
-
-
-SHARDS = ['the first', 'the second']
-TEXTS = {'train': [], 'val': []}
-for shard in SHARDS:
-    for piece in pieces(shard):
-        for split, document in documents(piece):
-            TEXTS[split].append(document)
-
-
-def assert_all_documents(folder):
-    """The bins hold all documents, each with the end of text behind it, which counts as no text."""
-    for split, texts in TEXTS.items():
-        assert ''.join(map(chr, bin_of(folder, split, 'uint32'))) == ''.join(text + '\0' for text in texts)
-    assert_meta_is_true(folder, {split: ''.join(TEXTS[split]) for split in TEXTS})
-    assert sorted(path.name for path in folder.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
-
-
-@pytest.mark.parametrize('num_proc', [1, 2])
-def test_documents_give_the_same_bins_for_any_number_of_processes(tmp_path, num_proc):
-    write_documents(tmp_path, Words(), SHARDS, pieces, documents, num_proc)
-    assert_all_documents(tmp_path)
-
-
-def test_an_interrupted_encoding_goes_on_with_the_next_shard(tmp_path):
-    with pytest.raises(OSError, match='cannot read the second'):
-        write_documents(tmp_path, Words(), SHARDS, pieces, documents_up_to_the_second_shard, num_proc=2)
-    assert [path.name for path in tmp_path.rglob('*.*')] == ['the first.npz']
-    write_documents(tmp_path, Words(), SHARDS, pieces, no_documents_of_the_first_shard, num_proc=1)
-    assert_all_documents(tmp_path)
-
-
-@pytest.fixture
-def openwebtext(tmp_path):
-    """(mirror, {split: [texts]}): OpenWebText's form with 60 documents in two shards, some of them awkward."""
-    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
-    source = Path(json.__file__).read_text(encoding='utf-8')
-    texts = [source[i * 100:i * 100 + 300] for i in range(56)] + ['<|endoftext|> as text', 'ünï 🎉', '', source]
-    chosen = (f'number {i}' for i in range(100_000)
-              if int(hashlib.sha256(f'1337/number {i}'.encode()).hexdigest(), 16) % 2000 == 0)
-    texts[3], texts[40] = val = [next(chosen), next(chosen)]
-    folder = tmp_path / 'mirror/openwebtext/plain_text'
-    folder.mkdir(parents=True)
-    for i in range(2):
-        parquet.write_table(pyarrow.table({'text': texts[30 * i:30 * i + 30]}), folder / f'train-{i:05d}-of-00080.parquet',
-                            row_group_size=7)
-    return folder, {'train': [text for text in texts if text not in val], 'val': val}
-
-
-@needs_gpt2
-def test_openwebtext_is_what_tiktoken_says_after_a_stop_too(openwebtext, tmp_path):
-    import tiktoken
-    mirror, texts = openwebtext
-    first, second = sorted(mirror.iterdir())
-    whole = second.read_bytes()
-    env = {'NANOGPT_MIRROR': str(mirror.parents[1])}
-
-    second.write_bytes(whole[:len(whole) // 2])
-    stopped = prepare('openwebtext', tmp_path, '--num_proc=2', **env)
-    assert stopped.returncode == 2 and stopped.stderr.count('\n') == 1, stopped.stderr
-    second.write_bytes(whole)
-    first.write_bytes(b'not read again')
-    done = prepare('openwebtext', tmp_path, '--num_proc=1', **env)
-    assert done.returncode == 0, done.stderr
-
-    folder, gpt2 = tmp_path / 'data/openwebtext', tiktoken.get_encoding('gpt2')
-    for split in texts:
-        ids = [i for text in texts[split] for i in [*gpt2.encode_ordinary(text), gpt2.eot_token]]
-        assert bin_of(folder, split).tolist() == ids
-    assert_meta_is_true(folder, {split: ''.join(texts[split]) for split in texts})
-    assert not (folder / 'parts').exists()
-
-
-def test_openwebtext_without_a_network_is_an_error_with_what_to_do(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise RuntimeError("one of the Hub's many errors")
-    pytest.importorskip('pyarrow')
-    monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
-    monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
-    with pytest.raises(OSError, match=r'cannot download plain_text/train-00000.*NANOGPT_MIRROR'):
-        definitions('openwebtext')['row_groups']('train-00000-of-00080')
-
-
-def test_openwebtext_without_pyarrow_is_one_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'pyarrow', None)       # as if it were not installed
-    with pytest.raises(SystemExit) as end:
-        definitions('openwebtext')
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count('\n') == 1 and 'pip install pyarrow' in error
 
 
 # ---- nanoGPT's meta.pkl ----------------------------------------------------------------------------------------------
