@@ -468,16 +468,16 @@ def write_bins(folder, tokenizer, splits, **facts):
 
     facts: more of meta.json; separator=ID where the texts are documents with that id before, between and behind them.
     """
-    return _write(folder, tokenizer, {split: ((tokenizer.encode(text), len(text.encode())) for text in texts)
-                                      for split, texts in splits.items()}, **facts)
+    return write_ids(folder, tokenizer, {split: ((tokenizer.encode(text), len(text.encode())) for text in texts)
+                                         for split, texts in splits.items()}, **facts)
 
 
 def bin_dtype(vocab_size):
     return 'uint16' if vocab_size <= 2 ** 16 else 'uint32'
 
 
-def _write(folder, tokenizer, splits, **facts):
-    """The bins and meta.json of {split: (ids, bytes of text) pairs}."""
+def write_ids(folder, tokenizer, splits, **facts):
+    """Like write_bins, from {split: (ids, bytes of text) pairs}."""
     dtype = bin_dtype(tokenizer.vocab_size)
     meta = {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype, **facts, 'splits': {}}
     for split, encoded in splits.items():

@@ -48,24 +48,21 @@ def sources(roots):
     return found
 
 
-def documents(paths):
-    """(split, text) of each of these files."""
-    for text in map(text_of, paths):
-        number = int(hashlib.sha256(f'{SEED}/{text}'.encode()).hexdigest(), 16)
-        yield 'val' if number % 100 == 0 else 'train', text
+class Files:
+    """Those of the corpus, as bins.prepare takes them."""
 
-
-class Corpus:
-    """The files as bins.prepare takes them. `found` is what `sources` returns."""
-
-    def __init__(self, found):
+    def __init__(self, roots):
+        found = sources(roots)
         self.paths, self.fingerprint = list(found.values()), hashlib.sha256(b''.join(found)).hexdigest()
         self.size = sum(path.stat().st_size for path in self.paths)
 
     def pieces(self):
         return (self.paths[i:i + 50] for i in range(0, len(self.paths), 50))
 
-    read = staticmethod(documents)
+    def read(self, paths):
+        for text in map(text_of, paths):
+            number = int(hashlib.sha256(f'{SEED}/{text}'.encode()).hexdigest(), 16)
+            yield 'val' if number % 100 == 0 else 'train', text
 
 
 if __name__ == '__main__':
@@ -75,7 +72,6 @@ if __name__ == '__main__':
     options = options.parse_args()
     with user_errors():
         tokenizer = TiktokenTokenizer('gpt2', options.vocab_size)
-        found = sources(dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ('stdlib', 'purelib', 'platlib')))
-        corpus = Corpus(found)
-        print(f"{len(found):,} files, sha256 {corpus.fingerprint}; encoding them takes a minute or two", flush=True)
-        prepare(HERE, corpus, tokenizer, num_proc=options.num_proc)
+        files = Files(dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ('stdlib', 'purelib', 'platlib')))
+        print(f"{len(files.paths):,} files, sha256 {files.fingerprint}; encoding them takes a minute or two", flush=True)
+        prepare(HERE, files, tokenizer, num_proc=options.num_proc)
