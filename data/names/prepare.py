@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from bins import write_bins
 from files import download
-from runtime import user_errors
+from mistakes import user_errors
 from tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0.2

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from bins import write_bins
-from runtime import user_errors
+from mistakes import user_errors
 from tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0
