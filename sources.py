@@ -213,7 +213,7 @@ class Files:
              file.path.stat().st_mtime_ns] for file in found]])
 
     def texts(self, most=None):
-        """The text of each document, or of each part of one; of about `most` bytes, taken evenly from all, where it says so."""
+        """The text of each document, or part of one; where `most` says so, about so many bytes, taken evenly from all."""
         share = min(1, most / max(1, self.size)) if most else 1
         for i, piece in enumerate(self.pieces()):
             for _, document in self.read(piece) if int((i + 1) * share) > int(i * share) or i == 0 else ():

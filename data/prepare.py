@@ -5,12 +5,12 @@
     python data/prepare.py mine chats.jsonl --field=prompt,answer
     zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
 
-SOURCES are text files, JSONL and parquet (a row is a document: --field), any of them as .gz or .zst, folders of these, globs
-in quotes, and - for standard input. In folders and globs, what is no UTF-8 text is left out, and the first is named.
+SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as .gz or .zst, folders of
+these, globs in quotes, and - for standard input. Of folders and globs, what is no UTF-8 text is left out, which is said.
 
-DOCUMENTS go to train, val or test as a whole, by the sha256 of the seed and their text, so that copies stay on one side; one
-above 4 MB by its first 4 MB. Behind each stands the tokenizer's end-of-text token, or --separator. One text file alone is
-divided by position: the first nine tenths train.
+DOCUMENTS go to train, val or test as a whole, by the sha256 of the seed and their text, so that copies stay on one side;
+one above 4 MB goes by its first 4 MB. Behind each stands the tokenizer's end-of-text token, or --separator. One text file
+alone is divided by position: the first nine tenths train.
 
 CONVERSATIONS, rows with "messages" or --field=ASKED,ANSWERED, are written in a chat template, and only the answers are
 learned.
@@ -45,16 +45,17 @@ def arguments(words):
     add = parser.add_argument
     add('name', metavar='NAME', help="the folder in data/ to make, or any folder's whole path")
     add('sources', metavar='SOURCE', nargs='+', help="files, folders, 'globs', -")
-    add('--tokenizer', default='gpt2', metavar='NAME', help="char, byte, gpt2, cl100k_base, o200k_base, a sentencepiece "
-        "model, a tokenizer.json, a name on the Hugging Face Hub, train:bpe:VOCAB, train:sentencepiece:VOCAB; default: gpt2")
+    add('--tokenizer', default='gpt2', metavar='NAME', help="char, byte, gpt2, cl100k_base, o200k_base, a "
+        "sentencepiece model, a tokenizer.json, a name on the Hugging Face Hub, train:bpe:VOCAB, train:sentencepiece:VOCAB; "
+        "default: gpt2")
     add('--field', help="of a row: which is its text (a.b: b in a), or ASKED,ANSWERED; default: text, or messages")
     add('--document', default='file', choices=sources.SEPARATORS, help="what is one in a text; default: file")
-    add('--separator', metavar='TEXT', help="behind each document, where the tokenizer has no end-of-text token; default: a "
-        "newline, unless the document ends with one")
+    add('--separator', metavar='TEXT', help="behind each document, where the tokenizer has no end-of-text token; default: "
+        "a newline, unless the document ends with one")
     add('--template', metavar='FILE.json', help='of conversations: {"user": [before, after], "assistant": [before, after]}')
     add('--split', default='0.9,0.1', metavar='SHARES', help="of train and val, or train, val and test; default: 0.9,0.1")
     add('--seed', type=int, default=1337, help="of the split; default: 1337")
-    add('--dedup', action='store_true', help="take each document once, those above 4 MB apart (100 bytes of memory for each)")
+    add('--dedup', action='store_true', help="take each document once (not those above 4 MB); takes 100 bytes of memory for each")
     add('--num_proc', type=int, help="processes that encode; default: one per core")
     add('--shard_tokens', type=int, default=0, metavar='N', help="write files of N tokens each: train-00000.bin, …")
     training = parser.add_argument_group("options of --tokenizer=train:…")
@@ -104,7 +105,8 @@ def tokenizer_for(asked, source, folder):
         return tokenizer.load(known['tokenizer'])
     print(f"tokenizer {asked.tokenizer}: reading the text for its vocabulary", flush=True)
     separator = ['\n' if asked.separator is None else asked.separator] if asked.tokenizer == 'char' else []
-    made = vocabulary.open(asked.tokenizer, lambda: chain(source.texts(most), separator * (source.length is None)), **options)
+    separator *= source.length is None      # a text alone has none
+    made = vocabulary.open(asked.tokenizer, lambda: chain(source.texts(most), separator), **options)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(kept) as file:
         file.write(json.dumps({'of': key, 'tokenizer': made.describe()}).encode())
@@ -116,7 +118,8 @@ def main(words):
     shares = asked.split.split(',')
     bins.check_split(shares)
     folder = folder_of(asked.name)
-    source = sources.open(asked.sources, asked.field, asked.document, asked.template and template_of(asked.template), folder)
+    template = template_of(asked.template) if asked.template else None
+    source = sources.open(asked.sources, asked.field, asked.document, template, folder)
     own = tokenizer_for(asked, source, folder)
     if asked.separator is not None and getattr(own, 'eot', None) is not None:
         raise ValueError(f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out")
