@@ -18,13 +18,14 @@ import layers
 
 @dataclass
 class AttentionConfig:
-    """The fields of a Config whose model takes its attention from here; it has n_head and n_embd too."""
+    """The fields of a Config whose model takes its attention from here; it has n_head, n_embd and vocab_size too."""
 
     attention_kind: str = 'mha'     # mha, gqa, mqa, sliding, banded, differential, mla, gated, sinks, alibi
     n_kv_head: int = 0              # gqa's heads of keys and values; 0: a quarter of n_head, or the next that divides it
     window: int = 128               # tokens that sliding and banded attention sees, the query's own among them
     kv_rank: int = 0                # mla's numbers per token for all keys and values; 0: four heads' size
     rope_dim: int = 0               # mla's rotated channels of a key, shared by all heads; 0: half a head's size
+    eot: int = -1                   # the token that begins a document, which sees no other one; -1: they are read through
 
     def __post_init__(self):
         kind, H = self.attention_kind, self.n_head
@@ -34,6 +35,8 @@ class AttentionConfig:
             value = getattr(self, name)
             if value < 0 or (value and kind != whose):
                 raise ValueError(f"{name}={value}: take 0 or more, and 0 unless it is attention_kind={whose!r}")
+        if not -1 <= self.eot < self.vocab_size:
+            raise ValueError(f"eot={self.eot}: take -1, or an id below vocab_size={self.vocab_size}")
         if self.window < 1:
             raise ValueError(f"window={self.window}: a token sees at least itself, 1")
         if H % self.kv_heads:
@@ -111,7 +114,8 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, past):
         """(B, H, T, D)."""
-        return past.attend(q, k, v) if past else layers.causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        return past.attend(q, k, v, dropout) if past else layers.causal_attention(q, k, v, dropout)
 
     def weigh(self, q, k, v, past, mask=None, scale=None):
         """causal_attention in k's type, which a cache may have of its own, over all that `past` has kept."""
@@ -278,8 +282,8 @@ class Latent(Attention):
 
     def attend(self, q, q_rope, latent, past):
         kept, = past.keep(latent) if past else (latent,)
-        is_whole = not past or past.is_whole(q.size(2))
-        return (self.expanded if is_whole else self.absorbed)(q, q_rope, kept, past)
+        is_new = kept.size(2) == q.size(2)      # none was there before
+        return (self.expanded if is_new else self.absorbed)(q, q_rope, kept, past)
 
     def expanded(self, q, q_rope, kept, past):
         """Each head's own keys and values: (B, H, L, D + E), (B, H, L, D)."""

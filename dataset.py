@@ -16,6 +16,7 @@ from tokenizer import check_description, describe_meta_pkl
 
 ROOT = Path(__file__).resolve().parent / 'data'
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
+TIKTOKEN_EOT = {'gpt2': 50256, 'p50k_base': 50256, 'cl100k_base': 100257, 'o200k_base': 199999}   # <|endoftext|>
 SCAN_LIMIT = 100_000_000    # bins up to so many tokens are searched whole for ids beyond the vocabulary (< 0.1 s)
 
 
@@ -56,11 +57,20 @@ class Dataset:
         elif stray := next(self.folder.glob('*.mask'), None):
             raise ValueError(f'{stray} is there, but meta.json does not say "masked": true; prepare it again')
         self.windows = max(1, (self.tokens['train'] - block_size) // block_size)    # per epoch
+        self._eot = self.meta.get('eot', TIKTOKEN_EOT.get((self.tokenizer or {}).get('name')))
+
+    @property
+    def eot(self):
+        """The token that stands behind each document of a stream. ValueError where there is none."""
+        if self._eot is None:
+            raise ValueError(f"document_boundaries=True: {self.name} has no token behind each document (eot in meta.json): "
+                             "prepare it with a tokenizer that has one")
+        return self._eot
 
     def _settings(self, name, block_size, batch_size, batches_per_step, seed):
         self.name, self.block_size, self.batch_size = name, block_size, batch_size
         self.batches_per_step, self.seed = batches_per_step, seed
-        self.batch_tokens, self.masks, self._shares = batch_size * block_size, {}, (None, None)
+        self.batch_tokens, self.masks, self._shares, self._targets = batch_size * block_size, {}, (None, None), {}
 
     def _mask(self, split):
         mask, n = Shards(self.folder, split, 'mask', 'uint8'), self.tokens[split]
@@ -171,13 +181,20 @@ class Dataset:
         The whole split is its windows side by side, the last batch filled up with ignored targets, so that every token
         but the first is predicted once; fewer batches are windows spread evenly over it. Always the same ones.
         """
+        if self.masks:
+            self.eval_targets(split, limit)
         idx, targets = self._read(split, self._eval_spans(split, i, limit))
         return idx, targets, int((targets >= 0).sum())
 
     def eval_targets(self, split, limit=None):
-        """How many targets all batches of an evaluation have together."""
-        return sum(int(self._counts(split, self._eval_spans(split, i, limit)).sum())
-                   for i in range(self.eval_batches(split, limit)))
+        """How many targets all batches of an evaluation have together, counted once. ValueError where there are none."""
+        if (split, limit) not in self._targets:
+            spans = (self._eval_spans(split, i, limit) for i in range(self.eval_batches(split, limit)))
+            self._targets[split, limit] = sum(int(self._counts(split, some).sum()) for some in spans)
+        if not self._targets[split, limit]:
+            raise ValueError(f"{self.folder / split}.mask leaves no token to be judged by in what eval_iters={limit} "
+                             "takes: take more")
+        return self._targets[split, limit]
 
     def _eval_spans(self, split, i, limit):
         windows = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
@@ -252,7 +269,7 @@ class RandomDataset(Dataset):
         ids = np.random.default_rng(seed).integers(vocab_size, size=max(1 << 20, 4 * block_size), dtype=np.uint32)
         self._ids = {'train': ids, 'val': ids[:8 * block_size + 1]}
         self.tokens = {split: len(ids) for split, ids in self._ids.items()}
-        self.windows = (len(ids) - block_size) // block_size
+        self.windows, self._eot = (len(ids) - block_size) // block_size, vocab_size - 1
 
     def _tokens(self, split, start, n):
         return self._ids[split][start:start + n]

@@ -1,5 +1,6 @@
 """Parts that several models share: norms, rotary positions, activations, and causal attention by the kernel that is
 fastest where it runs."""
+import itertools
 import math
 
 import torch
@@ -80,12 +81,13 @@ class KVCache:
     Every row of the batch fills the columns up to `length`. Prompts of different lengths end in the same column, so that
     the rows go on together; row b's tokens then begin at column first[b], and before it everything is zero.
     shapes: for each layer the (H, D) of each tensor that it keeps, (B, H, room, D); none for models that need only the ids.
+    eot: see `documents`.
     """
 
-    def __init__(self, B, room, shapes, device=None, dtype=None):
+    def __init__(self, B, room, shapes, device=None, dtype=None, eot=-1):
         self.kept = [[torch.zeros(B, H, room, D, device=device, dtype=dtype) for H, D in layer] for layer in shapes]
         self.ids = torch.full((B, room), -1, device=device)     # -1: before a row's first token
-        self.room, self.length, self.first, self.seen = room, 0, None, None
+        self.room, self.length, self.first, self.seen, self.eot = room, 0, None, None, eot
 
     def extend(self, idx):
         """Make room for idx (B, T), the next tokens of each row. Returns their places: a slice, or (B, T). ValueError."""
@@ -94,14 +96,16 @@ class KVCache:
             raise ValueError(f"{T} tokens do not fit into a cache for {self.room} that holds {start}")
         self.length += T
         self.ids[:, start:self.length] = idx
-        self.seen, places = None, None
-        if self.first is not None or (start and T > 1):     # otherwise all that is there is seen, or it is a whole prompt
-            places = torch.arange(self.length, device=idx.device)
-            self.seen = places <= places[start:, None]                                          # (T, length)
-        if self.first is None:
+        self.seen, columns = None, torch.arange(self.length, device=idx.device)
+        if self.first is not None or self.eot >= 0 or (start and T > 1):    # otherwise all is seen, or it is a whole prompt
+            self.seen = columns <= columns[start:, None]                                        # (T, length)
+        if self.first is not None:
+            self.seen = self.seen & (columns >= self.first.view(-1, 1, 1, 1))                   # (B, 1, T, length)
+        if self.eot >= 0:
+            self.seen = self.seen & documents(self.ids[:, :self.length], self.eot, T)
+        if self.first is None and self.eot < 0:
             return slice(start, self.length)
-        self.seen = self.seen & (places >= self.first.view(-1, 1, 1, 1))                        # (B, 1, T, length)
-        return places[start:] - self.first[:, None]
+        return self.seen[:, 0].sum(-1) - 1      # a token sees all from the first of its row, or document, on
 
     @property
     def layers(self):
@@ -122,7 +126,7 @@ class KVCache:
         """One cache with the rows of several, which have one row each, and room for so many columns."""
         length, one = max(cache.length for cache in caches), caches[0]
         whole = cls(len(caches), room, [[(t.size(1), t.size(3)) for t in layer] for layer in one.kept], one.ids.device,
-                    next((t.dtype for layer in one.kept for t in layer), None))
+                    next((t.dtype for layer in one.kept for t in layer), None), one.eot)
         whole.length, starts = length, [length - cache.length for cache in caches]
         for b, (start, cache) in enumerate(zip(starts, caches)):
             whole.ids[b, start:length] = cache.ids[0, :cache.length]
@@ -150,13 +154,62 @@ class Past:
         """Whether the T new tokens are all that there is, in each row: a prompt that is read at once."""
         return self.cache.length == T and self.cache.seen is None
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v, dropout=0.0):
         """Keep k and v of the new tokens, and attend to all that q (B, H, T, D) may see: (B, H, T, D), in q's type."""
         past_k, past_v = self.keep(k, v)
         dtype = past_k.dtype
         if self.is_whole(q.size(2)):
             return causal_attention(*(x.to(dtype) for x in (q, k, v))).to(q.dtype)
         return sdpa(q.to(dtype), past_k, past_v, mask=self.cache.seen).to(q.dtype)
+
+
+def documents(ids, eot, T):
+    """Which of L ids (B, L) are of the same document as each of the last T: bool (B, 1, T, L). It begins with its `eot`."""
+    number = (ids == eot).cumsum(1)
+    return (number[:, -T:, None] == number[:, None])[:, None]
+
+
+class Packed:
+    """Where rows hold several documents, what stands in for a cache, and for what each layer has of it, while all tokens
+    are new: attention goes no further back than a document, whose places begin at 0.
+
+    On CUDA this is SDPA with a mask, which FlashAttention does not take: slower than causal attention alone.
+    """
+
+    def __init__(self, eot):
+        self.eot = eot
+
+    def extend(self, idx):
+        """The places of idx in their documents, (B, T), as KVCache.extend."""
+        self.length = idx.size(1)
+        self.seen = documents(idx, self.eot, self.length).tril()                                # (B, 1, T, T)
+        return self.seen[:, 0].sum(-1) - 1
+
+    @property
+    def cache(self):
+        return self
+
+    @property
+    def layers(self):
+        return itertools.repeat(self)
+
+    def recent(self, n, T):
+        """No ids before these, as KVCache.recent."""
+        return self.seen.new_full((len(self.seen), n), -1, dtype=torch.int64)
+
+    def keep(self, *new):
+        return new
+
+    def is_whole(self, T):
+        return False
+
+    def attend(self, q, k, v, dropout=0.0):
+        return causal_attention(q, k, v, dropout, self.seen)
+
+
+def packed(eot):
+    """A Packed, or None where documents are read through, eot < 0."""
+    return Packed(eot) if eot >= 0 else None
 
 
 def _use_plain(q):
@@ -255,12 +308,13 @@ def plain_attention(q, k, v, dropout=0.0, mask=None, scale=None, is_causal=True)
         bias = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     elif bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -math.inf)
-    if H != G or bias.dim() > 2:    # a group's queries are rows of one product
-        bias = bias.expand(B, H, T, L).reshape(B * G, -1, L)
-    q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, L, D), v.reshape(B * G, L, -1)
+    is_same = H == G and bias.dim() == 2        # for all heads: then the product adds it
+    q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, L, D), v.reshape(B * G, L, -1)  # a group's queries: rows of one
     with torch.autocast(q.device.type, enabled=False):      # autocast would take the softmax to float32 and back
-        att = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale or D ** -0.5).softmax(-1)    # (B·G, H/G·T, L)
-        return (F.dropout(att, dropout) @ v).view(B, H, T, -1)
+        att = torch.baddbmm(bias if is_same else q.new_zeros(1, 1), q, k.transpose(1, 2), alpha=scale or D ** -0.5)
+        if not is_same:
+            att.view(B, H, T, L).add_(bias)
+        return (F.dropout(att.softmax(-1), dropout) @ v).view(B, H, T, -1)      # att: (B·G, H/G·T, L)
 
 
 def with_past(idx, n, cache=None):

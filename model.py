@@ -71,6 +71,12 @@ class LanguageModel(nn.Module):
         """Shorten the longest context in place, for models that can."""
         raise ValueError(f"{type(self).__name__} has block_size={self.config.block_size} and can't change it")
 
+    def keep_documents_apart(self, eot):
+        """Let no token see further back than its document's first, `eot`, in place; -1: they are read through."""
+        if not hasattr(self.config, 'eot'):
+            raise ValueError(f"{type(self).__name__} can't keep documents apart: leave out document_boundaries")
+        self.config.eot = eot
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, lrs=None, **options):
         """The optimizer over `param_groups`: AdamW, or another by optimizer.build's options; None without parameters."""
         width = getattr(self.config, 'n_embd', 768)
@@ -98,6 +104,7 @@ class GPTConfig:
     dropout: float = 0.0        # probability, on embeddings, attention weights and both residual branches
     bias: bool = True           # in Linears and LayerNorms, as GPT-2 has it; without is a bit better and faster
     gelu: str = 'exact'         # 'exact' (nanoGPT's, with erf) or 'tanh' (OpenAI's approximation)
+    eot: int = -1               # the token that begins a document, which sees no other one; -1: they are read through
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -107,6 +114,8 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: take a probability from 0 up to, not including, 1")
+        if not -1 <= self.eot < self.vocab_size:
+            raise ValueError(f"eot={self.eot}: take -1, or an id below vocab_size={self.vocab_size}")
         if self.gelu not in ('exact', 'tanh'):
             raise ValueError(f"gelu={self.gelu!r} is unknown: take exact or tanh")
 
@@ -122,7 +131,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, past=None):
         B, T, C = x.shape
         q, k, v = layers.split_heads(self.c_attn(x), self.n_head)      # (B, H, T, D) each
-        y = past.attend(q, k, v) if past else layers.causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = past.attend(q, k, v, dropout) if past else layers.causal_attention(q, k, v, dropout)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -181,11 +191,12 @@ class GPT(LanguageModel):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        cache = cache or layers.packed(self.config.eot)
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[cache.extend(idx) if cache else slice(T)]   # (B, T, C)
         x = self.transformer.drop(x)
         for block, past in zip(self.transformer.h, cache.layers if cache else itertools.repeat(None)):
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x, past)
+            x = checkpoint(block, x, past, use_reentrant=False) if recompute else block(x, past)
         x = self.transformer.ln_f(x if targets is not None else x[:, -1:])
         logits = self.lm_head(x)                                            # (B, T, V), or (B, 1, V)
         if targets is None:
@@ -194,7 +205,8 @@ class GPT(LanguageModel):
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shape = self.config.n_head, self.config.n_embd // self.config.n_head
-        return layers.KVCache(batch, length, [[shape, shape]] * self.config.n_layer, device, dtype or self.cache_dtype)
+        shapes = [[shape, shape]] * self.config.n_layer
+        return layers.KVCache(batch, length, shapes, device, dtype or self.cache_dtype, self.config.eot)
 
     def num_params(self, non_embedding=True):
         """Parameters; by default without the position embeddings, as GPT-2's sizes are told."""

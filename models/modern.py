@@ -96,13 +96,19 @@ class NgramEmbedding(nn.Embedding):
         self.n, self.rows, self.dropout = n, rows, dropout
         nn.init.zeros_(self.weight)
 
-    def forward(self, idx, before=None):
-        """idx, and the n - 1 ids before each row's first, -1 where there were none: (B, T), (B, n - 1) -> (B, T, C)."""
+    def forward(self, idx, before=None, places=None):
+        """idx, and the n - 1 ids before each row's first, -1 where there were none: (B, T), (B, n - 1) -> (B, T, C).
+
+        places: how many tokens of its document come before each, (B, T), where rows hold several; else anything.
+        """
         B, T = idx.shape
         past = F.pad(idx, (self.n - 1, 0), value=-1) if before is None else torch.cat([before, idx], 1)
         key, keys = idx + 1, []
         for i in range(1, self.n):      # below 2^31 each, so that no product overflows
-            key = (key * 0x5851F42D + (past[:, self.n - 1 - i:][:, :T] + 1) * 0x14057B7F) % 0x7FFFFFFF
+            earlier = past[:, self.n - 1 - i:][:, :T] + 1
+            if isinstance(places, torch.Tensor):
+                earlier = earlier * (places >= i)
+            key = (key * 0x5851F42D + earlier * 0x14057B7F) % 0x7FFFFFFF
             keys.append((key ^ (key >> 15)) % self.rows)
         keys = torch.stack(keys, -1).view(B * T, -1)
         if self.training and self.dropout:
@@ -137,16 +143,18 @@ class Modern(LanguageModel):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        rotary = self.rotary[:, cache.extend(idx) if cache else slice(T)]   # (2, T, D)
+        cache = cache or layers.packed(self.config.eot)
+        places = cache.extend(idx) if cache else slice(T)
+        rotary = self.rotary[:, places]                                     # (2, T, D)
         rotary = rotary if rotary.dim() == 3 else rotary[:, :, None]        # (2, B, 1, T, D)
         x = self.transformer.wte(idx)                                       # (B, T, C)
         if self.config.ngram:
-            x = x + self.transformer.ngram(idx, cache and cache.recent(self.config.ngram - 1, T))
+            x = x + self.transformer.ngram(idx, cache and cache.recent(self.config.ngram - 1, T), places)
         x = norm(layers.compute_type(x))
         rotary = rotary.type_as(x)
         for block, past in zip(self.transformer.h, cache.layers if cache else itertools.repeat(None)):
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary, past)
+            x = checkpoint(block, x, rotary, past, use_reentrant=False) if recompute else block(x, rotary, past)
         x = norm(x if targets is not None else x[:, -1:])
         logits = self.lm_head(x)                                            # (B, T, V), or (B, 1, V)
         logits = 15 * torch.tanh(layers.at_least_float32(logits) / 15)
@@ -156,7 +164,7 @@ class Modern(LanguageModel):
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shapes = [block.attn.cache_shapes for block in self.transformer.h]
-        return layers.KVCache(batch, length, shapes, device, dtype or self.cache_dtype)
+        return layers.KVCache(batch, length, shapes, device, dtype or self.cache_dtype, self.config.eot)
 
     def flops_per_token(self, T):
         """6 per parameter that is multiplied with (tables are looked up), and 12·C·T per layer for attention's products."""

@@ -123,12 +123,13 @@ class Transformerpp(LanguageModel):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        cache = cache or layers.packed(self.config.eot)
         rotary = self.rotary[:, cache.extend(idx) if cache else slice(T)]   # (2, T, D)
         rotary = rotary if rotary.dim() == 3 else rotary[:, :, None]        # (2, B, 1, T, D)
         x = self.transformer.drop(self.transformer.wte(idx))                # (B, T, C)
         for block, past in zip(self.transformer.h, cache.layers if cache else itertools.repeat(None)):
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary, past)
+            x = checkpoint(block, x, rotary, past, use_reentrant=False) if recompute else block(x, rotary, past)
         x = self.transformer.ln_f(x if targets is not None else x[:, -1:])
         logits = self.lm_head(x)                                            # (B, T, V), or (B, 1, V)
         if targets is None:
@@ -137,7 +138,7 @@ class Transformerpp(LanguageModel):
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shapes = [block.attn.cache_shapes for block in self.transformer.h]
-        return layers.KVCache(batch, length, shapes, device, dtype or self.cache_dtype)
+        return layers.KVCache(batch, length, shapes, device, dtype or self.cache_dtype, self.config.eot)
 
     def flops_per_token(self, T):
         """6 per parameter that is multiplied with, and what attention's products take (mha: 12·C·T per layer)."""

@@ -1,14 +1,20 @@
-"""Short texts that know nothing of each other: each is a window of its own, each of its letters a target once."""
+"""Texts that know nothing of each other: short ones, each a window of its own with each letter a target once; and streams,
+where many lie in a window, which a model keeps apart."""
 import json
 import os
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, run, same
 
+import attention
 import checkpoint
+import layers
 from bins import write_bins
 from dataset import Documents, open_dataset
+from generate import Context
+from models import build
 from tokenizer import CharTokenizer
 
 NAMES = ['ada', 'bo', 'christopherson', 'dee', 'x', 'maximiliana', 'yu', 'li', 'wu']
@@ -133,6 +139,118 @@ def test_precise_statistics_are_those_of_the_saved_weights(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     before = checkpoint.read(tmp_path / 'ckpt.prev.pt')
     assert before['iter_num'] == 2 and before['model']['transformer.h.norm.is_measured']
+
+
+# ---- documents in a stream -------------------------------------------------------------------------------------------
+
+EOT = 7
+KEEP_APART = {'gpt': dict(), 'modern-ngram': dict(ngram=3, ngram_rows=50), 'modern-post': dict(norm_place='post'),
+              **{f'transformerpp-{kind}': dict(attention_kind=kind, window=4) for kind in attention.KINDS}}
+
+
+def keeping_apart(name, eot=EOT, dtype=torch.float64, **fields):
+    """A small model whose weights are all large enough to count."""
+    torch.manual_seed(0)
+    model = build(name.partition('-')[0], **dict(block_size=24, vocab_size=50, n_layer=2, n_head=4, n_embd=32, eot=eot),
+                  **KEEP_APART[name], **fields).to(dtype).eval()
+    for key, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if 'ln_' in key else 0.0, std=0.3)
+    return model
+
+
+def packed_row():
+    """idx (1, 24) of four documents, and where they begin; the first one goes on from an earlier window, one is empty."""
+    idx, starts = torch.randint(8, 49, (1, 24), generator=torch.Generator().manual_seed(3)), [0, 6, 7, 15]
+    idx[0, starts[1:]] = EOT
+    return idx, starts
+
+
+@pytest.fixture(params=['auto', 'plain'])
+def kernel(request):
+    layers.use_attention(request.param)
+    yield
+    layers.use_attention('auto')
+
+
+@pytest.mark.parametrize('name', KEEP_APART)
+def test_nothing_is_seen_of_an_earlier_document(name, kernel):
+    """Not a bit; and all that is seen elsewhere, the eot itself among it."""
+    model, (idx, starts) = keeping_apart(name), packed_row()
+    before = model(idx, idx)[0][0]
+    for t in range(24):
+        changed = idx.clone()
+        changed[0, t] = (idx[0, t] - 7) % 43 + 8 if t not in starts[1:] else EOT
+        after, end = model(changed, idx)[0][0], next((start for start in starts if start > t), 24)
+        assert torch.equal(before[:t], after[:t]) and torch.equal(before[end:], after[end:])
+        assert t in starts[1:] or not (before[t:end] == after[t:end]).all(-1)[:3].any()
+    changed = idx.clone()
+    changed[0, 7] = 8       # no eot: one document with the one before it
+    after = model(changed, idx)[0][0]
+    assert torch.equal(before[:7], after[:7]) and not (before[7:15] == after[7:15]).all(-1).any()
+    assert torch.equal(before[15:], after[15:])
+
+
+@pytest.mark.parametrize('name', KEEP_APART)
+def test_a_row_of_documents_is_as_good_as_rows_of_one(name):
+    model, (idx, starts) = keeping_apart(name), packed_row()
+    targets = torch.cat([idx[:, 1:], torch.tensor([[-1]])], 1)
+    _, loss = model.train()(idx, targets)
+    loss.backward()
+    packed = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    apart = keeping_apart(name, eot=-1).train()
+    for start, end in zip(starts, [*starts[1:], 24]):
+        n = (targets[:, start:end] >= 0).sum().item()
+        (apart(idx[:, start:end], targets[:, start:end])[1] * n / 23).backward()
+    assert all(torch.allclose(grad, p.grad, atol=1e-12) for grad, p in zip(packed, apart.parameters(), strict=True))
+
+
+@pytest.mark.parametrize('name', KEEP_APART)
+def test_documents_are_kept_apart_while_generating(name):
+    """The cache against the whole context, in rows of different lengths, with an eot now and then."""
+    model, prompts = keeping_apart(name), [[1, 2, EOT, 4, 5, 6], [8, 9], [1, 2, EOT, 4, 5, 6], [EOT]]
+    context = Context(model, prompts, 24)
+    for step in range(12):
+        for row, logits in zip(context.rows, context.logits()):
+            assert (logits - model(torch.tensor([row]))[0][0, -1]).abs().max() < 1e-9
+        context.add(torch.tensor([[8 + step], [EOT if step in (2, 3) else 9], [EOT if step == 9 else 9], [11]]))
+    cache, at, (idx, _) = model.init_cache(1, 24, dtype=torch.float64), 0, packed_row()
+    whole = model(idx, idx)[0]
+    for T in (5, 1, 1, 4, 9, 4):
+        at += T
+        assert (model(idx[:, at - T:at], cache=cache)[0][:, 0] - whole[:, at - 1]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('name', ['modern-ngram', 'transformerpp-mla'])
+def test_documents_are_kept_apart_compiled_and_recomputed(name):
+    """With a whole graph, as train.py compiles it."""
+    (idx, _), expected = packed_row(), None
+    for change in (lambda model: model, lambda model: setattr(model, 'gradient_checkpointing', True) or model,
+                   lambda model: torch.compile(model, backend='eager', fullgraph=True)):
+        model = keeping_apart(name).train()
+        change(model)(idx, idx)[1].backward()
+        grads = [p.grad for p in model.parameters()]
+        assert expected is None or all(map(torch.allclose, expected, grads))
+        expected = grads
+
+
+@pytest.mark.parametrize('name', KEEP_APART)
+def test_without_boundaries_nothing_changes(name):
+    idx = packed_row()[0]
+    plain, other = keeping_apart(name, eot=-1), keeping_apart(name, eot=49)
+    assert (plain(idx, idx)[0] - other(idx, idx)[0]).abs().max() < 1e-12     # no 49 in it
+    other.keep_documents_apart(-1)
+    assert torch.equal(plain(idx, idx)[0], other(idx, idx)[0])
+
+
+def test_who_can_not_keep_documents_apart(folder):
+    with pytest.raises(ValueError, match="Bigram can't keep documents apart: leave out document_boundaries"):
+        build('bigram', vocab_size=9).keep_documents_apart(3)
+    with pytest.raises(ValueError, match='eot=50: take -1, or an id below vocab_size=50'):
+        keeping_apart('gpt', eot=50)
+    with pytest.raises(ValueError, match='document_boundaries=True: .* has no token behind each document'):
+        print(open_dataset(folder, 16, 2).eot)
+    assert open_dataset('random', 16, 2).eot == 50256
 
 
 @pytest.mark.campaign
