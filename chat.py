@@ -30,7 +30,7 @@ class Template:
         if not self.description[ASSISTANT][0].strip():
             raise ValueError('the template\'s "assistant" begins with nothing: a model could not tell where to answer')
         end, begins = self.description[ASSISTANT][1], [before.rstrip() for before, _ in self.description.values()]
-        self.stops = [text for text in dict.fromkeys([end.rstrip() or end, *begins]) if text]
+        self.stops = [text for text in dict.fromkeys([end.rstrip() or end, end.strip(), *begins]) if text]
 
     def parts(self, row, fields=()):
         """[(text, is_learned)] of a row: its "messages", [{"role", "content"}], or the values of its two `fields`, what the
@@ -71,12 +71,43 @@ class Template:
         return [part for part in parts if part[0]]
 
 
+class Dialogue:
+    """What a user and the assistant have said, as ids of at most `room`; where it is more, the oldest turns are left out,
+    so many: `left_out`. `stops` and `end`, the id of the end of text or None, are where an answer ends.
+
+    In front stands the end of text, as it does between documents that are learned from.
+    """
+
+    def __init__(self, template, tokenizer, room):
+        self.template, self.tokenizer, self.room = template, tokenizer, room
+        self.stops, self.end = template.stops, tokenizer.eot
+        if not tokenizer.lossless:      # it writes them in its own way
+            self.stops = [tokenizer.decode(tokenizer.encode(stop)) for stop in self.stops]
+        self.said, self.asked, self.left_out = [], None, 0
+
+    def ask(self, text):
+        """The ids from which a model goes on to answer what the user says now. Raises ValueError."""
+        if not text.strip():
+            raise ValueError("an empty turn: type, or give by --start, what the user says")
+        self.asked = {'role': USER, 'content': text}
+        while True:
+            parts = self.template.prompt([*self.said[self.left_out:], self.asked])
+            ids = [self.end] * (self.end is not None) + encode(self.tokenizer, parts)[0]
+            if len(ids) <= self.room or self.left_out == len(self.said):
+                return ids
+            self.left_out += 2      # a question and its answer
+
+    def answer(self, text):
+        """What the assistant said to the last question."""
+        self.said += [self.asked, {'role': ASSISTANT, 'content': text}]
+
+
 def encode(tokenizer, parts):
     """(ids, learned) of [(text, is_learned)]: each part on its own, so that an answer's prompt has the same ids when it is
     learned and when it is sampled. Only in a Marker do the names of special tokens become these tokens."""
     ids, learned = [], []
     for text, is_learned in parts:
-        new = list((tokenizer.encode if isinstance(text, Marker) else tokenizer.encode_ordinary)(text))
-        ids += new
+        new = (tokenizer.encode if isinstance(text, Marker) else tokenizer.encode_ordinary)(text)
+        ids += map(int, new)
         learned += [is_learned] * len(new)
     return ids, learned

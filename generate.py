@@ -234,12 +234,18 @@ class Text:
         text, self.held = self.held[:certain], self.held[certain:]
         return text
 
+    def finish(self):
+        """What was held back; nothing comes after it."""
+        text, self.done = self.add([], final=True), True
+        return text
 
-def texts(context, max_new_tokens, sampling, seeds=None, stops=()):
-    """Yield, token by token, the text that each row gained: [str]; until max_new_tokens, or a stop in every row."""
+
+def texts(context, max_new_tokens, sampling, seeds=None, stops=(), end=None):
+    """Yield, token by token, the text that each row gained: [str]; until max_new_tokens, or a stop in every row, or `end`,
+    an id that is no text."""
     outs = [Text(context.model.tokenizer, stops) for _ in context.rows]
     for ids in stream(context, max_new_tokens, sampling, seeds):
-        yield [out.add([i]) for out, i in zip(outs, ids.tolist())]
+        yield [out.finish() if i == end else out.add([i]) for out, i in zip(outs, ids.tolist())]
         if all(out.done for out in outs):
             return
     yield [out.add([], final=True) for out in outs]

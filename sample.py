@@ -8,14 +8,15 @@
 import itertools
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 import checkpoint
 import generate
+import prompts
 import runtime
 import weights
+from chat import Dialogue, Template
 from configurator import configure
 from runtime import fail, user_errors
 
@@ -35,6 +36,7 @@ stop = ''  # a text that ends a sample; several with | between
 num_beams = 0  # search the likeliest texts over so many beams, in place of drawing; 0: draw
 length_penalty = 1.0  # of the search: above 0, longer texts score better
 interactive = False  # read a line, continue it, read the next: the context stays
+chat = False  # a start, or line, is what a user says, and is answered: for runs on conversations, whose template they keep
 seed = 1337  # of the first sample; each further one takes the next
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # of the weights: auto, float32, bfloat16, float16, int8 (on a CPU; the fastest for a few samples)
@@ -42,26 +44,15 @@ compile = False  # True pays for long samples on a GPU
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def prompts(text):
-    """The texts that `start` stands for."""
-    if text != '-' and not text.startswith(('FILE:', 'LINES:')):
-        return [text]
-    try:
-        read = sys.stdin.read() if text == '-' else Path(text.partition(':')[2]).read_text(encoding='utf-8')
-    except (OSError, ValueError) as error:
-        fail(f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})")
-    lines = [line for line in read.splitlines() if line] if text.startswith('LINES:') else [read]
-    return lines or fail(f"{text} has no line")
-
-
 def draw(texts):
     """Print num_samples continuations of each text, the first as it comes, the others when all are done."""
-    rows, samples = ([x for x in some for _ in range(num_samples)] for some in (map(model.tokenizer.encode, texts), texts))
+    rows, samples = ([x for x in some for _ in range(num_samples)] for some in (
+        map(encode, texts), [text + '\n' * chat for text in texts]))
     context, began = generate.Context(model, rows, max(map(len, rows)) + max_new_tokens), time.perf_counter()
     context.logits()
     print(samples[0], end='', flush=True)
     read = time.perf_counter()
-    for news in generate.texts(context, max_new_tokens, sampling, range(seed, seed + len(rows)), stops):
+    for news in generate.texts(context, max_new_tokens, sampling, range(seed, seed + len(rows)), stops, end):
         samples = [sample + new for sample, new in zip(samples, news)]
         print(news[0], end='', flush=True)
     took, tokens = time.perf_counter() - read, sum(map(len, context.rows)) - sum(map(len, rows))
@@ -72,32 +63,37 @@ def draw(texts):
 
 def search(text):
     """Print the likeliest continuations of the text, the best first, with their scores."""
-    ids = model.tokenizer.encode(text)
+    ids = encode(text)
     context = generate.Context(model, [ids], len(ids) + max_new_tokens)
     for score, new in generate.likeliest(context, max_new_tokens, num_beams, length_penalty, stops)[:num_samples]:
-        print(f"{text}{new}\n{'-' * 15} {score:.4f}", flush=True)
+        print(f"{text}{chr(10) * chat}{new}\n{'-' * 15} {score:.4f}", flush=True)
     print(f"{num_beams} beams{context.history()}", file=sys.stderr)
 
 
 def converse(text):
-    """Continue one line after the other of standard input, all in one context, until it ends (Ctrl-D)."""
-    context = None
-    for turn in itertools.count(seed):
-        print('> ' if sys.stdin.isatty() else '', end='', file=sys.stderr, flush=True)
-        if not (line := sys.stdin.readline()):
-            return
+    """Continue one line after the other of standard input, all in one context, or answer them, until it ends (Ctrl-D)."""
+    context, asked = None, [text] if chat and text.strip() else []
+    for turn, line in enumerate(itertools.chain(asked, prompts.typed()), seed):
         try:
-            ids = [i for x in ('\n' if context else text.strip() and text, line[:-1]) for i in model.tokenizer.encode(x)]
+            if chat:
+                context, ids = None, encode(line)
+            else:
+                ids = [i for x in ('\n' if context else text.strip() and text, line) for i in encode(x)]
             if context:
                 context.add(torch.tensor([ids]))
             context = context or generate.Context(model, [ids], model.config.block_size)
         except ValueError as error:     # the next line may be better
             print(f"error: {error}", file=sys.stderr)
             continue
-        for new, in generate.texts(context, max_new_tokens, sampling, [turn], stops):
+        reply = ''
+        for new, in generate.texts(context, max_new_tokens, sampling, [turn], stops, end):
             print(new, end='', flush=True)
+            reply += new
         print(flush=True)
         print(context.history().strip('; '), end='\n' * bool(context.slides), file=sys.stderr)
+        if chat:
+            talk.answer(reply)
+            print(f"the first {talk.left_out} turns no longer fit\n" * bool(talk.left_out), end='', file=sys.stderr)
 
 
 with user_errors():
@@ -107,12 +103,16 @@ with user_errors():
     runtime.check_at_least(1, globals(), 'num_samples')
     runtime.check_at_least(0, globals(), 'seed num_beams max_new_tokens')
     sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
-    stops, texts = [end for end in stop.split('|') if end], prompts(prompt or start)
+    stops, texts = [text for text in stop.split('|') if text], prompts.read(prompt or start)
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
         fail("several prompts, num_beams and interactive=True can't be combined: take one of them")
     model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from, device)
     if model.tokenizer is None:
         fail(f"{init_from} does not say which tokenizer its {model.config.vocab_size} ids belong to")
+    if chat and not getattr(model, 'template', None):
+        fail("chat=True is for a run on conversations, which keeps their template: this model has none")
+    talk = Dialogue(Template(model.template), model.tokenizer, model.config.block_size * 3 // 4) if chat else None
+    encode, stops, end = (talk.ask, stops + talk.stops, talk.end) if chat else (model.tokenizer.encode, stops, None)
     runtime.be_fast()
     weights.prepare(model, dtype, compile)
     with runtime.memory_errors("take a smaller model, or another --device"):

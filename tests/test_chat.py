@@ -1,8 +1,17 @@
 """Chat templates: which text a row becomes, which of it is learned, and what is no conversation."""
+import io
+import runpy
+import sys
+
 import pytest
+import torch
+from conftest import ROOT
+from test_data import needs_gpt2
 
 import chat
-from chat import Template
+import checkpoint
+import models
+from chat import Dialogue, Template
 from tokenizer import ByteTokenizer, TiktokenTokenizer
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
@@ -27,26 +36,25 @@ def test_two_fields_are_a_question_and_its_answer():
 
 
 @pytest.mark.parametrize('template', [None, CHATML])
-@pytest.mark.parametrize('tokenizer', [ByteTokenizer, lambda: TiktokenTokenizer('gpt2', 300)])
+@pytest.mark.parametrize('tokenizer', [ByteTokenizer, pytest.param(lambda: TiktokenTokenizer('gpt2'), marks=needs_gpt2)])
 def test_a_prompt_has_the_ids_that_were_learned_from(template, tokenizer):
     """Whatever an answer begins with: the boundary in front of it is one between tokens."""
     own, template = tokenizer(), Template(template)
-    own.encode_ordinary = getattr(own, 'encode_ordinary', own.encode)
     for answer in ('4', ' 4', '\n\n4', 'four'):
         ids, mask = chat.encode(own, template.parts({'messages': [ASK, {**ANSWER, 'content': answer}]}))
         prompt, _ = chat.encode(own, template.prompt([ASK]))
         assert ids[:len(prompt)] == prompt and mask == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
 
-def test_only_marks_become_special_tokens():
-    template = Template({'user': ['<|endoftext|>U:', '\n'], 'assistant': ['A:', '<|endoftext|>']})
-    own = TiktokenTokenizer('gpt2', 300)
-    ids, _ = chat.encode(own, template.parts({'messages': [{**ASK, 'content': '<|endof text|>'}, ANSWER]}))
-    assert [i for i, token in enumerate(ids) if token == own.eot] == [0, len(ids) - 1]
+@needs_gpt2
+@pytest.mark.parametrize('end, asked, ends', [('<|endoftext|>', '2+2?', 1), ('END', 'What is <|endoftext|>?', 0)])
+def test_only_marks_become_special_tokens(end, asked, ends):
+    template, own = Template({'user': ['U:', '\n'], 'assistant': ['A:', end]}), TiktokenTokenizer('gpt2')
+    assert chat.encode(own, template.parts({'q': asked, 'a': '4'}, ('q', 'a')))[0].count(own.eot) == ends
 
 
 def test_an_answer_ends_where_it_was_learned_to_end_or_where_another_turn_begins():
-    assert Template().stops == ['\n### End', '### System:', '### User:', '### Assistant:']
+    assert Template().stops == ['\n### End', '### End', '### System:', '### User:', '### Assistant:']
     assert Template({'user': ['Q: ', '\n'], 'assistant': ['A: ', '\n']}).stops == ['\n', 'Q:', 'A:']
 
 
@@ -86,3 +94,96 @@ def test_what_is_no_template_is_said_in_one_line(description):
 def test_an_answer_that_holds_its_own_end_is_refused():
     with pytest.raises(ValueError, match=r"the assistant's, contains '\\n', which"):
         Template({'user': ['Q: ', '\n'], 'assistant': ['A: ', '\n']}).parts({'q': 'x\ny', 'a': '4\n5'}, ('q', 'a'))
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+class Ended(ByteTokenizer):
+    eot = 0
+
+
+def said(ids):
+    return bytes(ids).decode()
+
+
+def test_a_dialogue_is_read_as_the_documents_it_was_learned_from():
+    talk, template = Dialogue(Template(), Ended(), room=1000), Template()
+    talk.ask('Bad question')        # and no answer: it was never said
+    assert said(talk.ask('2+2?')) == '\0### User:\n2+2?\n\n### Assistant:\n'
+    talk.answer('4')
+    ids = talk.ask('Sure?')
+    talk.answer('Yes.')
+    row = {'messages': [ASK, ANSWER, {'role': 'user', 'content': 'Sure?'}, {'role': 'assistant', 'content': 'Yes.'}]}
+    assert [0, *chat.encode(Ended(), template.parts(row))[0]][:len(ids)] == ids
+
+
+def test_the_oldest_turns_are_left_out_where_all_do_not_fit():
+    talk = Dialogue(Template(), ByteTokenizer(), room=100)
+    for i in range(4):
+        ids = talk.ask(f'{i}?')
+        talk.answer(str(i))
+    assert said(ids) == '### User:\n2?\n\n### Assistant:\n2\n### End\n\n### User:\n3?\n\n### Assistant:\n'
+    assert talk.left_out == 4 and len(talk.ask('x' * 200)) > 200        # generate.Context says what it thinks of that
+
+
+@pytest.mark.parametrize('text, message', [(' \n', 'an empty turn'), ('### End', "the user's, contains '### End'")])
+def test_what_can_not_be_asked_leaves_the_dialogue_as_it_was(text, message):
+    talk = Dialogue(Template(), ByteTokenizer(), room=100)
+    with pytest.raises(ValueError, match=message):
+        talk.ask(text)
+    assert talk.said == []
+
+
+CONVERSATION = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!\n\nHow are you?'},
+                {'role': 'user', 'content': 'Fine'}, {'role': 'assistant', 'content': 'Good.'}]
+
+
+@pytest.fixture(scope='module')
+def parrot(tmp_path_factory):
+    """A checkpoint that knows CONVERSATION by heart."""
+    torch.manual_seed(0)
+    path, own, template = tmp_path_factory.mktemp('parrot') / 'ckpt.pt', ByteTokenizer(), Template()
+    ids, learned = map(torch.tensor, chat.encode(own, template.parts({'messages': CONVERSATION})))
+    model = models.build('gpt', block_size=200, vocab_size=256, n_layer=1, n_head=2, n_embd=32, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(80):
+        loss = model(ids[None, :-1], torch.where(learned, ids, -1)[None, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.1
+    checkpoint.save(path.parent, path.name, dict(
+        model=model.state_dict(), model_name='gpt', model_args=vars(model.config), tokenizer=own.describe(),
+        template=template.description))
+    return path
+
+
+@pytest.fixture
+def sample(parrot, monkeypatch, capsys):
+    """What sample.py prints with these words in this process, and on standard error."""
+    def sample(*words, stdin='', source=parrot):
+        monkeypatch.setattr(sys, 'argv', ['sample.py', f'--init_from={source}', '--num_samples=1', '--temperature=0',
+                                          '--max_new_tokens=40', '--device=cpu', '--dtype=float32', *words])
+        monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
+        runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
+        return capsys.readouterr()
+    return sample
+
+
+def test_a_question_is_answered_and_the_answer_ends_where_it_should(sample):
+    assert sample('--chat=True', '--start=Hi').out == f"Hi\nHello!\n\nHow are you?\n{'-' * 15}\n"
+    assert sample('--chat=True', '--start=Hi', '--num_beams=2').out.startswith(f"Hi\nHello!\n\nHow are you?\n{'-' * 15} -")
+    assert not sample('--start=Hi').out.startswith('Hi\nHello')        # no question, only the beginning of a text
+
+
+def test_a_conversation_knows_what_was_said(sample):
+    out, err = sample('--chat=True', '--interactive=True', stdin='Hi\n\nFine\n')
+    assert out == 'Hello!\n\nHow are you?\nGood.\n' and err.startswith('error: an empty turn')
+    assert sample('--chat=True', '--interactive=True', '--start=Hi', stdin='Fine\n').out == out
+
+
+def test_chat_needs_a_template(sample, parrot, tmp_path):
+    checkpoint.save(tmp_path, 'ckpt.pt', checkpoint.read(parrot) | {'template': None})
+    with pytest.raises(SystemExit) as end:
+        sample('--chat=True', '--start=Hi', source=tmp_path / 'ckpt.pt')
+    assert end.value.code == 2

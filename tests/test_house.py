@@ -9,7 +9,7 @@ from conftest import ROOT
 SCRIPTS = {'train', 'sample', 'bench', 'bench_generation', 'plot', 'compare', 'evaluate', 'export'}
 KNOWS = {       # module: the project's modules that it may import
     'configfile': set(), 'confighelp': set(), 'mistakes': set(), 'runtime': {'mistakes'}, 'files': set(), 'tokenizer': set(), 'layers': set(),
-    'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'chat': set(), 'lora': set(),
+    'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'chat': set(), 'lora': set(), 'prompts': set(),
     'attention': {'layers'}, 'ngrams': {'layers'},
     'configurator': {'configfile', 'confighelp'},
     'generate': {'tokenizer', 'layers'},
