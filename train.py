@@ -49,6 +49,7 @@ dataset = 'openwebtext'  # a folder in data/ (or a path) with train.bin and val.
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all processes together
 batch_size = 12  # windows per micro-batch
 block_size = 1024  # tokens per window, the longest context
+document_boundaries = False  # attention goes no further back than the document's first token; places count from there
 # model
 model = 'gpt'  # gpt, or NAME for models/NAME.py; its Config's other fields are settings too
 n_layer = 12  # blocks
@@ -109,8 +110,7 @@ with user_errors():
         runtime.be_deterministic()
     device = parallel.start(backend, runtime.resolve_device(device))
     device_type = device.split(':')[0]
-    before = (stored or {}).get('resolved', {})
-    before = before if before.get('device') == device_type else {}     # 'auto' is decided once per run
+    before = stored['resolved'] if (stored or {}).get('resolved', {}).get('device') == device_type else {}    # of 'auto'
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
@@ -140,6 +140,8 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
         fail(f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
              f"{out_dir if stored else init_from}")
+    if document_boundaries or 'document_boundaries' in given:       # else as the model was trained
+        model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
     model.to(device).gradient_checkpointing = gradient_checkpointing
     optimizer = model.configure_optimizers(
@@ -149,8 +151,7 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if stored and optimizer:
         optimizers.load(optimizer, stored['optimizer'])
-        if scaler.is_enabled() and stored.get('scaler'):
-            scaler.load_state_dict(stored['scaler'])
+        scaler.load_state_dict(stored.get('scaler') or scaler.state_dict())
 iter_num, best_val_loss = (int(stored['iter_num']), float(stored['best_val_loss'])) if stored else (0, math.inf)
 progress = stored.get('progress', {}) if stored else {}
 evaluated, bad_evals = progress.get('evaluated', -1), progress.get('bad_evals', 0)  # its step; how many since the best
