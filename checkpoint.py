@@ -284,6 +284,15 @@ def _preference(folder):
     return ('ckpt.pt', 'ckpt.prev.pt', 'best.pt') if latest else ('best.pt', 'ckpt.pt', 'ckpt.prev.pt')
 
 
+def dataset_of(out_dir):
+    """What the run in out_dir was trained on. Raises ValueError where its config.json does not say."""
+    try:
+        return json.loads(Path(out_dir, 'config.json').read_text(encoding='utf-8'))['dataset']
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"{out_dir}/config.json does not say what the run was trained on: give --dataset, a folder in "
+                         "data/ or a text file") from None
+
+
 def load_model(source, device='cpu'):
     """The model of `open_model` in eval mode on `device`, with its `tokenizer` where the source says which."""
     model, description = open_model(source)

@@ -11,7 +11,8 @@ lambada: the last word of a passage (arXiv 1606.06031, OpenAI's version); acc: e
 hellaswag: the right one of four endings (arXiv 1905.07830); acc by log-probability, acc_norm by that per character.
 
 The figures are lm-evaluation-harness's for lambada_openai, hellaswag and, with --stride=block_size, rolling perplexity.
-Bits per byte and word perplexity compare models with different tokenizers. Probabilities are over all ids, padding too.
+Bits per byte and word perplexity compare models with different tokenizers. Where one loses some of a text, they are of the
+text as it was: --limit takes a share of its bytes, and prepared data has no words. Probabilities are over padded ids too.
 """
 import difflib
 import functools
@@ -37,7 +38,8 @@ from runtime import fail, user_errors
 init_from = 'resume'  # resume (the run in out_dir), gpt2[-medium|-large|-xl], a Hugging Face folder, a checkpoint file
 out_dir = 'out'  # the run to evaluate
 tasks = 'bpb,perplexity'  # which of bpb, perplexity, lambada, hellaswag, with commas between
-dataset = ''  # the text: a folder in data/ (its val.bin) or a text file; else the run's own, or shakespeare without a run
+dataset = ''  # the text: a folder in data/ or a text file; else the run's own, or shakespeare without a run
+split = 'val'  # of the folder: train, val, test
 stride = 'auto'  # tokens from one window of perplexity to the next, 1 to block_size; auto: half of block_size
 lambada = ''  # a file with one {"text": …} a line; else it is downloaded (1.8 MB)
 hellaswag = ''  # a file like hellaswag_val.jsonl; else that is downloaded (12 MB)
@@ -62,31 +64,29 @@ DOWNLOADS = {   # each with the sha256 that the dataset_infos.json of its Huggin
 
 @functools.cache
 def read_text():
-    """(ids, bytes, words, cuts) of the text: cuts are its ends and the ids between its documents. ValueError, OSError."""
-    name, separator = dataset or 'shakespeare', None
-    if not dataset and init_from == 'resume':
-        try:
-            name = json.loads(Path(out_dir, 'config.json').read_text(encoding='utf-8'))['dataset']
-        except (OSError, ValueError, LookupError, TypeError):
-            raise ValueError(f"{out_dir}/config.json does not say what the run was trained on: give --dataset, a folder in "
-                             "data/ or a text file") from None
+    """(ids, bytes, words, cuts): cuts are the text's ends and the ids between its documents. ValueError, OSError."""
+    name = dataset or (checkpoint.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare')
     if Path(name).is_file():
         try:
-            ids = np.array(model.tokenizer.encode(Path(name).read_bytes().decode()), np.int64)
+            ids = np.array(own.encode(text := Path(name).read_bytes().decode()), np.int64)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        documents, n_ids, separator = [text] if eot is None else text.split(own.decode([eot])), len(ids), None
     else:
         prepare_if_small(name)
         data = Dataset(name, 1, 1)
-        if data.tokenizer != model.tokenizer.describe():
+        if data.tokenizer != own.describe() or split not in data.tokens:
             raise ValueError(f"{data.folder} was made with another tokenizer than the model's: give the text itself, as "
-                             "--dataset=FILE")
-        ids, separator = data.first('val', data.tokens['val']).astype(np.int64), data.meta.get('separator')
+                             "--dataset=FILE" if split in data.tokens else f"{data.folder} has no split {split!r}")
+        documents, n_ids, separator = [], data.tokens[split], data.meta.get('separator')
+        ids = data.first(split, limit * T or n_ids).astype(np.int64)
     ids = ids[:limit * T or None]
-    content = model.tokenizer.decode_bytes(ids.tolist())
-    documents = [content] if eot is None else content.split(model.tokenizer.decode_bytes([eot]))
-    n_bytes = sum(map(len, documents))
-    n_words = sum(len(re.split(r'\s+', document.decode(errors='replace'))) for document in documents if document)
+    if own.lossless:
+        parts, n_ids = np.split(ids, np.flatnonzero(ids == eot)), len(ids)
+        documents = [own.decode(part[part != eot].tolist()) for part in parts]
+    n_bytes = sum(len(text.encode()) for text in documents) if documents else data.meta['splits'][split]['bytes']
+    n_words = sum(len(re.split(r'\s+', text)) for text in documents if text)
+    n_bytes, n_words = n_bytes * len(ids) // max(1, n_ids), n_words * len(ids) / max(1, n_ids)
     if len(ids) < 2 or not n_bytes:
         raise ValueError(f"{name} has {n_bytes} bytes of text, {len(ids)} token(s): too few to predict one from another")
     return ids, n_bytes, n_words, [0, len(ids) - 1] if separator is None else np.flatnonzero(ids == separator).tolist()
@@ -105,7 +105,8 @@ def text_task(rolling):
 
     def figures(logprobs, greedy):
         loss = -logprobs.sum() / last       # a first token that is not scored counts as one like the others, below
-        return {'loss': loss, 'token_perplexity': np.exp(loss), 'word_perplexity': np.exp(loss * len(text) / n_words),
+        return {'loss': loss, 'token_perplexity': np.exp(loss),
+                **({'word_perplexity': np.exp(loss * len(text) / n_words)} if n_words else {}),
                 'bits_per_byte': loss / math.log(2) * len(text) / n_bytes, 'tokens': last, 'bytes': n_bytes}
     return rows, figures
 
@@ -131,8 +132,8 @@ def read_examples(task, path, read):
 
 def ending(context, text):
     """The row of `text` after `context`, encoded together; white space between them is scored."""
-    ids = model.tokenizer.encode(context + text)
-    n = len(ids) - len(model.tokenizer.encode(context.rstrip()))
+    ids = own.encode(context + text)
+    n = len(ids) - len(own.encode(context.rstrip()))
     if n > T:
         raise ValueError(f"{text[:40]!r}… is {n} tokens long, more than block_size={T}")
     return ids, n
@@ -142,8 +143,7 @@ def lambada_task():
     def read(example):
         match example:
             case {'text': str(text)} if text.rpartition(' ')[0].strip():
-                context, _, word = text.rpartition(' ')
-                return ending(context, f' {word}')
+                return ending(text[:text.rindex(' ')], text[text.rindex(' '):])
         raise ValueError('an example of LAMBADA has a "text" of several words')
 
     rows = read_examples('lambada', lambada, read)
@@ -219,15 +219,15 @@ with user_errors():
     runtime.check_at_least(1, config, 'batch_size')
     if not Path(out).parent.is_dir():
         fail(f"out={out}: there is no folder {Path(out).parent}")
-    names = [name.strip() for name in tasks.split(',')]
-    if unknown := [name for name in names if name not in TASKS]:
-        near = difflib.get_close_matches(unknown[0], TASKS, n=1, cutoff=0)[0]
-        fail(f"there is no task {unknown[0]!r}; the nearest is {near!r} (there are: {', '.join(TASKS)})")
+    for name in (names := [name.strip() for name in tasks.split(',')]):
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0)[0]
+            fail(f"there is no task {name!r}; the nearest is {near!r} (there are: {', '.join(TASKS)})")
     source = out_dir if init_from == 'resume' else init_from
     model = checkpoint.load_model(source, device)
     if model.tokenizer is None:
         fail(f"{source} does not say which tokenizer its {model.config.vocab_size} ids belong to")
-    T, eot = model.config.block_size, getattr(model.tokenizer, 'eot', None)
+    T, own, eot = model.config.block_size, model.tokenizer, model.tokenizer.eot
     stride = config['stride'] = max(1, T // 2) if stride == 'auto' else stride
     if stride not in range(1, T + 1):
         fail(f"stride={stride} must be from 1 to {T}, the model's block_size")
@@ -243,8 +243,8 @@ with user_errors():
         for metric, value in found.items():
             if not metric.endswith('_stderr'):
                 text = f'{value:,}' if type(value) is int else 'not finite' if value is None else f'{value:.6g}'
-                error = found.get(f'{metric}_stderr')
-                print(f'{name:12}{metric:18}{text:>14}' + (f' ± {error:.4f}' if error is not None else ''))
+                error = '' if (e := found.get(f'{metric}_stderr')) is None else f' ± {e:.4f}'
+                print(f'{name:12}{metric:18}{text:>14}{error}')
     if path := out or (f'{out_dir}/evaluation.json' if init_from == 'resume' else ''):
         with files.replacing(path) as file:
             file.write(json.dumps({**config, 'results': results}, indent=1).encode())
