@@ -1,4 +1,5 @@
-"""What a dataset is made of: text, JSONL and parquet files, folders, globs, standard input, as bins.prepare takes them.
+"""What a dataset is made of: text, JSONL and parquet files, folders, globs, standard input, datasets on the Hugging Face
+Hub, as bins.prepare takes them.
 
 One process reads, and cuts what it reads into pieces of about a megabyte, which is cheap; workers parse and encode them.
 A text file's byte order mark is no part of its text; everything else is, CR LF too.
@@ -6,6 +7,7 @@ A text file's byte order mark is no part of its text; everything else is, CR LF 
 import builtins
 import codecs
 import contextlib
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -15,13 +17,16 @@ import os
 import re
 import shutil
 import sys
+import threading
 import zlib
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import files
+import hub
 from bins import Part
 from chat import Template
 
@@ -41,8 +46,10 @@ class File(NamedTuple):
     name: str           # as the user knows it
     path: Path
     kind: str           # text, jsonl, parquet
-    packed: str         # '', .gz, .zst
+    packed: str         # '', gz, zst
     size: int           # bytes on the disk
+    changed: object     # what tells it from another file of this name and size
+    origin: tuple | None = None     # repository, commit and name of a file of the Hub, which is fetched to `path`
 
 
 class Chunk(NamedTuple):
@@ -64,7 +71,8 @@ class Piece(NamedTuple):
 
 
 def open(words, field=None, document='file', template=None, folder=None):
-    """The source that the words stand for: files, folders, globs, `-`. Raises ValueError or OSError.
+    """The source that the words stand for: files, folders, globs, `-`, owner/name[:folder or glob] on the Hugging Face Hub.
+    Raises ValueError or OSError.
 
     field: of rows, 'text' where it is None; a.b is b in a; two with a comma are what a user asks and an assistant answers,
     and one that holds messages is a conversation. document: what is one in a text: the file, a paragraph, a line.
@@ -73,7 +81,8 @@ def open(words, field=None, document='file', template=None, folder=None):
     """
     if document not in SEPARATORS:
         raise ValueError(f"document={document!r} is unknown: take {', '.join(SEPARATORS)}")
-    return Files([file for word in words for file in _files(str(word), field, folder)], field, document, template)
+    folder = folder and Path(folder)
+    return Files([file for word in words for file in _files(str(word), field, folder)], field, document, template, folder)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -95,7 +104,7 @@ def _files(word, field, folder):
         if not names:
             raise FileNotFoundError(f"there is no file whose name matches {word}")
         return _readable(word, [_file(name, Path(name), field) for name in names])
-    raise FileNotFoundError(f"there is no file or folder {word}")
+    return _on_the_hub(word, field, folder)
 
 
 def _walk(path, folder):
@@ -111,13 +120,18 @@ def _walk(path, folder):
 
 
 def _file(name, path, field):
-    """A File; the end of its name says its kind."""
+    stat = path.stat()
+    return File(name, path, *_kind(name, field), stat.st_size, stat.st_mtime_ns)
+
+
+def _kind(name, field):
+    """(kind, packed) of a file, by the end of its name."""
     stem, packed = name.lower(), ''
     if stem.endswith(('.gz', '.zst')):
         stem, _, packed = stem.rpartition('.')
-    kind = ('parquet' if stem.endswith('.parquet') else
-            'jsonl' if stem.endswith(('.jsonl', '.ndjson', '.jsonlines')) or (field and stem.endswith('.json')) else 'text')
-    return File(name, path, kind, packed, path.stat().st_size)
+    return ('parquet' if stem.endswith('.parquet') else
+            'jsonl' if stem.endswith(('.jsonl', '.ndjson', '.jsonlines')) or (field and stem.endswith('.json')) else
+            'text'), packed
 
 
 def _standard_input(field, folder):
@@ -127,7 +141,43 @@ def _standard_input(field, folder):
     print(f"standard input: copying it to {path}", flush=True)
     with builtins.open(path, 'wb') as file:
         shutil.copyfileobj(sys.stdin.buffer, file, PIECE)
-    return _checked(_file('standard input', path, field)._replace(kind='jsonl' if field else 'text'))
+    file = _file('standard input', path, field)
+    return _checked(file._replace(kind='jsonl' if field else 'text', changed=files.sha256(path)))
+
+
+def _on_the_hub(word, field, folder):
+    """The files of owner/name[:folder or glob], a dataset on the Hub or in NANOGPT_MIRROR. A command that was stopped goes
+    on with the commit that it began with."""
+    repo, _, part = word.partition(':')
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo) or re.search(r'\.(txt|jsonl?|parquet|md|gz|zst)$', repo):
+        raise FileNotFoundError(f"there is no file or folder {word}")
+    print(f"{word}: there is no such file or folder here, so it is taken for a dataset on the Hugging Face Hub", flush=True)
+    try:
+        if mirror := hub.mirror_folder(repo):
+            found = sorted((p.relative_to(mirror).as_posix(), p) for p in _walk(mirror, folder))
+            return [_checked(_file(name, p, field)) for name, p in found if _is_wanted(name, part)]
+        pinned = Path(folder) / 'parts' / 'hub.json'
+        commits = json.loads(pinned.read_text(encoding='utf-8')) if pinned.is_file() else {}
+        commit, sizes = hub.listing(repo, commits.get(repo))
+    except OSError as error:
+        raise OSError(f"{word} is neither a file nor a folder here, and {error}") from None
+    pinned.parent.mkdir(parents=True, exist_ok=True)
+    pinned.write_text(json.dumps({**commits, repo: commit}), encoding='utf-8')
+    wanted = sorted(name for name in sizes if _is_wanted(name, part))
+    if not wanted:
+        raise ValueError(f"{word}: of the {len(sizes)} files of commit {commit}, none is called .parquet, .jsonl or .txt "
+                         + f"and lies in {part}" * bool(part))
+    print(f"{repo}: commit {commit}, {len(wanted):,} file(s), {sum(map(sizes.get, wanted)) / 1e6:,.1f} MB, the first is "
+          f"{wanted[0]}; each is removed when it is read", flush=True)
+    path = pinned.with_name('hub') / repo.replace('/', '--')
+    return [File(f'{repo}:{name}', path / name, *_kind(name, field), sizes[name], commit, (repo, commit, name))
+            for name in wanted]
+
+
+def _is_wanted(name, part):
+    """Whether a file of a dataset is text or rows, and in the folder `part` or called as that glob says."""
+    is_text = re.search(r'\.(parquet|(jsonl|ndjson|jsonlines|txt)(\.gz|\.zst)?)$', name.lower())
+    return is_text and (not part or fnmatch.fnmatch(name, part) or name.startswith(part.rstrip('/') + '/'))
 
 
 def _checked(file):
@@ -190,7 +240,7 @@ def _reading(file):
 class Files:
     """The documents in files, as bins.prepare takes them; `texts` are those of a vocabulary."""
 
-    def __init__(self, found, field, document, template):
+    def __init__(self, found, field, document, template, folder):
         if not found:
             raise ValueError("there is no file to read")
         self.files, self.document, self.fields, self.template = found, document, (field or 'text').split(','), None
@@ -198,7 +248,7 @@ class Files:
         if len(self.fields) > 2 or not all(self.fields):
             raise ValueError(f"field={field!r} must be a name, or two with a comma: of what is asked, what is answered")
         if rows := [file for file in found if file.kind in ROWS]:
-            first = _first_row(rows[0])
+            first = self._first_row(rows[0], folder)
             if field is None and 'text' not in first and 'messages' in first:
                 self.fields = ['messages']
             if len(self.fields) == 2 or isinstance(first.get(self.fields[0]), list):
@@ -206,11 +256,13 @@ class Files:
         if template and not self.template:
             raise ValueError("a template is for rows with messages, or for --field=ASKED,ANSWERED; there are no such rows")
         self.facts = {'masked': True, 'template': self.template.description} if self.template else {}
+        if commits := sorted({f'{file.origin[0]}@{file.origin[1]}' for file in found if file.origin}):
+            self.facts['hub'] = commits
         # One text alone is divided by position; this is its length in characters.
-        self.length = _length(found[0]) if len(found) == 1 and found[0].kind == 'text' and document == 'file' else None
-        self.fingerprint = json.dumps([self.fields, document, self.facts, [
-            [file.name, file.size, files.sha256(file.path) if file.name == 'standard input' else
-             file.path.stat().st_mtime_ns] for file in found]])
+        is_alone = len(found) == 1 and found[0].kind == 'text' and document == 'file'
+        self.length = _length(_fetched(found[0])) if is_alone else None
+        self.fingerprint = json.dumps([self.fields, document, self.facts,
+                                       [[file.name, file.size, file.changed] for file in found]])
 
     def texts(self, most=None):
         """The text of each document, or part of one; where `most` says so, about so many bytes, taken evenly from all."""
@@ -223,7 +275,7 @@ class Files:
     def pieces(self, first=0):
         """From file number `first` on. Small files share a piece; a larger one has its pieces for itself."""
         small, size, begin = [], 0, first
-        for number, file in enumerate(self.files[first:], first):
+        for number, file in self._here(first):
             with _reading(file) as (raw, stream):
                 head = b'' if file.kind == 'parquet' else stream.read(PIECE + 1)
                 is_small = file.kind != 'parquet' and len(head) <= PIECE
@@ -242,6 +294,31 @@ class Files:
                         before = at
         if small:
             yield Piece(begin, sum(file.size for file in self.files[begin:]), small)
+
+    def _here(self, first):
+        """(number, file) of each file from `first` on. One of the Hub is fetched while that before it is read, and removed
+        after its turn."""
+        coming = {}
+        for number, file in enumerate(self.files[first:], first):
+            for i, wanted in enumerate(self.files[number:number + 2], number):
+                if wanted.origin and i not in coming:
+                    coming[i] = Future()
+                    threading.Thread(target=_fetch_into, args=(coming[i], wanted), daemon=True).start()
+            if file.origin:
+                coming.pop(number).result()
+            yield number, file
+            if file.origin:
+                file.path.unlink(missing_ok=True)
+
+    def _first_row(self, file, folder):
+        """The first row of a file; of one of the Hub, kept for a command that was stopped when the file is gone again."""
+        kept = file.origin and folder / 'parts' / 'row.json'
+        if kept and kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))[0] == list(file.origin):
+            return known[1]
+        row = _first_row(_fetched(file))
+        if kept:
+            kept.write_text(json.dumps([file.origin, row], default=str), encoding='utf-8')
+        return row
 
     def _chunks(self, file, stream, head):
         if file.kind == 'parquet':
@@ -396,6 +473,22 @@ def _value(row, field):
             raise ValueError(f"there is no field {field!r}, only {there}: --field says which")
         value = value[key]
     return value
+
+
+def _fetched(file):
+    """The file, once it is here."""
+    if file.origin and not (file.path.is_file() and file.path.stat().st_size == file.size):
+        repo, commit, name = file.origin
+        if hub.download(repo, name, commit, 'dataset', file.path.parents[name.count('/')]) is None:
+            raise OSError(f"{file.name} is not there any more")
+    return file
+
+
+def _fetch_into(future, file):
+    try:
+        future.set_result(_fetched(file))
+    except Exception as error:
+        future.set_exception(error)
 
 
 def _first_row(file):

@@ -3,10 +3,13 @@
     python data/prepare.py mine book.txt
     python data/prepare.py mine texts/ 'more/**/*.md' dump.jsonl.zst pages.parquet --document=paragraph
     python data/prepare.py mine chats.jsonl --field=prompt,answer
+    python data/prepare.py mine HuggingFaceFW/fineweb-edu:sample/10BT --shard_tokens=100_000_000
     zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
 
 SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as .gz or .zst, folders of
-these, globs in quotes, and - for standard input. Of folders and globs, what is no UTF-8 text is left out, which is said.
+these, globs in quotes, - for standard input, and owner/name or owner/name:FOLDER-OR-GLOB for a dataset on the Hugging
+Face Hub, whose files are fetched one after the other and not kept. Of folders and globs, what is no UTF-8 text is left out,
+which is said.
 
 DOCUMENTS go to train, val or test as a whole, by the sha256 of the seed and their text, so that copies stay on one side;
 one above 4 MB goes by its first 4 MB. Behind each stands the tokenizer's end-of-text token, or --separator. One text file
@@ -44,10 +47,10 @@ def arguments(words):
     parser.error = fail
     add = parser.add_argument
     add('name', metavar='NAME', help="the folder in data/ to make, or any folder's whole path")
-    add('sources', metavar='SOURCE', nargs='+', help="files, folders, 'globs', -")
+    add('sources', metavar='SOURCE', nargs='+', help="files, folders, 'globs', -, owner/name on the Hub")
     add('--tokenizer', default='gpt2', metavar='NAME', help="char, byte, gpt2, cl100k_base, o200k_base, a "
-        "sentencepiece model, a tokenizer.json, a name on the Hugging Face Hub, train:bpe:VOCAB, train:sentencepiece:VOCAB; "
-        "default: gpt2")
+        "sentencepiece model, a tokenizer.json, a name on the Hugging Face Hub, train:bpe:VOCAB, "
+        "train:sentencepiece:VOCAB; default: gpt2")
     add('--field', help="of a row: which is its text (a.b: b in a), or ASKED,ANSWERED; default: text, or messages")
     add('--document', default='file', choices=sources.SEPARATORS, help="what is one in a text; default: file")
     add('--separator', metavar='TEXT', help="behind each document, where the tokenizer has no end-of-text token; default: "
@@ -55,7 +58,8 @@ def arguments(words):
     add('--template', metavar='FILE.json', help='of conversations: {"user": [before, after], "assistant": [before, after]}')
     add('--split', default='0.9,0.1', metavar='SHARES', help="of train and val, or train, val and test; default: 0.9,0.1")
     add('--seed', type=int, default=1337, help="of the split; default: 1337")
-    add('--dedup', action='store_true', help="take each document once (not those above 4 MB); takes 100 bytes of memory for each")
+    add('--dedup', action='store_true', help="take each document once, which needs 100 bytes of memory for each; those above "
+        "4 MB stay as they are")
     add('--num_proc', type=int, help="processes that encode; default: one per core")
     add('--shard_tokens', type=int, default=0, metavar='N', help="write files of N tokens each: train-00000.bin, …")
     training = parser.add_argument_group("options of --tokenizer=train:…")
