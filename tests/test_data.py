@@ -1,56 +1,20 @@
-"""From text to batches: what data/NAME/prepare.py writes, which windows a step sees, and what goes wrong in words.
-
-Texts come from the standard library's own source, which is everywhere; Shakespeare and GPT-2's vocabulary join in where
-NANOGPT_MIRROR and TIKTOKEN_CACHE_DIR have them.
-"""
+"""From text to batches: what data/NAME/prepare.py writes, which windows a step sees, and what goes wrong in words."""
 import hashlib
 import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, write_text
+from conftest import ROOT, write_text
 
 import dataset
 from bins import write_bins
 from dataset import Dataset, RandomDataset
 from tokenizer import ByteTokenizer, CharTokenizer
-
-MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
-VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or '/nowhere')
-needs_shakespeare = pytest.mark.skipif(not (MIRROR / 'shakespeare/input.txt').is_file(),
-                                       reason="NANOGPT_MIRROR has no Shakespeare")
-needs_gpt2 = pytest.mark.skipif(not VOCABULARY.is_dir(), reason="TIKTOKEN_CACHE_DIR has no vocabulary")
-
-
-def copied(name, folder):
-    """data/NAME/prepare.py in `folder`, beside which it writes its bins."""
-    script = folder / 'data' / name / 'prepare.py'
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_bytes((ROOT / 'data' / name / 'prepare.py').read_bytes())
-    return script
-
-
-def prepare(name, folder, *options, **env):
-    """Run a copy of data/NAME/prepare.py as a user does; returns its CompletedProcess."""
-    return run(copied(name, folder), *options, env={'PYTHONPATH': str(ROOT), **env})
-
-
-def prepared(name, folder):
-    """The folder with the bins that a copy of data/NAME/prepare.py makes, in this process: that is faster."""
-    script = copied(name, folder)
-    runpy.run_path(str(script), run_name='__main__')
-    return script.parent
-
-
-def definitions(name):
-    """What data/NAME/prepare.py defines, without running it."""
-    return runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'))
 
 
 def bin_of(folder, split, dtype='uint16'):
@@ -88,68 +52,6 @@ class Words:
 
 # ---- preparing -------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope='module')
-def stdlib(tmp_path_factory):
-    """(folder, {split: text}) of data/stdlib_char."""
-    folder = prepared('stdlib_char', tmp_path_factory.mktemp('stdlib'))
-    script = definitions('stdlib_char')
-    texts = {'train': [], 'val': []}
-    for name, text in script['sources'](Path(os.__file__).parent):
-        texts['val' if script['in_val'](name) else 'train'].append(text)
-    return folder, {split: ''.join(texts[split]) for split in texts}
-
-
-def test_stdlib_char_is_a_plain_encoding_of_whole_files(stdlib):
-    folder, texts = stdlib
-    chars = sorted(set(texts['train'] + texts['val']))
-    id_of_byte = np.zeros(128, np.uint16)       # the corpus is ASCII: a character is its byte
-    id_of_byte[[ord(c) for c in chars]] = range(len(chars))
-    for split, text in texts.items():
-        assert np.array_equal(bin_of(folder, split), id_of_byte[np.frombuffer(text.encode(), np.uint8)])
-    assert json.loads((folder / 'meta.json').read_text())['tokenizer'] == {'kind': 'char', 'chars': ''.join(chars)}
-    assert_meta_is_true(folder, texts)
-
-
-def test_stdlib_char_validates_on_about_a_tenth_and_has_no_file_in_both(stdlib):
-    _, texts = stdlib
-    assert 0.05 < len(texts['val']) / len(texts['train'] + texts['val']) < 0.2
-    for module in ('argparse', 'json/decoder', 'os', 'pickle', 'subprocess', 'threading'):
-        text = (Path(os.__file__).parent / f'{module}.py').read_text(encoding='utf-8')
-        assert not text.isascii() or (text in texts['train']) != (text in texts['val'])
-
-
-def test_a_second_prepare_gives_the_same_bytes(stdlib, tmp_path):
-    # Another hash seed orders sets differently; what is written must not depend on it.
-    done = prepare('stdlib_char', tmp_path, PYTHONHASHSEED='7')
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / 'data/stdlib_char') == contents(stdlib[0])
-
-
-@needs_shakespeare
-def test_shakespeare_char_is_a_plain_encoding(tmp_path):
-    folder = prepared('shakespeare_char', tmp_path)
-    text = (MIRROR / 'shakespeare/input.txt').read_text(encoding='utf-8')
-    chars = sorted(set(text))
-    ids = np.array([chars.index(c) for c in text], np.uint16)
-    cut = int(0.9 * len(text))
-    assert np.array_equal(bin_of(folder, 'train'), ids[:cut]) and np.array_equal(bin_of(folder, 'val'), ids[cut:])
-    assert (len(bin_of(folder, 'train')), len(bin_of(folder, 'val')), len(chars)) == (1_003_854, 111_540, 65)
-    assert_meta_is_true(folder, {'train': text[:cut], 'val': text[cut:]})
-
-
-@needs_shakespeare
-@needs_gpt2
-def test_shakespeare_is_what_tiktoken_says(tmp_path):
-    import tiktoken
-    folder = prepared('shakespeare', tmp_path)
-    text = (MIRROR / 'shakespeare/input.txt').read_text(encoding='utf-8')
-    cut = int(0.9 * len(text))
-    for split, part in (('train', text[:cut]), ('val', text[cut:])):
-        assert bin_of(folder, split).tolist() == tiktoken.get_encoding('gpt2').encode_ordinary(part)
-    assert (len(bin_of(folder, 'train')), len(bin_of(folder, 'val'))) == (301_966, 36_059)
-    assert_meta_is_true(folder, {'train': text[:cut], 'val': text[cut:]})
-
-
 def test_bins_are_uint32_where_the_vocabulary_needs_it(tmp_path):
     texts = {'train': 'plain', 'val': 'häßlich 🎉'}
     assert write_bins(tmp_path, Words(), {split: [text] for split, text in texts.items()})['dtype'] == 'uint32'
@@ -170,21 +72,6 @@ def test_a_prepare_that_fails_leaves_the_old_bins(tmp_path):
         write_bins(tmp_path, CharTokenizer('abc'), {'train': ['abc', 'abcaX'], 'val': ['c']})
     assert contents(tmp_path) == before
     assert len(list(tmp_path.iterdir())) == len(before)
-
-
-def test_only_small_datasets_are_prepared_unasked(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(dataset, 'ROOT', tmp_path)
-    for name, size in (('small', 1.5), ('large', 100)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'prepare.py').write_text(
-            f"DOWNLOAD_MB = {size}\nimport pathlib\npathlib.Path(__file__).with_name('train.bin').touch()")
-    dataset.prepare_if_small('small')
-    assert (tmp_path / 'small/train.bin').exists() and 'running data/small/prepare.py' in capfd.readouterr().out
-    dataset.prepare_if_small('small')
-    assert capfd.readouterr().out == ''
-    with pytest.raises(FileNotFoundError, match=r'python data/large/prepare\.py'):
-        dataset.prepare_if_small('large')
-    assert 'DOWNLOAD_MB = 24_193\n' in (ROOT / 'data/openwebtext/prepare.py').read_text()
 
 
 # ---- nanoGPT's meta.pkl ----------------------------------------------------------------------------------------------
@@ -394,12 +281,3 @@ def test_a_large_bin_does_not_fill_the_memory(tmp_path):
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 10 << 20
-
-
-def test_a_prepare_without_network_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
-    with pytest.raises(SystemExit) as end:
-        prepared('shakespeare_char', tmp_path)
-    out, error = capsys.readouterr()
-    assert end.value.code == 2 and out == ''
-    assert error.startswith('error: cannot download') and error.count('\n') == 1

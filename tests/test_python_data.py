@@ -14,7 +14,8 @@ import sysconfig
 import numpy as np
 import pytest
 from conftest import ROOT, run
-from test_data import assert_meta_is_true, bin_of, contents, copied, definitions, needs_gpt2
+from test_data import assert_meta_is_true, bin_of, contents
+from test_ready_sets import copied, definitions, needs_gpt2
 
 from dataset import Dataset
 from tokenizer import TiktokenTokenizer, check_description, load
@@ -63,16 +64,14 @@ def split_of(text):
 
 
 def test_each_text_of_the_environment_is_taken_once(roots):
-    script = definitions('python')
-    paths = list(script['sources'](roots.values()).values())
-    assert [text for _, text in script['documents'](paths)] == CORPUS
+    files = definitions('python')['Files'](roots.values())
+    assert [text for piece in files.pieces() for _, text in files.read(piece)] == CORPUS
 
 
 def test_a_text_s_split_depends_on_nothing_else(roots):
-    script = definitions('python')
-    paths = list(script['sources'](roots.values()).values())
-    splits = {text: split for split, text in script['documents'](paths)}
-    assert splits == {text: split for split, text in script['documents'](reversed(paths))}
+    files = definitions('python')['Files'](roots.values())
+    splits = {text: split for split, text in files.read(files.paths)}
+    assert splits == {text: split for split, text in files.read(reversed(files.paths))}
     assert splits == {text: split_of(text) for text in CORPUS}
     assert 1 <= list(splits.values()).count('val') <= 12        # of 403, one in a hundred
 

@@ -1,0 +1,230 @@
+"""The ready sets: what each data/NAME/prepare.py writes, from a local server in the place of its host.
+
+Shakespeare and GPT-2's vocabulary join in where NANOGPT_MIRROR and TIKTOKEN_CACHE_DIR have them.
+"""
+import ast
+import hashlib
+import io
+import json
+import os
+import re
+import runpy
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+from test_data import assert_meta_is_true, bin_of, contents
+from test_files import Server
+
+import dataset
+import tokenizer
+
+MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
+VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or '/nowhere')
+needs_shakespeare = pytest.mark.skipif(not (MIRROR / 'shakespeare/input.txt').is_file(),
+                                       reason="NANOGPT_MIRROR has no Shakespeare")
+needs_gpt2 = pytest.mark.skipif(not VOCABULARY.is_dir(), reason="TIKTOKEN_CACHE_DIR has no vocabulary")
+READY = sorted(path.parent.name for path in ROOT.glob('data/*/prepare.py'))
+
+
+def copied(name, folder, *changes):
+    """data/NAME/prepare.py in `folder`, beside the other ready sets; changes: (old, new) of its text."""
+    for ready in READY:
+        script = folder / 'data' / ready / 'prepare.py'
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_bytes((ROOT / 'data' / ready / 'prepare.py').read_bytes())
+    script = folder / 'data' / name / 'prepare.py'
+    text = script.read_text(encoding='utf-8')
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    script.write_text(text, encoding='utf-8')
+    return script
+
+
+def prepared(name, folder, *options, changes=()):
+    """The folder with the bins that a copy of data/NAME/prepare.py makes, in this process: that is faster."""
+    script = copied(name, folder, *changes)
+    argv, sys.argv = sys.argv, [str(script), *options]
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    finally:
+        sys.argv = argv
+    return script.parent
+
+
+def definitions(name):
+    """What data/NAME/prepare.py defines, without running it."""
+    return runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'))
+
+
+def refused(capsys, name, folder, *options, **kwargs):
+    """The one line with which it ends."""
+    with pytest.raises(SystemExit) as end:
+        prepared(name, folder, *options, **kwargs)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
+    return error
+
+
+@pytest.mark.parametrize('name', READY)
+def test_a_ready_set_says_its_command_and_its_licence(name):
+    text = (ROOT / 'data' / name / 'prepare.py').read_text(encoding='utf-8')
+    said = ast.get_docstring(ast.parse(text))
+    assert f'    python data/{name}/prepare.py' in said and re.search(r'licence|public\s+domain', said, re.IGNORECASE)
+    assert re.search(r'^DOWNLOAD_MB = [\d._]+$', text, re.MULTILINE)
+
+
+def test_only_small_datasets_are_prepared_unasked(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(dataset, 'ROOT', tmp_path)
+    for name, size in (('small', 1.5), ('large', 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'prepare.py').write_text(
+            f"DOWNLOAD_MB = {size}\nimport pathlib\npathlib.Path(__file__).with_name('train.bin').touch()")
+    dataset.prepare_if_small('small')
+    assert (tmp_path / 'small/train.bin').exists() and 'running data/small/prepare.py' in capfd.readouterr().out
+    dataset.prepare_if_small('small')
+    assert capfd.readouterr().out == ''
+    with pytest.raises(FileNotFoundError, match=r'python data/large/prepare\.py'):
+        dataset.prepare_if_small('large')
+    assert 'DOWNLOAD_MB = 24_193\n' in (ROOT / 'data/openwebtext/prepare.py').read_text()
+
+
+# ---- the Python standard library -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def stdlib(tmp_path_factory):
+    """(folder, {split: text}) of data/stdlib_char."""
+    folder = prepared('stdlib_char', tmp_path_factory.mktemp('stdlib'))
+    script = definitions('stdlib_char')
+    texts = {'train': [], 'val': []}
+    for name, text in script['sources'](Path(os.__file__).parent):
+        texts['val' if script['in_val'](name) else 'train'].append(text)
+    return folder, {split: ''.join(texts[split]) for split in texts}
+
+
+def test_stdlib_char_is_a_plain_encoding_of_whole_files(stdlib):
+    folder, texts = stdlib
+    chars = sorted(set(texts['train'] + texts['val']))
+    id_of_byte = np.zeros(128, np.uint16)       # the corpus is ASCII: a character is its byte
+    id_of_byte[[ord(c) for c in chars]] = range(len(chars))
+    for split, text in texts.items():
+        assert np.array_equal(bin_of(folder, split), id_of_byte[np.frombuffer(text.encode(), np.uint8)])
+    assert json.loads((folder / 'meta.json').read_text())['tokenizer'] == {'kind': 'char', 'chars': ''.join(chars)}
+    assert_meta_is_true(folder, texts)
+
+
+def test_stdlib_char_validates_on_about_a_tenth_and_has_no_file_in_both(stdlib):
+    _, texts = stdlib
+    assert 0.05 < len(texts['val']) / len(texts['train'] + texts['val']) < 0.2
+    for module in ('argparse', 'json/decoder', 'os', 'pickle', 'subprocess', 'threading'):
+        text = (Path(os.__file__).parent / f'{module}.py').read_text(encoding='utf-8')
+        assert not text.isascii() or (text in texts['train']) != (text in texts['val'])
+
+
+def test_a_second_prepare_gives_the_same_bytes(stdlib, tmp_path):
+    # Another hash seed orders sets differently; what is written must not depend on it.
+    script = copied('stdlib_char', tmp_path)
+    done = run(script, env={'PYTHONPATH': str(ROOT), 'PYTHONHASHSEED': '7'})
+    assert done.returncode == 0, done.stderr
+    assert contents(script.parent) == contents(stdlib[0])
+
+
+# ---- Shakespeare -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def shakespeare():
+    """{split: text}."""
+    text = (MIRROR / 'shakespeare/input.txt').read_text(encoding='utf-8')
+    return {'train': text[:int(0.9 * len(text))], 'val': text[int(0.9 * len(text)):]}
+
+
+@needs_shakespeare
+def test_shakespeare_char_is_a_plain_encoding(shakespeare, tmp_path):
+    folder = prepared('shakespeare_char', tmp_path)
+    chars = sorted(set(shakespeare['train'] + shakespeare['val']))
+    for split, text in shakespeare.items():
+        assert np.array_equal(bin_of(folder, split), [chars.index(c) for c in text])
+    assert (len(bin_of(folder, 'train')), len(bin_of(folder, 'val')), len(chars)) == (1_003_854, 111_540, 65)
+    assert_meta_is_true(folder, shakespeare)
+
+
+@needs_shakespeare
+@needs_gpt2
+def test_shakespeare_is_what_tiktoken_says(shakespeare, tmp_path):
+    import tiktoken
+    folder = prepared('shakespeare', tmp_path)
+    for split, text in shakespeare.items():
+        assert bin_of(folder, split).tolist() == tiktoken.get_encoding('gpt2').encode_ordinary(text)
+    assert (len(bin_of(folder, 'train')), len(bin_of(folder, 'val'))) == (301_966, 36_059)
+    assert_meta_is_true(folder, shakespeare)
+
+
+@needs_shakespeare
+@pytest.mark.parametrize('name', ['byte', 'train:bpe:400'])
+def test_shakespeare_by_another_tokenizer_has_a_folder_of_its_own(shakespeare, tmp_path, monkeypatch, name):
+    parent, own = prepared('shakespeare', tmp_path, f'--tokenizer={name}'), name.replace(':', '-')
+    assert {path.name for path in parent.iterdir()} == {'prepare.py', 'input.txt', own}
+    monkeypatch.setattr(dataset, 'ROOT', parent.parent)
+    data = dataset.Dataset(f'shakespeare/{own}', block_size=8, batch_size=1)
+    for split, text in shakespeare.items():
+        assert tokenizer.load(data.tokenizer).decode(bin_of(data.folder, split).tolist()) == text
+    assert_meta_is_true(data.folder, shakespeare)
+
+
+@needs_shakespeare
+def test_shakespeare_by_a_tokenizer_of_the_hub(shakespeare, tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip('tokenizers')
+    bert = tokenizers.BertWordPieceTokenizer()
+    bert.train_from_iterator([shakespeare['val']], vocab_size=500, show_progress=False)
+    for name, write in (('shakespeare', lambda folder: (folder / 'input.txt').write_text(''.join(shakespeare.values()))),
+                        ('bert-base-uncased', lambda folder: bert.save(str(folder / 'tokenizer.json')))):
+        (tmp_path / 'mirror' / name).mkdir(parents=True)
+        write(tmp_path / 'mirror' / name)
+    monkeypatch.setenv('NANOGPT_MIRROR', str(tmp_path / 'mirror'))
+    folder = prepared('shakespeare', tmp_path, '--tokenizer=bert-base-uncased') / 'bert-base-uncased'
+    assert bin_of(folder, 'val').tolist() == bert.encode(shakespeare['val'], add_special_tokens=False).ids
+    assert_meta_is_true(folder, shakespeare)    # bytes are those of the text, capitals and all
+
+
+def test_a_prepare_without_network_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
+    assert 'cannot download /nowhere/shakespeare/input.txt' in refused(capsys, 'shakespeare_char', tmp_path)
+
+
+# ---- enwik8 ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_enwik8_is_bytes_cut_where_the_benchmark_cuts_them(server, tmp_path, monkeypatch):
+    text = ('ä' + 'x€' * 250).encode()[:1000]       # both cuts are inside of characters
+    with zipfile.ZipFile(archive := io.BytesIO(), 'w') as file:
+        file.writestr('enwik8', text)
+    server.content = archive.getvalue()
+    folder = prepared('enwik8', tmp_path, changes=[
+        ('http://mattmahoney.net/dc/enwik8.zip', server.url), ('_000_000', '0'),
+        (definitions('enwik8')['SHA256'], hashlib.sha256(server.content).hexdigest())])
+    bins = [bytes(bin_of(folder, split).tolist()) for split in ('train', 'val', 'test')]
+    assert bins == [text[:900], text[900:950], text[950:]]
+    monkeypatch.setattr(dataset, 'ROOT', folder.parent)
+    data = dataset.Dataset('enwik8', block_size=8, batch_size=1)
+    assert data.vocab_size == 256 and data.tokens['test'] == 50
+    assert data.bits_per_byte('val', np.log(2)) == pytest.approx(1)     # a byte is a token: the usual bits per character
+
+
+def test_enwik8_of_another_content_is_not_used(server, tmp_path, capsys):
+    server.content = b'a page that asks to log in'
+    changes = [('http://mattmahoney.net/dc/enwik8.zip', server.url), ('https://data.deepai.org/enwik8.zip', server.url)]
+    assert 'is not the expected file' in refused(capsys, 'enwik8', tmp_path, changes=changes)
+    assert [path.name for path in (tmp_path / 'data/enwik8').iterdir()] == ['prepare.py']
