@@ -259,10 +259,10 @@ def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=()):
     return [(score, Text(own, stops).add(ids[:-1] if ids[-1:] == [eot] else ids, final=True)) for score, ids in found]
 
 
-def closing_sample(model, description, start, out_dir, separator=None):
+def closing_sample(model, description, start, out_dir, meta):
     """What a run shows at its end: a sample after the ids `start`, or where a separator divides the data ten documents.
 
-    description: of the tokenizer.
+    description: of the tokenizer; meta: of the data.
     """
     try:
         model.tokenizer = tokenizer.load(description)
@@ -270,7 +270,8 @@ def closing_sample(model, description, start, out_dir, separator=None):
         return print(f"no sample: {error}")
     model.eval()._compiled_call_impl = None     # or it would be compiled anew for every length
     say = f"for more: python sample.py --out_dir={out_dir}"
-    if separator is not None:
+    say += ' --chat=True --interactive=True' * ('template' in meta)
+    if (separator := meta.get('separator')) is not None:
         between = model.tokenizer.decode([separator])
         print(f"---- ten samples; {say} --start=${between!r} --stop=${between!r}")
         context = Context(model, [[separator]] * 10, 1000)
