@@ -19,7 +19,9 @@ import shutil
 import sys
 import threading
 import zlib
+from bisect import bisect_left
 from concurrent.futures import Future
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,19 +72,21 @@ class Piece(NamedTuple):
     chunks: list
 
 
-def open(words, field=None, document='file', template=None, folder=None):
-    """The source that the words stand for: files, folders, globs, `-`, owner/name[:folder or glob] on the Hugging Face Hub.
+def open(words, field=None, document='file', template=None, folder=None, max_bytes=None):
+    """The source that the words stand for: files, folders, globs, `-`, owner/name[@revision][:folder or glob] on the Hub.
     Raises ValueError or OSError.
 
     field: of rows, 'text' where it is None; a.b is b in a; two with a comma are what a user asks and an assistant answers,
     and one that holds messages is a conversation. document: what is one in a text: the file, a paragraph, a line.
     template: a chat template, chat.DEFAULT where it is None. folder: where the bins will be; standard input is copied into
-    its parts/, and what preparing has put there is no source.
+    its parts/, and what preparing has put there is no source. max_bytes: take only the beginning, about so much of the
+    files' size.
     """
     if document not in SEPARATORS:
         raise ValueError(f"document={document!r} is unknown: take {', '.join(SEPARATORS)}")
     folder = folder and Path(folder)
-    return Files([file for word in words for file in _files(str(word), field, folder)], field, document, template, folder)
+    found = [file for word in words for file in _files(str(word), field, folder)]
+    return Files(found, field, document, template, folder, max_bytes)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -146,9 +150,10 @@ def _standard_input(field, folder):
 
 
 def _on_the_hub(word, field, folder):
-    """The files of owner/name[:folder or glob], a dataset on the Hub or in NANOGPT_MIRROR. A command that was stopped goes
-    on with the commit that it began with."""
-    repo, _, part = word.partition(':')
+    """The files of owner/name[@revision][:folder or glob], a dataset on the Hub or in NANOGPT_MIRROR. A command that was
+    stopped goes on with the commit that it began with."""
+    where, _, part = word.partition(':')
+    repo, _, revision = where.partition('@')
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo) or re.search(r'\.(txt|jsonl?|parquet|md|gz|zst)$', repo):
         raise FileNotFoundError(f"there is no file or folder {word}")
     print(f"{word}: there is no such file or folder here, so it is taken for a dataset on the Hugging Face Hub", flush=True)
@@ -158,11 +163,11 @@ def _on_the_hub(word, field, folder):
             return [_checked(_file(name, p, field)) for name, p in found if _is_wanted(name, part)]
         pinned = Path(folder) / 'parts' / 'hub.json'
         commits = json.loads(pinned.read_text(encoding='utf-8')) if pinned.is_file() else {}
-        commit, sizes = hub.listing(repo, commits.get(repo))
+        commit, sizes = hub.listing(repo, commits.get(where) or revision or None)
     except OSError as error:
         raise OSError(f"{word} is neither a file nor a folder here, and {error}") from None
     pinned.parent.mkdir(parents=True, exist_ok=True)
-    pinned.write_text(json.dumps({**commits, repo: commit}), encoding='utf-8')
+    pinned.write_text(json.dumps({**commits, where: commit}), encoding='utf-8')
     wanted = sorted(name for name in sizes if _is_wanted(name, part))
     if not wanted:
         raise ValueError(f"{word}: of the {len(sizes)} files of commit {commit}, none is called .parquet, .jsonl or .txt "
@@ -240,11 +245,15 @@ def _reading(file):
 class Files:
     """The documents in files, as bins.prepare takes them; `texts` are those of a vocabulary."""
 
-    def __init__(self, found, field, document, template, folder):
+    def __init__(self, found, field, document, template, folder, max_bytes):
         if not found:
             raise ValueError("there is no file to read")
-        self.files, self.document, self.fields, self.template = found, document, (field or 'text').split(','), None
-        self.size = sum(file.size for file in found)
+        if max_bytes:
+            ends = list(accumulate(file.size for file in found))
+            found = found[:bisect_left(ends, max_bytes) + 1]
+        self.files, self.max_bytes, self.size = found, max_bytes or sys.maxsize, sum(file.size for file in found)
+        self.size = min(self.size, self.max_bytes)
+        self.document, self.fields, self.template = document, (field or 'text').split(','), None
         if len(self.fields) > 2 or not all(self.fields):
             raise ValueError(f"field={field!r} must be a name, or two with a comma: of what is asked, what is answered")
         if rows := [file for file in found if file.kind in ROWS]:
@@ -260,8 +269,10 @@ class Files:
             self.facts['hub'] = commits
         # One text alone is divided by position; this is its length in characters.
         is_alone = len(found) == 1 and found[0].kind == 'text' and document == 'file'
+        if is_alone and max_bytes:
+            raise ValueError("max_bytes takes the first of many documents, and this is one text: divide it by --document")
         self.length = _length(_fetched(found[0])) if is_alone else None
-        self.fingerprint = json.dumps([self.fields, document, self.facts,
+        self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes,
                                        [[file.name, file.size, file.changed] for file in found]])
 
     def texts(self, most=None):
@@ -273,7 +284,16 @@ class Files:
                        ''.join(text for text, _ in document))
 
     def pieces(self, first=0):
-        """From file number `first` on. Small files share a piece; a larger one has its pieces for itself."""
+        """From file number `first` on."""
+        left = self.max_bytes - sum(file.size for file in self.files[:first])
+        for piece in self._pieces(first):
+            yield piece
+            left -= piece.size
+            if left <= 0:
+                return
+
+    def _pieces(self, first):
+        """Small files share a piece; a larger one has its pieces for itself."""
         small, size, begin = [], 0, first
         for number, file in self._here(first):
             with _reading(file) as (raw, stream):

@@ -7,7 +7,7 @@
     zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
 
 SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as .gz or .zst, folders of
-these, globs in quotes, - for standard input, and owner/name or owner/name:FOLDER-OR-GLOB for a dataset on the Hugging
+these, globs in quotes, - for standard input, and owner/name[@REVISION][:FOLDER-OR-GLOB] for a dataset on the Hugging
 Face Hub, whose files are fetched one after the other and not kept. Of folders and globs, what is no UTF-8 text is left out,
 which is said.
 
@@ -58,8 +58,9 @@ def arguments(words):
     add('--template', metavar='FILE.json', help='of conversations: {"user": [before, after], "assistant": [before, after]}')
     add('--split', default='0.9,0.1', metavar='SHARES', help="of train and val, or train, val and test; default: 0.9,0.1")
     add('--seed', type=int, default=1337, help="of the split; default: 1337")
-    add('--dedup', action='store_true', help="take each document once, which needs 100 bytes of memory for each; those above "
-        "4 MB stay as they are")
+    add('--dedup', action='store_true', help="take each document once, which needs 100 bytes of memory for each; those "
+        "above 4 MB stay as they are")
+    add('--max_bytes', type=int, metavar='N', help="take only the beginning, about so much of the sources' size")
     add('--num_proc', type=int, help="processes that encode; default: one per core")
     add('--shard_tokens', type=int, default=0, metavar='N', help="write files of N tokens each: train-00000.bin, …")
     training = parser.add_argument_group("options of --tokenizer=train:…")
@@ -71,7 +72,7 @@ def arguments(words):
     training.add_argument('--byte_fallback', type={'True': True, 'False': False}.__getitem__, metavar='True|False')
     words = ['--dedup' if word == '--dedup=True' else word for word in words if word != '--dedup=False']
     asked = parser.parse_intermixed_args(words)
-    for key, least in (('num_proc', 1), ('shard_tokens', 0), ('train_bytes', 1), ('seed', 0)):
+    for key, least in (('num_proc', 1), ('max_bytes', 1), ('shard_tokens', 0), ('train_bytes', 1), ('seed', 0)):
         if getattr(asked, key) is not None and getattr(asked, key) < least:
             fail(f"{key}={getattr(asked, key)} must be at least {least}")
     return asked
@@ -123,7 +124,7 @@ def main(words):
     bins.check_split(shares)
     folder = folder_of(asked.name)
     template = template_of(asked.template) if asked.template else None
-    source = sources.open(asked.sources, asked.field, asked.document, template, folder)
+    source = sources.open(asked.sources, asked.field, asked.document, template, folder, asked.max_bytes)
     own = tokenizer_for(asked, source, folder)
     if asked.separator is not None and getattr(own, 'eot', None) is not None:
         raise ValueError(f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out")
