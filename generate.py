@@ -213,7 +213,8 @@ def beam_search(context, max_new_tokens, num_beams, length_penalty=1.0, is_end=l
 
 
 class Text:
-    """What a row's ids say, given out as it becomes certain: whole characters, up to the first of the `stops`."""
+    """What a row's ids say behind its prompt, given out as it becomes certain: whole characters, up to the first of the
+    `stops`."""
 
     def __init__(self, tokenizer, stops=()):
         self.tokenizer, self.stops = tokenizer, stops
@@ -255,7 +256,7 @@ def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=()):
     """The texts of `beam_search`, [(score, text)]; they are complete at a stop, or at the tokenizer's end of text."""
     own, eot = context.model.tokenizer, getattr(context.model.tokenizer, 'eot', None)
     found = beam_search(context, max_new_tokens, num_beams, length_penalty, lambda ids: (
-        ids[-1] == eot or any(stop in own.decode(ids) for stop in stops)))
+        ids[-1] == eot or any(stop in own.decode_bytes(ids).decode(errors='replace') for stop in stops)))
     return [(score, Text(own, stops).add(ids[:-1] if ids[-1:] == [eot] else ids, final=True)) for score, ids in found]
 
 
