@@ -1,17 +1,21 @@
 """Chat templates: which text a row becomes, which of it is learned, and what is no conversation."""
 import io
+import json
+import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_data import needs_gpt2
+from test_ready_sets import needs_gpt2
 
 import chat
 import checkpoint
 import models
 from chat import Dialogue, Template
+from dataset import Dataset
 from tokenizer import ByteTokenizer, TiktokenTokenizer
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
@@ -94,6 +98,20 @@ def test_what_is_no_template_is_said_in_one_line(description):
 def test_an_answer_that_holds_its_own_end_is_refused():
     with pytest.raises(ValueError, match=r"the assistant's, contains '\\n', which"):
         Template({'user': ['Q: ', '\n'], 'assistant': ['A: ', '\n']}).parts({'q': 'x\ny', 'a': '4\n5'}, ('q', 'a'))
+
+
+def test_only_answers_count_in_a_loss(tmp_path, monkeypatch):
+    rows = [{'q': f'{i} and {i}?', 'a': f'{2 * i}, {{}}' * (i % 3)} for i in range(40)]
+    (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    words = f'{tmp_path}/set', f'{tmp_path}/rows.jsonl', '--field=q,a', '--tokenizer=byte', '--split=0.5,0.5'
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', *words])
+    runpy.run_path(str(ROOT / 'data' / 'prepare.py'), run_name='__main__')
+    data = Dataset(str(tmp_path / 'set'), block_size=50, batch_size=3)
+    targets = np.concatenate([data.eval_batch('val', i)[1].ravel() for i in range(data.eval_batches('val'))])
+    text = (tmp_path / 'set' / 'val.bin').read_bytes()[::2].decode()        # ids of bytes, as uint16
+    answers = re.findall(r'### Assistant:\n(.*?\n### End\n\n)', text)
+    assert len(answers) > 10 and bytes(targets[targets >= 0].tolist()).decode() == ''.join(answers)
+    assert data.meta['template'] == Template().description
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
