@@ -4,6 +4,7 @@
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
     python sample.py --init_from=path/to/folder --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2 --interactive=True
+    python sample.py --out_dir=out-chat --chat=True --interactive=True      # a run on conversations answers
 """
 import itertools
 import sys

@@ -164,7 +164,7 @@ def parrot(tmp_path_factory):
     ids, learned = map(torch.tensor, chat.encode(own, template.parts({'messages': CONVERSATION})))
     model = models.build('gpt', block_size=200, vocab_size=256, n_layer=1, n_head=2, n_embd=32, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(80):
+    for _ in range(40):
         loss = model(ids[None, :-1], torch.where(learned, ids, -1)[None, 1:])[1]
         loss.backward()
         optimizer.step()
