@@ -105,9 +105,8 @@ def _files(word, field, folder):
         raise ValueError(f"{word} is neither a file nor a folder: send it to standard input, and take - for its name")
     if glob.has_magic(str(path)):
         names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if not names:
-            raise FileNotFoundError(f"there is no file whose name matches {word}")
-        return _readable(word, [_file(name, Path(name), field) for name in names])
+        if names:
+            return _readable(word, [_file(name, Path(name), field) for name in names])
     return _on_the_hub(word, field, folder)
 
 
@@ -155,7 +154,7 @@ def _on_the_hub(word, field, folder):
     where, _, part = word.partition(':')
     repo, _, revision = where.partition('@')
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo) or re.search(r'\.(txt|jsonl?|parquet|md|gz|zst)$', repo):
-        raise FileNotFoundError(f"there is no file or folder {word}")
+        raise FileNotFoundError(f"there is no file{' like' if glob.has_magic(word) else ' or folder'} {word}")
     print(f"{word}: there is no such file or folder here, so it is taken for a dataset on the Hugging Face Hub", flush=True)
     try:
         if mirror := hub.mirror_folder(repo):

@@ -1,7 +1,11 @@
 """What the tests share: a small dataset, and the scripts run as a user runs them."""
+import hashlib
+import http.server
+import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,3 +68,45 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+COMMIT = 'c0ffee' * 6 + 'c0de'
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """({name: bytes}, requests): own/set on a server like the Hub's, and what that was asked; gated/set is closed."""
+    served, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition('?')[0]
+            asked.append(f'{self.command} {path}')
+            content, headers = None, {}
+            if path in ('/api/datasets/own/set', f'/api/datasets/own/set/revision/{COMMIT}'):
+                content = json.dumps({'id': 'own/set', 'sha': COMMIT, 'siblings': [
+                    {'rfilename': name, 'size': len(content)} for name, content in served.items()]}).encode()
+            elif path.startswith(f'/datasets/own/set/resolve/{COMMIT}/'):
+                content = served.get(path.split('/', 6)[6])
+                headers = {'X-Repo-Commit': COMMIT, 'ETag': f'"{hashlib.sha256(content or b"").hexdigest()}"'}
+            elif 'gated' in path:
+                headers = {'X-Error-Code': 'GatedRepo'}
+            else:
+                headers = {'X-Error-Code': 'RepoNotFound'}
+            self.send_response(200 if content is not None else 403 if 'gated' in path else 404)
+            for key, value in {**headers, 'Content-Length': len(content or b'')}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == 'GET':
+                self.wfile.write(content or b'')
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv('NANOGPT_MIRROR', f'http://127.0.0.1:{server.server_port}')
+        monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+        yield served, asked
+        server.shutdown()

@@ -1,0 +1,664 @@
+"""data/prepare.py: from any text to bins. What must come out is computed here in the plainest way, from whole documents."""
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import COMMIT, ROOT
+
+import bins
+import sources
+from dataset import Dataset
+from mistakes import user_errors
+from tokenizer import load
+
+MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
+needs_shakespeare = pytest.mark.skipif(not (MIRROR / 'shakespeare/input.txt').is_file(),
+                                       reason="NANOGPT_MIRROR has no Shakespeare")
+needs_gpt2 = pytest.mark.skipif(not os.environ.get('TIKTOKEN_CACHE_DIR'), reason="TIKTOKEN_CACHE_DIR has no vocabulary")
+COMMAND = runpy.run_path(str(ROOT / 'data/prepare.py'), run_name='data/prepare.py')
+DOCUMENTS = [f"Document {i}: {'ü€🎉 ' * (i % 4)}\n{'line ' * (1 + i * 7 % 50)}\r\nend {i % 90}" for i in range(100)]
+
+
+def prepare(*words):
+    """The command, in this process."""
+    with user_errors():
+        COMMAND['main'](list(map(str, words)))
+
+
+def failure(capsys, *words):
+    """What the command says when it fails, which is one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        prepare(*words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
+    return error
+
+
+def contents(folder):
+    """{name: bytes} of everything in a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def split_of(document, shares=('0.9', '0.1'), seed=1337):
+    digest = hashlib.sha256(document.encode()).digest()[:16]
+    number = Fraction(int.from_bytes(hashlib.sha256(b'%d/' % seed + digest).digest()[:8]), 2 ** 64)
+    for split, share in zip(('train', 'val', 'test'), map(Fraction, shares)):
+        if number < share:
+            return split
+        number -= share
+
+
+def expected(documents, shares=('0.9', '0.1'), seed=1337, end='\n'):
+    """{split: bytes} of these documents by ByteTokenizer, `end` behind each that does not end with a newline."""
+    found = dict.fromkeys(('train', 'val', 'test')[:len(shares)], b'')
+    for document in documents:
+        found[split_of(document, shares, seed)] += (document + end * (not document.endswith('\n') or end != '\n')).encode()
+    return found
+
+
+def decoded(folder, suffix='.bin'):
+    """{split: bytes} of the bins that ByteTokenizer wrote, in shards or not."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    found = {}
+    for split, facts in meta['splits'].items():
+        paths = sorted(folder.glob(f'{split}*{suffix}'))
+        raw = b''.join(path.read_bytes() for path in paths)
+        tokens = np.frombuffer(raw, meta['dtype'] if suffix == '.bin' else 'u1')
+        assert len(tokens) == facts['tokens']
+        assert suffix != '.bin' or hashlib.sha256(raw).hexdigest() == facts['sha256']
+        found[split] = bytes(tokens.astype('u1'))
+    return found
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces so small that a few kilobytes have all there is: many pieces, large documents."""
+    monkeypatch.setattr(sources, 'PIECE', 256)
+    monkeypatch.setattr(sources, 'LARGE', 1024)
+    monkeypatch.setattr(bins, 'SAVE_SECONDS', -1)       # a journal after every piece
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)       # which takes its time
+
+
+def write_rows(path, rows):
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
+    return path
+
+
+# ---- one text alone --------------------------------------------------------------------------------------------------
+
+@needs_shakespeare
+@needs_gpt2
+@pytest.mark.parametrize('tokenizer, tokens', [('gpt2', (301_966, 36_059)), ('char', (1_003_854, 111_540))])
+def test_shakespeare_is_what_the_ready_sets_make_of_it(tmp_path, tokenizer, tokens):
+    path = MIRROR / 'shakespeare/input.txt'
+    prepare(tmp_path, path, f'--tokenizer={tokenizer}')
+    text = path.read_text(encoding='utf-8')
+    cut, own = int(0.9 * len(text)), load(json.loads((tmp_path / 'meta.json').read_text())['tokenizer'])
+    for split, part, n in (('train', text[:cut], tokens[0]), ('val', text[cut:], tokens[1])):
+        ids = np.fromfile(tmp_path / f'{split}.bin', np.uint16)
+        assert len(ids) == n and np.array_equal(ids, own.encode(part))
+
+
+@pytest.mark.parametrize('shares', ['0.9,0.1', '0.8,0.1,0.1', '0.5,0.5'])
+@pytest.mark.parametrize('text', ['0123456789' * 3, 'é€🎉x\r\n' * 1000, ' ' * 2000, '\ufeff' + 'ab ' * 99],
+                         ids=['short', 'several pieces', 'no place to cut', 'byte order mark'])
+def test_one_text_is_divided_at_a_character(tmp_path, small_pieces, text, shares):
+    (tmp_path / 'text.txt').write_text(text, encoding='utf-8', newline='')
+    prepare(tmp_path / 'out', tmp_path / 'text.txt', '--tokenizer=byte', f'--split={shares}')
+    text = text.removeprefix('\ufeff')
+    cuts = [0, *(int(sum(map(Fraction, shares.split(',')[:i + 1])) * len(text)) for i in range(shares.count(',') + 1))]
+    assert list(decoded(tmp_path / 'out').values()) == [text[a:b].encode() for a, b in pairwise(cuts)]
+
+
+@needs_gpt2
+@pytest.mark.parametrize('pattern', ['gpt2', 'cl100k_base', 'o200k_base'])
+def test_a_text_encoded_in_parts_has_the_ids_of_the_whole(small_pieces, pattern):
+    import tiktoken
+    import tiktoken_ext.openai_public as public
+    own = tiktoken.get_encoding('gpt2')
+    if pattern != 'gpt2':       # its way to split text into words, with GPT-2's vocabulary, which is at hand
+        found = {}
+        public.load_tiktoken_bpe, before = lambda *args, **kwargs: own._mergeable_ranks, public.load_tiktoken_bpe
+        try:
+            found = getattr(public, pattern)()
+        finally:
+            public.load_tiktoken_bpe = before
+        own = tiktoken.Encoding(pattern, pat_str=found['pat_str'], mergeable_ranks=own._mergeable_ranks, special_tokens={})
+    rng = random.Random(1)
+    signs = ['\n', '\n\n', '\r\n', ' ', '  ', '\u3000', '\xa0', '/', '.', "'s", '漢字', 'Word', 'x9', '\t', '!\n/', '\n ',
+             'é', '\x1c']
+    texts = [Path(sources.__file__).read_text(), 'no line end ' * 999, ''.join(rng.choices(signs, k=9000))]
+    for text in texts:
+        data, parts = text.encode(), []
+        while data:
+            n = sources._safe_end(data[:1024]) if len(data) > 1024 else len(data)
+            parts.append(data[:n].decode())
+            data = data[n:]
+        assert len(parts) > 5
+        assert [i for part in parts for i in own.encode_ordinary(part)] == own.encode_ordinary(text)
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+def as_jsonl(folder):
+    write_rows(folder / 'rows.jsonl', [{'n': 1, 'text': text} for text in DOCUMENTS])
+    return [folder / 'rows.jsonl']
+
+
+def as_packed(suffix):
+    def write(folder):
+        content = as_jsonl(folder)[0].read_bytes()
+        if suffix == '.gz':
+            packed = gzip.compress(content[:2000]) + gzip.compress(content[2000:])
+        else:
+            zstandard = pytest.importorskip('zstandard')
+            packed = b''.join(zstandard.ZstdCompressor().compress(part) for part in (content[:2000], content[2000:]))
+        (folder / f'packed.jsonl{suffix}').write_bytes(packed)
+        return [folder / f'packed.jsonl{suffix}']
+    return write
+
+
+def as_parquet(folder):
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    parquet.write_table(pyarrow.table({'n': range(100), 'a': [{'b': text} for text in DOCUMENTS]}), folder / 'rows.parquet',
+                        row_group_size=30)
+    return [folder / 'rows.parquet', '--field=a.b']
+
+
+def as_folder(folder):
+    for i, text in enumerate(DOCUMENTS):
+        path = folder / 'texts' / f'{i // 10}' / f'{i:02d}.{("md", "py", "unknown")[i % 3]}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding='utf-8', newline='')
+    (folder / 'texts/.hidden').write_text('not this')
+    (folder / 'texts/5/empty.txt').touch()
+    (folder / 'texts/5/picture.png').write_bytes(b'\x89PNG\0\0')
+    return [folder / 'texts']
+
+
+def as_glob(folder):
+    as_folder(folder)
+    return [folder / 'texts/**/*']
+
+
+def as_paragraphs(folder):
+    (folder / 'a.txt').write_text('\n \n'.join([*DOCUMENTS[:40], '']), encoding='utf-8', newline='')
+    (folder / 'b.txt').write_text('\r\n\r\n\n' + '\n\n\n'.join(DOCUMENTS[40:]), encoding='utf-8', newline='')
+    return [folder / 'a.txt', folder / 'b.txt', '--document=paragraph']
+
+
+KINDS = {'jsonl': as_jsonl, 'gz': as_packed('.gz'), 'zst': as_packed('.zst'), 'parquet': as_parquet, 'folder': as_folder,
+         'glob': as_glob, 'paragraphs': as_paragraphs}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_of_source_gives_its_documents(tmp_path, small_pieces, capsys, kind):
+    prepare(tmp_path / 'out', *KINDS[kind](tmp_path), '--tokenizer=byte', '--split=0.7,0.2,0.1', '--seed=5')
+    assert decoded(tmp_path / 'out') == expected(DOCUMENTS, ('0.7', '0.2', '0.1'), 5)
+    said = capsys.readouterr().out
+    assert ('1 of 102 files left out' in said and 'picture.png' in said) == (kind in ('folder', 'glob'))
+    assert 'shards' not in (meta := json.loads((tmp_path / 'out/meta.json').read_text()))['splits']['train']
+    assert sum(facts['documents'] for facts in meta['splits'].values()) == 100
+    assert sorted(contents(tmp_path / 'out')) == ['meta.json', 'test.bin', 'train.bin', 'val.bin']
+    assert Dataset(tmp_path / 'out', 8, 2).vocab_size == 256
+
+
+@pytest.mark.parametrize('options, end', [([], '\n'), (['--separator=<|>'], '<|>'), (['--separator='], '')])
+def test_lines_and_what_stands_behind_them(tmp_path, small_pieces, options, end):
+    lines = [f'name {i}' for i in range(500)]
+    (tmp_path / 'names.txt').write_text('\n'.join(lines) + '\r\n\n', newline='')
+    prepare(tmp_path / 'out', tmp_path / 'names.txt', '--tokenizer=char', '--document=line', *options)
+    own = load(json.loads((tmp_path / 'out/meta.json').read_text())['tokenizer'])
+    assert own.describe()['chars'] == ''.join(sorted(set(''.join(lines) + end)))
+    texts = {s: own.decode(np.fromfile(tmp_path / f'out/{s}.bin', np.uint16)).encode() for s in ('train', 'val')}
+    assert texts == expected(lines, end=end)
+
+
+@needs_gpt2
+def test_the_end_of_text_stands_behind_each_document_and_never_comes_from_its_text(tmp_path):
+    texts = [f'<|endoftext|> is text here: {i}' for i in range(40)]
+    write_rows(tmp_path / 'rows.jsonl', [{'text': text} for text in texts])
+    prepare(tmp_path / 'out', tmp_path / 'rows.jsonl')
+    meta, own = json.loads((tmp_path / 'out/meta.json').read_text()), load({'kind': 'tiktoken', 'name': 'gpt2'})
+    assert meta['eot'] == own.eot
+    for split in ('train', 'val'):
+        ids, of = np.fromfile(tmp_path / f'out/{split}.bin', np.uint16), [t for t in texts if split_of(t) == split]
+        assert ids.tolist() == [i for text in of for i in [*own.encode_ordinary(text), own.eot]]
+        assert meta['splits'][split]['bytes'] == sum(map(len, of))
+
+
+@pytest.mark.parametrize('document', ['file', 'paragraph', 'line'])
+def test_a_large_document_goes_to_one_split_in_parts(tmp_path, small_pieces, document):
+    filler = {'file': ' word\nmore', 'paragraph': ' word\nmore', 'line': ' word more'}[document]
+    large = [f'{i}{filler * 400}' for i in range(12)]
+    if document == 'file':
+        for i, text in enumerate(large):
+            (tmp_path / f'{i:02d}.txt').write_text(text)
+    else:
+        (tmp_path / 'all.txt').write_text(('\n\n' if document == 'paragraph' else '\n').join(large))
+    prepare(tmp_path / 'out', tmp_path / '*.txt', '--tokenizer=byte', f'--document={document}', '--split=0.5,0.5')
+    parts = {text: text.encode()[:sources._safe_end(text.encode()[:1024])].decode() for text in large}
+    found = dict.fromkeys(('train', 'val'), b'')
+    for text in large:
+        found[split_of(parts[text], ('0.5', '0.5'))] += text.encode() + b'\n'
+    assert decoded(tmp_path / 'out') == found and all(found.values())
+
+
+def test_copies_are_dropped_and_stay_on_one_side_without_that(tmp_path, small_pieces, capsys):
+    rows = write_rows(tmp_path / 'rows.jsonl', [{'text': text} for text in DOCUMENTS[:60] + DOCUMENTS[20:]])
+    for options, documents in (([], DOCUMENTS[:60] + DOCUMENTS[20:]), (['--dedup'], DOCUMENTS)):
+        prepare(tmp_path / 'out', rows, '--tokenizer=byte', *options)
+        assert decoded(tmp_path / 'out') == expected(documents)
+        assert ('40 duplicate(s) dropped' in capsys.readouterr().out) == bool(options)
+
+
+def test_standard_input(tmp_path, small_pieces, monkeypatch):
+    class Input:
+        buffer = None
+    for options, content, documents in (([], 'a b\n' * 500, None), (['--field=t'], ''.join(
+            json.dumps({'t': text}) + '\n' for text in DOCUMENTS), DOCUMENTS)):
+        Input.buffer = io.BytesIO(content.encode())
+        monkeypatch.setattr(sys, 'stdin', Input)
+        prepare(tmp_path, '-', '--tokenizer=char', *options)
+        own = load(json.loads((tmp_path / 'meta.json').read_text())['tokenizer'])
+        texts = {s: own.decode(np.fromfile(tmp_path / f'{s}.bin', np.uint16)).encode() for s in ('train', 'val')}
+        divided = {'train': content[:1800].encode(), 'val': content[1800:].encode()}
+        assert texts == (expected(documents) if documents else divided)
+
+
+def test_a_new_text_s_folder_can_be_where_the_bins_go(tmp_path, small_pieces):
+    as_folder(tmp_path)
+    for _ in range(2):      # the second time there are bins beside the texts
+        prepare(tmp_path / 'texts', tmp_path / 'texts', '--tokenizer=byte')
+        assert decoded(tmp_path / 'texts') == expected(DOCUMENTS)
+
+
+# ---- shards, masks ---------------------------------------------------------------------------------------------------
+
+def test_shards_hold_so_many_tokens_each_and_replace_what_was_there(tmp_path, small_pieces):
+    rows = as_jsonl(tmp_path)
+    texts = expected(DOCUMENTS)
+    for n in (1000, 0, 700, len(texts['train'])):
+        prepare(tmp_path / 'out', *rows, '--tokenizer=byte', f'--shard_tokens={n}')
+        assert decoded(tmp_path / 'out') == texts
+        meta = json.loads((tmp_path / 'out/meta.json').read_text())
+        sizes = {split: [(tmp_path / 'out' / name).stat().st_size // 2 for name in sorted(contents(tmp_path / 'out'))
+                         if name.startswith(split)] for split in texts}
+        for split in texts if n else ():
+            assert meta['splits'][split]['shards'] == sizes[split]
+            assert set(sizes[split][:-1]) <= {n} and 0 < sizes[split][-1] <= n
+            assert (tmp_path / f'out/{split}-00000.bin').exists()
+        assert n or sorted(contents(tmp_path / 'out')) == ['meta.json', 'train.bin', 'val.bin']
+
+
+@needs_gpt2
+@pytest.mark.parametrize('form', ['fields', 'messages'])
+@pytest.mark.parametrize('shard_tokens', [0, 64])
+def test_of_conversations_only_the_answers_are_learned(tmp_path, small_pieces, form, shard_tokens):
+    template = {'user': ['Q: ', '\n'], 'assistant': ['A: ', '#\n']}
+    (tmp_path / 'template.json').write_text(json.dumps(template))
+    pairs = [(f'What is {i} and {i}?', f'It is {2 * i}.') for i in range(60)]
+    rows = [{'q': q, 'a': a} if form == 'fields' else
+            {'messages': [{'role': 'user', 'content': q}, {'role': 'assistant', 'content': a}]} for q, a in pairs]
+    options = ['--field=q,a'] if form == 'fields' else []
+    prepare(tmp_path / 'out', write_rows(tmp_path / 'rows.jsonl', rows), *options, f'--shard_tokens={shard_tokens}',
+            f'--template={tmp_path / "template.json"}')
+    meta, own = json.loads((tmp_path / 'out/meta.json').read_text()), load({'kind': 'tiktoken', 'name': 'gpt2'})
+    assert meta['masked'] is True and meta['template'] == template
+    for split in ('train', 'val'):
+        ids, mask = [], []
+        for q, a in pairs:
+            if split_of(f'Q: {q}\nA: {a}#\n') == split:
+                for text, learned in (('Q: ', 0), (q, 0), ('\n', 0), ('A: ', 0), (a, 1), ('#\n', 1)):
+                    new = own.encode_ordinary(text)
+                    ids, mask = [*ids, *new], mask + [learned] * len(new)
+                ids, mask = [*ids, own.eot], [*mask, 1]
+        for kind, dtype, wanted in (('bin', 'u2', ids), ('mask', 'u1', mask)):
+            raw = b''.join(path.read_bytes() for path in sorted((tmp_path / 'out').glob(f'{split}*.{kind}')))
+            assert np.frombuffer(raw, dtype).tolist() == wanted
+        assert meta['splits'][split]['learned'] == sum(mask) > 0
+
+
+# ---- the same bins whatever happens ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder with files of all sizes in pieces, and the words that prepare it."""
+    folder = tmp_path / 'corpus'
+    folder.mkdir()
+    write_rows(folder / 'a.jsonl', [{'text': text} for text in DOCUMENTS + DOCUMENTS[:30]])
+    (folder / 'b.txt').write_text('one large text\n' * 300)
+    for i in range(20):
+        (folder / f'c{i:02d}.txt').write_text(f'{i} small\n' * i)
+    (folder / 'd.jsonl.gz').write_bytes(gzip.compress((folder / 'a.jsonl').read_bytes().replace(b'Document', b'Text')))
+    return [folder, '--tokenizer=byte', '--dedup', '--shard_tokens=3000', '--document=paragraph', '--split=0.6,0.4']
+
+
+class Stop(BaseException):
+    """As sudden as kill -9: nothing is saved on the way out."""
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bins(tmp_path, small_pieces, corpus, monkeypatch, seed):
+    prepare(tmp_path / 'whole', *corpus)
+    rng, stops, real = random.Random(seed), 0, {'fsync': os.fsync, 'replace': os.replace}
+
+    def sometimes(name):
+        def call(*args):
+            nonlocal stops
+            if rng.random() < 0.04:
+                stops += 1
+                if rng.random() < 0.5:      # before or after it was done
+                    real[name](*args)
+                raise Stop
+            return real[name](*args)
+        return call
+    for name in real:
+        monkeypatch.setattr(os, name, sometimes(name))
+    while True:
+        try:
+            prepare(tmp_path / 'stopped', *corpus)
+            break
+        except Stop:
+            continue
+    monkeypatch.undo()
+    assert stops > 5 and contents(tmp_path / 'stopped') == contents(tmp_path / 'whole')
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, capsys):
+    prepare(tmp_path / 'whole', *corpus)
+    real, calls = bins._Output.add, []
+
+    def interrupted(output, piece, encoded):
+        calls.append(piece)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return real(output, piece, encoded)
+    monkeypatch.setattr(bins._Output, 'add', interrupted)
+    monkeypatch.setattr(bins, 'SAVE_SECONDS', 1000)
+    with pytest.raises(SystemExit) as end:
+        prepare(tmp_path / 'stopped', *corpus)
+    assert end.value.code == 130 and 'the same command goes on' in capsys.readouterr().out
+    prepare(tmp_path / 'stopped', *corpus)
+    assert 'going on' in capsys.readouterr().out
+    pieces = len([*sources.open(corpus[:1], document='paragraph').pieces()])
+    assert len(calls) == pieces + 1 and contents(tmp_path / 'stopped') == contents(tmp_path / 'whole')
+
+
+def test_another_command_starts_anew_and_says_so(tmp_path, small_pieces, corpus, monkeypatch, capsys):
+    prepare(tmp_path / 'whole', *corpus, '--seed=2')
+    monkeypatch.setattr(bins._Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / 'stopped', *corpus)
+    monkeypatch.undo()
+    prepare(tmp_path / 'stopped', *corpus, '--seed=2')
+    assert 'starting anew' in capsys.readouterr().out and contents(tmp_path / 'stopped') == contents(tmp_path / 'whole')
+
+
+def test_bins_that_are_replaced_only_in_part_are_refused(tmp_path, small_pieces, corpus, monkeypatch):
+    prepare(tmp_path / 'out', *corpus[:2], '--document=line')
+    real = os.replace
+
+    def stopped(source, target):
+        if Path(target).name == 'val-00000.bin':
+            raise Stop
+        real(source, target)
+    monkeypatch.setattr(os, 'replace', stopped)
+    with pytest.raises(Stop):
+        prepare(tmp_path / 'out', *corpus)
+    with pytest.raises(ValueError, match='replaced only in part'):
+        Dataset(tmp_path / 'out', 8, 2)
+    monkeypatch.undo()
+    prepare(tmp_path / 'out', *corpus)
+    assert 'train.bin' not in contents(tmp_path / 'out')
+
+
+SCRIPT = f"""if True:
+    import runpy, sys
+    sys.path.insert(0, {str(ROOT)!r})
+    import bins, sources
+    sources.PIECE, sources.LARGE, bins.SAVE_SECONDS, bins.os.fsync = 256, 1024, -1, lambda descriptor: None
+    sys.argv[0] = {str(ROOT / 'data/prepare.py')!r}
+    runpy.run_path(sys.argv[0], run_name='__main__')"""
+
+
+def test_kill_9_at_any_time(tmp_path, corpus, small_pieces):
+    prepare(tmp_path / 'whole', *corpus)
+    rng, kills = random.Random(3), 0
+    while True:
+        run = subprocess.Popen([sys.executable, '-c', SCRIPT, str(tmp_path / 'out'), *map(str, corpus)],
+                               stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            assert run.wait(0.3 + 0.3 * rng.random() if kills < 5 else 60) == 0
+            break
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+            kills += 1
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole') and kills
+
+
+def test_the_bins_do_not_depend_on_the_number_of_processes(tmp_path):
+    rows = [{'text': f'{i} {"ü some text " * (i % 500)}'} for i in range(2000)]
+    rows = write_rows(tmp_path / 'rows.jsonl', rows)
+    for n in (1, 2):
+        prepare(tmp_path / f'by {n}', rows, '--tokenizer=byte', f'--num_proc={n}', '--dedup')
+    assert contents(tmp_path / 'by 1') == contents(tmp_path / 'by 2')
+
+
+def test_a_worker_that_is_killed_costs_nothing_that_was_done(tmp_path, monkeypatch, capsys):
+    rows = write_rows(tmp_path / 'rows.jsonl', [{'text': f'{i} {"some text " * 300}'} for i in range(2000)])
+    real = bins._Output.add
+
+    def kill(output, piece, encoded):
+        size = real(output, piece, encoded)
+        for process in multiprocessing.active_children():
+            process.kill()
+        return size
+    monkeypatch.setattr(bins._Output, 'add', kill)
+    assert 'take a smaller --num_proc' in failure(capsys, tmp_path / 'out', rows, '--tokenizer=byte', '--num_proc=2')
+    monkeypatch.undo()
+    prepare(tmp_path / 'out', rows, '--tokenizer=byte', '--num_proc=1')
+    assert 'going on after' in capsys.readouterr().out
+    assert decoded(tmp_path / 'out') == expected([json.loads(line)['text'] for line in rows.read_text().splitlines()])
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason="no ulimit")
+def test_a_full_disk_is_one_line_and_leaves_the_old_bins(tmp_path, corpus, small_pieces):
+    prepare(tmp_path / 'out', *corpus)
+    before, words = contents(tmp_path / 'out'), [str(tmp_path / 'out'), *map(str, corpus[:2]), '--split=0.5,0.5']
+    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n'
+    done = subprocess.run([sys.executable, '-c', limit + SCRIPT, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('error: cannot write') and done.stderr.count('\n') == 1
+    assert {name: content for name, content in contents(tmp_path / 'out').items() if '/' not in name} == before
+    prepare(*words)
+    prepare(tmp_path / 'again', *words[1:])
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'again')
+
+
+# ---- what can be wrong -----------------------------------------------------------------------------------------------
+
+FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': 'text'.encode('utf-16'), 'zero.bin': b'a\0b',
+         'late.txt': b'x' * 99_999 + b'\xff\n', 'no.jsonl': b'{"text": "a"}\n\nno\n', 'list.jsonl': b'[{"text": "a"}]',
+         'number.jsonl': b'1\n', 'other.jsonl': b'{"body": "a", "id": 1}\n', 'null.jsonl': b'{"text": null}\n',
+         'broken.txt.gz': gzip.compress(b'some text' * 99)[:-20], 'not.txt.gz': b'text', 'not.parquet': b'text',
+         'chat.jsonl': b'{"messages": [{"role": "robot", "content": "x"}]}\n', 'good.txt': b'word\n' * 99,
+         'deep.jsonl': b'{"text": "a"}\n' * 9999 + b'{"text": 5}\n', 'one.jsonl': b'{"text": "just one"}\n'}
+
+
+@pytest.mark.parametrize('words, message', [
+    (['empty.txt'], 'no text in the sources'),
+    (['latin.txt'], r'latin\.txt is not UTF-8 at byte 1: `iconv'),
+    (['utf16.txt'], r'utf16\.txt is UTF-16'),
+    (['zero.bin'], r'zero\.bin is a binary file'),
+    (['late.txt'], r'late\.txt is not UTF-8 at byte 99,999'),
+    (['no.jsonl'], r'no\.jsonl, line 3 is no JSON .*: no$'),
+    (['list.jsonl'], r'list\.jsonl is one JSON array: `jq'),
+    (['number.jsonl'], r'number\.jsonl, line 1 is no row'),
+    (['other.jsonl'], r"other\.jsonl, line 1: there is no field 'text', only body, id: --field says which"),
+    (['other.jsonl', '--field=body.x'], r"no field 'body\.x'"),
+    (['other.jsonl', '--field=a,b,c'], 'must be a name, or two'),
+    (['null.jsonl'], r"null\.jsonl, line 1: its 'text' is no text but null"),
+    (['deep.jsonl'], r"deep\.jsonl, line 10000: its 'text' is no text but 5"),
+    (['broken.txt.gz'], r'broken\.txt\.gz is damaged'),
+    (['not.txt.gz'], r'not\.txt\.gz is damaged'),
+    (['not.parquet'], r"not\.parquet can't be read as parquet"),
+    (['chat.jsonl'], r"chat\.jsonl, line 1: message 1 has the role 'robot'"),
+    (['one.jsonl'], 'none of the 1 document.* fell to val, whose share is 0.1: take smaller ones'),
+    (['good.txt', '--split=8,1,1'], 'split=8,1,1 must be two or three shares above 0 that add up to 1'),
+    (['good.txt', '--split=0.9'], 'must be two or three shares'),
+    (['good.txt', '--num_proc=0'], 'num_proc=0 must be at least 1'),
+    (['good.txt', '--tokenizer=gpt3'], 'gpt3'),
+    (['good.txt', '--byte_fallback=True'], 'byte_fallback'),
+    (['good.txt', '--template=good.txt'], r'good\.txt is no JSON'),
+    (['good.txt', '--fiel=x'], 'unrecognized arguments: --fiel=x'),
+    (['good.txt', '--document=page'], 'page'),
+    (['nothing.txt'], r'there is no file or folder .*nothing\.txt'),
+    (['*.nothing'], r'there is no file like .*\.nothing'),
+    (['empty'], 'there is no file to read')])
+def test_what_is_wrong_is_one_line_and_the_old_bins_stay(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
+    monkeypatch.setattr(sources, 'SNIFF', 1000)
+    (tmp_path / 'in/empty').mkdir(parents=True)
+    for name, content in FILES.items():
+        (tmp_path / 'in' / name).write_bytes(content)
+    prepare(tmp_path / 'out', tmp_path / 'in/good.txt', '--tokenizer=byte')
+    before = contents(tmp_path / 'out')
+    monkeypatch.chdir(tmp_path / 'in')
+    options = [] if any(word.startswith('--tokenizer') for word in words) else ['--tokenizer=byte']
+    error = failure(capsys, tmp_path / 'out', *words, *options)
+    assert re.search(message, error.strip())
+    assert contents(tmp_path / 'out') == before
+
+
+@pytest.mark.parametrize('name, message', [
+    ('shakespeare', 'belongs to .*prepare.py'), ('../elsewhere', 'is not in'), ('.', 'is not in'), ('in.txt', 'is a file')])
+def test_names_that_are_not_to_be_written(tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'in.txt').write_text('text ' * 99)
+    assert re.search(message, failure(capsys, name, 'in.txt', '--tokenizer=byte'))
+
+
+@pytest.mark.parametrize('package', ['zstandard', 'pyarrow'])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys, package):
+    path = tmp_path / {'zstandard': 'a.txt.zst', 'pyarrow': 'a.parquet'}[package]
+    path.write_bytes(b'x')
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f'pip install {package}' in failure(capsys, tmp_path / 'out', path, '--tokenizer=byte')
+
+
+def test_half_a_surrogate_becomes_the_replacement_character(tmp_path):
+    (tmp_path / 'rows.jsonl').write_text('{"text": "a\\ud83d"}\n{"text": "b\\ud83c\\udf89"}\n{"text": "c"}\n{"text": "d"}\n')
+    prepare(tmp_path / 'out', tmp_path / 'rows.jsonl', '--tokenizer=byte', '--split=0.5,0.5')
+    assert decoded(tmp_path / 'out') == expected(['a\ufffd', 'b🎉', 'c', 'd'], ('0.5', '0.5'))
+
+
+def test_preparing_does_without_torch():
+    program = f'import sys; sys.path.insert(0, {str(ROOT / "data")!r}); import prepare; print("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).stdout == 'False\n'
+
+
+# ---- the Hugging Face Hub --------------------------------------------------------------------------------------------
+
+def test_a_dataset_on_the_hub_is_read_file_by_file(tmp_path, hub, small_pieces, monkeypatch, capsys):
+    served, asked = hub
+    for i in range(4):
+        text = ''.join(json.dumps({'text': text}) + '\n' for text in DOCUMENTS[i * 25:i * 25 + 25])
+        served[f'data/{i}.jsonl.gz'] = gzip.compress(text.encode())
+    served['README.md'], served['other/9.jsonl'] = b'# A set', b'{"text": "not this"}\n'
+    words = [tmp_path / 'out', 'own/set:data', '--tokenizer=byte']
+    real, most = bins._Output.add, 0
+
+    def stopped(output, piece, encoded):
+        nonlocal most
+        most = max(most, len([*(tmp_path / 'out/parts/hub').rglob('*.gz')]))
+        if piece.file == 2:
+            raise KeyboardInterrupt
+        return real(output, piece, encoded)
+    monkeypatch.setattr(bins._Output, 'add', stopped)
+    with pytest.raises(SystemExit):
+        prepare(*words)
+    assert f'commit {COMMIT}, 4 file(s)' in capsys.readouterr().out and 1 <= most <= 3
+    asked.clear()
+    monkeypatch.setattr(bins._Output, 'add', real)
+    prepare(*words)
+    fetched = [request.rpartition('/')[2] for request in asked if request.startswith('GET /datasets')]
+    assert fetched and '0.jsonl.gz' not in fetched
+    assert decoded(tmp_path / 'out') == expected(DOCUMENTS)
+    assert json.loads((tmp_path / 'out/meta.json').read_text())['hub'] == [f'own/set@{COMMIT}']
+    assert sorted(contents(tmp_path / 'out')) == ['meta.json', 'train.bin', 'val.bin']
+
+
+@pytest.mark.parametrize('word, message', [
+    ('own/sett', "neither a file nor a folder here, and .* no dataset 'own/sett'"), ('gated/set', 'hf auth login'),
+    ('own/set:data/*.csv', 'none is called .parquet, .jsonl or .txt'), ('texts/boook.txt', 'there is no file or folder')])
+def test_a_word_that_is_no_path_and_no_dataset_is_one_line(tmp_path, hub, capsys, word, message):
+    hub[0]['data/a.csv'] = b'a'
+    assert re.search(message, failure(capsys, tmp_path / 'out', word, '--tokenizer=byte'))
+
+
+def test_a_mirror_s_folder_stands_for_a_dataset(tmp_path, small_pieces, monkeypatch):
+    (tmp_path / 'mirror/own/set').mkdir(parents=True)
+    as_jsonl(tmp_path / 'mirror/own/set')
+    monkeypatch.setenv('NANOGPT_MIRROR', str(tmp_path / 'mirror'))
+    prepare(tmp_path / 'out', 'own/set', '--tokenizer=byte')
+    assert decoded(tmp_path / 'out') == expected(DOCUMENTS)
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.campaign
+@needs_gpt2
+@pytest.mark.parametrize('kind', ['text', 'folder', 'jsonl', 'parquet', 'gz'])
+def test_one_process_is_nearly_as_fast_as_the_tokenizer_alone(tmp_path, capsys, kind):
+    """Processor seconds of both, in turns, on the installed packages' source; run with -s to see them."""
+    own, texts = load({'kind': 'tiktoken', 'name': 'gpt2'}), []
+    for path in sorted(Path(np.__file__).parents[1].rglob('*.py')):
+        if sum(map(len, texts)) < 8e6 and path.stat().st_size:
+            texts.append(path.read_bytes().decode(errors='replace'))
+    rows = [{'text': text} for text in texts]
+    if kind == 'text':
+        (source := tmp_path / 'all.txt').write_text('\n\n'.join(texts), encoding='utf-8', newline='')
+        texts = ['\n\n'.join(texts)]
+    elif kind == 'folder':
+        (source := tmp_path / 'texts').mkdir()
+        for i, text in enumerate(texts):
+            (source / f'{i:05d}.py').write_text(text, encoding='utf-8', newline='')
+    elif kind == 'parquet':
+        import pyarrow
+        from pyarrow import parquet
+        parquet.write_table(pyarrow.table({'text': texts}), source := tmp_path / 'rows.parquet')
+    else:
+        source = write_rows(tmp_path / 'rows.jsonl', rows)
+        if kind == 'gz':
+            source.with_name('rows.jsonl.gz').write_bytes(gzip.compress(source.read_bytes()))
+            source = source.with_name('rows.jsonl.gz')
+    seconds = {'tokenizer': [], 'prepare': []}
+    for _ in range(3):
+        start = time.process_time()
+        for text in texts:
+            own.encoding.encode_ordinary(text)
+        middle = time.process_time()
+        prepare(tmp_path / 'out', source, '--num_proc=1')
+        seconds['tokenizer'].append(middle - start)
+        seconds['prepare'].append(time.process_time() - middle)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    speeds = ', '.join(f'{name} {size / min(times):.2f} MB/s' for name, times in seconds.items())
+    with capsys.disabled():
+        print(f"\n{kind}: {size:.1f} MB; {speeds}")
+    assert min(seconds['prepare']) < min(seconds['tokenizer']) / 0.8
