@@ -105,7 +105,7 @@ def hub(tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         monkeypatch.setenv('NANOGPT_MIRROR', f'http://127.0.0.1:{server.server_port}')
         monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
         yield served, asked

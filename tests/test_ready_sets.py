@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import COMMIT, ROOT, run
 from test_data import assert_meta_is_true, bin_of, contents
 from test_files import Server
 
 import dataset
+import hub as hub_module
+import sources
 import tokenizer
 
 MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
@@ -33,10 +35,10 @@ READY = sorted(path.parent.name for path in ROOT.glob('data/*/prepare.py'))
 
 def copied(name, folder, *changes):
     """data/NAME/prepare.py in `folder`, beside the other ready sets; changes: (old, new) of its text."""
-    for ready in READY:
-        script = folder / 'data' / ready / 'prepare.py'
+    for own in (ROOT / 'data').glob('**/prepare.py'):
+        script = folder / own.relative_to(ROOT)
         script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_bytes((ROOT / 'data' / ready / 'prepare.py').read_bytes())
+        script.write_bytes(own.read_bytes())
     script = folder / 'data' / name / 'prepare.py'
     text = script.read_text(encoding='utf-8')
     for old, new in changes:
@@ -76,7 +78,7 @@ def test_a_ready_set_says_its_command_and_its_licence(name):
     text = (ROOT / 'data' / name / 'prepare.py').read_text(encoding='utf-8')
     said = ast.get_docstring(ast.parse(text))
     assert f'    python data/{name}/prepare.py' in said and re.search(r'licence|public\s+domain', said, re.IGNORECASE)
-    assert re.search(r'^DOWNLOAD_MB = [\d._]+$', text, re.MULTILINE)
+    assert re.search(r'^DOWNLOAD_MB = [\d._]+\b', text, re.MULTILINE)
 
 
 def test_only_small_datasets_are_prepared_unasked(tmp_path, monkeypatch, capfd):
@@ -228,3 +230,133 @@ def test_enwik8_of_another_content_is_not_used(server, tmp_path, capsys):
     changes = [('http://mattmahoney.net/dc/enwik8.zip', server.url), ('https://data.deepai.org/enwik8.zip', server.url)]
     assert 'is not the expected file' in refused(capsys, 'enwik8', tmp_path, changes=changes)
     assert [path.name for path in (tmp_path / 'data/enwik8').iterdir()] == ['prepare.py']
+
+
+# ---- datasets on the Hugging Face Hub --------------------------------------------------------------------------------
+
+SOURCE = Path(json.__file__).read_text(encoding='utf-8')
+TEXTS = [SOURCE[i * 100:i * 100 + 300] for i in range(56)] + ['<|endoftext|> as text', 'ünï 🎉', SOURCE]
+OF_THE_HUB = {     # name: (its files, by number; the repository; changes of the script that make it small)
+    'openwebtext': ('plain_text/train-{:05d}-of-00080.parquet', 'Skylion007/openwebtext', ["'0.9995', '0.0005'"]),
+    'fineweb_edu': ('sample/10BT/{:03d}_00000.parquet', 'HuggingFaceFW/fineweb-edu', ["'0.9995', '0.0005'", '100_000_000']),
+    'oscar': ('eo_meta/eo_meta_part_{}.jsonl.zst', 'oscar-corpus/OSCAR-2301', [])}
+SMALL = {"'0.9995', '0.0005'": "'0.9', '0.1'", '100_000_000': '1000'}
+
+
+def split_of(text):
+    """The split that the engine gives a document: its sha256 and the seed's, as a share."""
+    digest = hashlib.sha256(b'1337/' + hashlib.sha256(text.encode()).digest()[:16]).digest()
+    return 'val' if int.from_bytes(digest[:8]) >= int(0.9 * 2 ** 64) else 'train'
+
+
+def file_of(name, texts):
+    """The bytes of a file called so, with a row for each text."""
+    if name.endswith('.parquet'):
+        pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+        table = pyarrow.table({'id': list(range(len(texts))), 'text': texts})
+        parquet.write_table(table, content := io.BytesIO(), row_group_size=7)
+        return content.getvalue()
+    rows = ''.join(json.dumps({'content': text, 'metadata': {'identification': {'label': 'eo'}}}) + '\n' for text in texts)
+    return pytest.importorskip('zstandard').ZstdCompressor().compress(rows.encode())
+
+
+def bins_in(folder, split=''):
+    return sorted(folder.glob(f'{split}*.bin'))
+
+
+def texts_of(folder):
+    """{split: [the documents in its bins]}, each of which ends with <|endoftext|>."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    own, found = tokenizer.load(meta['tokenizer']), {}
+    for split in ('train', 'val'):
+        ids = np.concatenate([np.fromfile(path, meta['dtype']) for path in bins_in(folder, split)])
+        documents = np.split(ids, np.flatnonzero(ids == meta['eot']) + 1)
+        assert len(documents.pop()) == 0
+        found[split] = [own.decode(document[:-1].tolist()) for document in documents]
+    return found
+
+
+def changes_of(name, repo='own/set'):
+    """What makes the script small, and ask for `repo` in the place of its own."""
+    text, own = (ROOT / 'data' / name / 'prepare.py').read_text(encoding='utf-8'), OF_THE_HUB[name][1]
+    pinned = re.search(rf"'{own}(@\w{{40}})?", text)
+    return [(pinned[0], f"'{repo}" + f'@{COMMIT}' * bool(pinned[1])), *((old, SMALL[old]) for old in OF_THE_HUB[name][2])]
+
+
+@pytest.fixture(params=OF_THE_HUB)
+def of_the_hub(request, hub):
+    """(name, its arguments, where its bins will be in its folder): a set whose files the server has."""
+    name, (pattern, _, _) = request.param, OF_THE_HUB[request.param]
+    for i in range(4):
+        hub[0][pattern.format(i + 1)] = file_of(pattern, TEXTS[15 * i:15 * i + 15])
+    hub[0]['eo_meta/checksum.sha256'] = hub[0]['README.md'] = b'no document'
+    return name, ['eo', '--num_proc=1'] if name == 'oscar' else ['--num_proc=1'], 'eo' if name == 'oscar' else '.'
+
+
+@needs_gpt2
+@pytest.mark.parametrize('where', ['the Hub', 'a folder'])
+def test_a_set_of_the_hub_is_its_documents(of_the_hub, hub, tmp_path, monkeypatch, where):
+    name, words, inside = of_the_hub
+    if where == 'a folder':
+        for file, content in hub[0].items():
+            path = tmp_path / 'mirror' / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        monkeypatch.setenv('NANOGPT_MIRROR', str(tmp_path / 'mirror'))
+    folder = prepared(name, tmp_path, *words, changes=changes_of(name)) / inside
+    found, meta = texts_of(folder), json.loads((folder / 'meta.json').read_text())
+    assert found == {split: [text for text in TEXTS if split_of(text) == split] for split in found} and found['val']
+    assert meta.get('hub') == ([f'own/set@{COMMIT}'] if where == 'the Hub' else None)
+    assert not (folder / 'parts').exists()
+    for split, facts in meta['splits'].items():
+        shards = [np.fromfile(path, meta['dtype']).size for path in bins_in(folder, split)]
+        assert facts['documents'] == len(found[split]) and facts['tokens'] == sum(shards)
+        assert shards == facts.get('shards', [facts['tokens']]) and (name != 'fineweb_edu' or {*shards[:-1]} <= {1000})
+
+
+@needs_gpt2
+def test_a_set_of_the_hub_goes_on_where_it_was(of_the_hub, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, 'PIECE', 1000)     # small files would share a piece
+    name, words, inside = of_the_hub
+    whole = prepared(name, tmp_path / 'at once', *words, changes=changes_of(name)) / inside
+    first, last = (OF_THE_HUB[name][0].format(i) for i in (1, 4))
+    download = hub_module.download
+
+    def broken(repo, file, *args):
+        if file == last:
+            raise OSError("cannot download the last file")
+        return download(repo, file, *args)
+    monkeypatch.setattr(hub_module, 'download', broken)
+    assert 'cannot download the last' in refused(capsys, name, tmp_path, *words, changes=changes_of(name))
+    monkeypatch.setattr(hub_module, 'download', download)
+    hub[1].clear()
+    folder = prepared(name, tmp_path, *words, changes=changes_of(name)) / inside
+    assert [path.read_bytes() for path in bins_in(folder)] == [path.read_bytes() for path in bins_in(whole)]
+    assert not [request for request in hub[1] if first in request]
+
+
+def test_a_set_that_is_closed_says_how_to_open_it(hub, tmp_path, capsys):
+    error = refused(capsys, 'oscar', tmp_path, 'eo', changes=changes_of('oscar', 'gated/set'))
+    assert 'accepted its terms' in error and 'hf auth login' in error
+
+
+@pytest.mark.parametrize('words, message', [
+    (['eq'], "no language 'eq'; the nearest are eo, de; all of them: de eo zh"), (['xx'], 'all of them: de eo zh'),
+    (['--max_bytes=1'], 'the first word is a LANGUAGE')])
+def test_a_language_that_there_is_not(hub, tmp_path, capsys, words, message):
+    for language in ('de', 'eo', 'zh'):
+        hub[0][f'{language}_meta/{language}_meta_part_1.jsonl.zst'] = b''
+    assert message in refused(capsys, 'oscar', tmp_path, *words, changes=changes_of('oscar'))
+
+
+@needs_gpt2
+def test_only_the_beginning_of_a_language(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'PIECE', 1000)
+    files = [OF_THE_HUB['oscar'][0].format(i) for i in (1, 2, 3)]
+    for i, file in enumerate(files):
+        hub[0][file] = file_of(file, TEXTS[20 * i:20 * i + 20])
+    most = len(hub[0][files[0]]) + 1
+    found = texts_of(prepared('oscar', tmp_path, 'eo', f'--max_bytes={most}', changes=changes_of('oscar')) / 'eo')
+    n = len(found['train']) + len(found['val'])
+    assert 20 < n < 40 and set(found['train']) | set(found['val']) == set(TEXTS[:n])
+    assert not [request for request in hub[1] if files[2] in request]
