@@ -3,7 +3,6 @@
 A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside it says which, by which tokenizer, and
 for each split its tokens, bytes of text and sha256. Windows are block_size tokens and the token after each.
 """
-import json
 import re
 import subprocess
 import sys
@@ -11,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import Shards
-from tokenizer import check_description, describe_meta_pkl
+from shards import Shards, read_meta
 
 ROOT = Path(__file__).resolve().parent / 'data'
-GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
 TIKTOKEN_EOT = {'gpt2': 50256, 'p50k_base': 50256, 'cl100k_base': 100257, 'o200k_base': 199999}   # <|endoftext|>
 SCAN_LIMIT = 100_000_000    # bins up to so many tokens are searched whole for ids beyond the vocabulary (< 0.1 s)
 
@@ -57,7 +54,8 @@ class Dataset:
         elif stray := next(self.folder.glob('*.mask'), None):
             raise ValueError(f'{stray} is there, but meta.json does not say "masked": true; prepare it again')
         self.windows = max(1, (self.tokens['train'] - block_size) // block_size)    # per epoch
-        self._eot = self.meta.get('eot', TIKTOKEN_EOT.get((self.tokenizer or {}).get('name')))
+        known = TIKTOKEN_EOT.get((self.tokenizer or {}).get('name'))
+        self._eot = self.meta.get('eot', known and min(known, self.vocab_size - 1))     # the last of a shortened vocabulary
 
     @property
     def eot(self):
@@ -154,6 +152,15 @@ class Dataset:
         """Where these training windows start in an epoch, whose offset `key` decides."""
         slack = self.tokens['train'] - 1 - self.windows * self.block_size
         return int(key % np.uint64(min(slack, self.block_size - 1) + 1)) + windows * self.block_size
+
+    @property
+    def epoch_tokens(self):
+        """How many tokens `epoch` goes through."""
+        return self.tokens['train']
+
+    def epochs(self, tokens):
+        """How often the training split has been seen after so many tokens, in words."""
+        return f"{tokens / self.tokens['train']:.3g} epochs"
 
     def epoch(self):
         """(idx, targets) batches of one pass over the whole training split, in its order."""
@@ -300,32 +307,6 @@ def permute(places, n, keys):
         x[todo] = (left << np.uint64(half)) | right
         todo &= x >= n
     return x.astype(np.int64)
-
-
-def read_meta(folder):
-    """(tokenizer description, vocab_size, dtype, meta) by meta.json or nanoGPT's meta.pkl; without either, GPT-2's."""
-    if (folder / 'meta.json').is_file():
-        try:
-            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-            if meta['dtype'] not in ('uint16', 'uint32') or type(meta['vocab_size']) is not int:
-                raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
-            if not all(type(facts['tokens']) is int and facts['bytes'] > 0 for facts in meta.get('splits', {}).values()):
-                raise ValueError("splits")
-            for key in ('separator', 'eot'):
-                if not 0 <= meta.get(key, 0) < meta['vocab_size']:
-                    raise ValueError(f"{key} {meta[key]!r}")
-            if meta['tokenizer']:
-                check_description(meta['tokenizer'])
-            return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{folder / 'meta.json'} cannot be read ({type(error).__name__}: {error})") from None
-    if (folder / 'meta.pkl').is_file():
-        try:
-            description = describe_meta_pkl((folder / 'meta.pkl').read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-        return description, len(description['chars']), 'uint16', {}
-    return dict(GPT2), 50257, 'uint16', {}
 
 
 def prepare_if_small(name):

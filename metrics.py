@@ -185,9 +185,8 @@ def plan(config, model, data, tokens_per_step, max_iters, iter_num):
     else:
         places = c['gradient_accumulation_steps'] * c['batch_size'] * c['block_size']
         padded = '' if tokens_per_step == places else f"{places:,} places, of which about "
-        epochs = max_iters * tokens_per_step / data.tokens['train']
         todo = (f"steps: {max(0, max_iters - iter_num):,} of {c['gradient_accumulation_steps']} x {windows} = "
-                f"{padded}{tokens_per_step:,} tokens, {epochs:.3g} epochs in all")
+                f"{padded}{tokens_per_step:,} tokens, {data.epochs(max_iters * tokens_per_step)} in all")
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     part = f", {short(n_trained)} of them trained (lora_rank={c['lora_rank']})" if c.get('lora_rank') else ''
     return '\n'.join([

@@ -1,16 +1,20 @@
-"""Files of raw numbers read as one array: NAME.bin, or the shards NAME-00000.bin, NAME-00001.bin, … behind each other."""
+"""What a dataset's folder holds: meta.json, and raw numbers, in NAME.bin or in shards NAME-00000.bin, NAME-00001.bin, …"""
 import bisect
 import functools
 import itertools
+import json
 import re
 
 import numpy as np
 
+from tokenizer import check_description, describe_meta_pkl
+
+GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
 OPEN = 32       # files of one array that are held open: a process may have 256 in all on macOS
 
 
 class Shards:
-    """What FOLDER/NAME.KIND holds, or its shards do; nothing: `paths` is empty. Raises ValueError."""
+    """The numbers of FOLDER/NAME.KIND, or of its shards one behind the other. No file: `paths` is empty. ValueError."""
 
     def __init__(self, folder, name, kind, dtype):
         self.dtype, whole = np.dtype(dtype), folder / f'{name}.{kind}'
@@ -47,3 +51,29 @@ class Shards:
                 return pieces[0]
             start, n, at = start + len(pieces[-1]), n - len(pieces[-1]), at + 1
         return np.concatenate([np.zeros(0, self.dtype), *pieces])
+
+
+def read_meta(folder):
+    """(tokenizer description, vocab_size, dtype, meta) by meta.json or nanoGPT's meta.pkl; without either, GPT-2's."""
+    if (folder / 'meta.json').is_file():
+        try:
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            if meta['dtype'] not in ('uint16', 'uint32') or type(meta['vocab_size']) is not int:
+                raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
+            if not all(type(facts['tokens']) is int and facts['bytes'] > 0 for facts in meta.get('splits', {}).values()):
+                raise ValueError("splits")
+            for key in ('separator', 'eot'):
+                if not 0 <= meta.get(key, 0) < meta['vocab_size']:
+                    raise ValueError(f"{key} {meta[key]!r}")
+            if meta['tokenizer']:
+                check_description(meta['tokenizer'])
+            return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{folder / 'meta.json'} cannot be read ({type(error).__name__}: {error})") from None
+    if (folder / 'meta.pkl').is_file():
+        try:
+            description = describe_meta_pkl((folder / 'meta.pkl').read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        return description, len(description['chars']), 'uint16', {}
+    return dict(GPT2), 50257, 'uint16', {}

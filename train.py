@@ -24,9 +24,9 @@ import optimizer as optimizers
 import parallel
 import runtime
 from configurator import configure
-from dataset import open_dataset, prepare_if_small
 from layers import use_attention
 from metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
+from mixture import open_dataset, prepare_if_small
 from runtime import fail, user_errors
 from watch import Watch
 
@@ -45,7 +45,7 @@ log_to = ''  # besides metrics.jsonl: tensorboard (into out_dir/tensorboard), wa
 wandb_log = False  # nanoGPT's name for log_to=wandb
 wandb_project = 'owt'  # the project at Weights & Biases
 wandb_run_name = 'gpt2'  # and the name of the run there
-dataset = 'openwebtext'  # a folder in data/ (or a path) with train.bin and val.bin; random: random tokens
+dataset = 'openwebtext'  # a folder in data/ (or a path) with its bins; several: a:0.7,b:0.3; random: random tokens
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all processes together
 batch_size = 12  # windows per micro-batch
 block_size = 1024  # tokens per window, the longest context
@@ -205,7 +205,7 @@ say = print if parallel.IS_MASTER else lambda *args: None
 tokens_per_step = gradient_accumulation_steps * data.batch_tokens
 peak = runtime.peak_flops(device, dtype)
 if model.fit:
-    max_iters, tokens_per_step = 1, data.tokens['train']    # one pass, which counts
+    max_iters, tokens_per_step = 1, data.epoch_tokens    # one pass, which counts
 say(plan(config, model, data, tokens_per_step, max_iters, iter_num))
 say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}, {threads} threads")
 advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "

@@ -1,11 +1,13 @@
 """What is read of a dataset's folder: shards, masks of the targets that count, a test split, mixtures of folders."""
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from bins import write_bins
-from dataset import Dataset, Documents, open_dataset
+from dataset import Dataset, Documents
+from mixture import Mixture, deal, open_dataset, parse
 from tokenizer import CharTokenizer
 
 
@@ -140,3 +142,125 @@ def test_a_step_without_targets_has_shares_of_nothing(tmp_path):
 def test_masks_that_cannot_be_used_are_named(tmp_path, masks, meta, message):
     with pytest.raises(ValueError, match=message):
         Dataset(write(tmp_path, {'train': range(40), 'val': range(9)}, masks, **meta), 8, 2)
+
+
+# ---- mixtures --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('weights', [(1, 1), (7, 3), (1, 999_999), (5, 3, 2), (1, 1, 1), (2, 9, 4, 7, 1)], ids=str)
+def test_every_dataset_gets_its_share_of_any_rows_one_after_the_other(weights):
+    for start in (0, 10 ** 12 + 3):
+        which, numbers = deal(np.arange(start, start + 3000), weights)
+        for k, weight in enumerate(weights):
+            own = numbers[which == k]
+            assert np.array_equal(own, np.arange(len(own)) + (own[0] if len(own) else 0))       # none left out, none twice
+            for row, number in zip(np.flatnonzero(which == k).tolist(), own.tolist()):
+                assert abs(number - (start + row) * Fraction(weight, sum(weights))) < len(weights)
+        some = np.array([2999, 5, 1234])        # whoever asks
+        assert all(np.array_equal(a, b[some]) for a, b in zip(deal(some + start, weights), (which, numbers)))
+
+
+@pytest.mark.parametrize('words, expected', [
+    ('a:0.7,b:0.3', [('a', 7), ('b', 3)]), ('a:1, /x/b:.5 ,c:2', [('a', 2), ('/x/b', 1), ('c', 4)]),
+    (r'C:\a:1,C:\b:1', [(r'C:\a', 1), (r'C:\b', 1)]), ('a', [('a', 1)]), (r'C:\a', [(r'C:\a', 1)]), ('a,b', [('a,b', 1)])])
+def test_how_a_mixture_is_said(words, expected):
+    assert parse(words) == expected
+
+
+@pytest.mark.parametrize('words, message', [
+    ('a:0.7,b', 'a mixture is NAME:WEIGHT,NAME:WEIGHT'), ('a:1,b:0', 'weights must be above 0'), ('a:0,b:0', 'above 0'),
+    ('a:1,a:2', 'names a dataset twice'), ('a:0.1234567,b:1', 'take fewer digits'),
+    ('a:1,b:-1', 'a weight behind each name')])
+def test_a_mixture_that_makes_no_sense(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(words)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A stream with every token below 1,003, a masked one with those up to 1,205, and one of documents above, by weight."""
+    tokens, documents = {'bytes': 9}, np.arange(1206, 1506)
+    documents[::7], documents[-1] = 1206, 1206
+    splits = {split: {**tokens, 'tokens': 203} for split in ('val',)}
+    write(tmp_path / 'a', {'train': range(1003), 'val': range(203)}, splits=splits)
+    write(tmp_path / 'b', {'train': range(1003, 1206), 'val': range(1003, 1206)},
+          {'train': is_learned(203, 1), 'val': is_learned(203, 2)}, template={'user': ['', '']})
+    write(tmp_path / 'c', {'train': documents, 'val': documents[:43]}, separator=1206)
+    return f"{tmp_path / 'a'}:5,{tmp_path / 'b'}:3,{tmp_path / 'c'}:2"
+
+
+def part_of(idx):
+    return np.searchsorted([1003, 1206], idx[:, 0], 'right')
+
+
+def test_each_dataset_of_a_mixture_keeps_its_own_epochs(three):
+    data = open_dataset(three, 8, 4, 3, 7)
+    assert isinstance(data, Mixture) and data.tokenizer is None and data.tokens == {'train': 1506, 'val': 449}
+    rows = [data.train_batch(step, micro) for step in range(60) for micro in range(3)]
+    idx, targets = (np.concatenate(parts) for parts in list(zip(*rows))[:2])
+    for k, weight in enumerate((5, 3, 2)):
+        part, mine = data.parts[k], part_of(idx) == k
+        assert mine.sum() == 720 * weight // 10
+        alone = part.train_rows(np.arange(mine.sum()))
+        assert np.array_equal(idx[mine], alone[0]) and np.array_equal(targets[mine], alone[1])
+    for k, seen in enumerate(('0.16', '0.473', '0.187')):        # 40 rows: 20, 12 and 8
+        assert f'{seen} epochs of {data.parts[k].name}' in data.epochs(10 * data.batch_tokens)
+    assert data.meta['template'] == {'user': ['', '']}       # only one has it
+
+
+def test_a_mixture_does_not_depend_on_how_steps_are_cut(three):
+    def batch(step, batch_size, batches_per_step):
+        parts = [open_dataset(three, 8, batch_size, batches_per_step).train_batch(step, i) for i in range(batches_per_step)]
+        counts = [(targets >= 0).sum() for _, targets, _ in parts]
+        assert [share for *_, share in parts] == pytest.approx([count / sum(counts) for count in counts])
+        return np.concatenate([idx for idx, *_ in parts])
+    for step in (0, 7, 1000):
+        assert all(np.array_equal(batch(step, 12, 1), batch(step, *cut)) for cut in ((6, 2), (3, 4), (1, 12)))
+
+
+@pytest.mark.parametrize('limit', [None, 2, 9])
+def test_the_loss_of_a_mixture_is_the_mean_of_theirs(three, limit):
+    """A loss that says whose token it is, and is not the same for all of one dataset."""
+    def loss(data, limit):
+        total = weight = 0
+        for i in range(data.eval_batches('val', limit)):
+            idx, targets, valid = data.eval_batch('val', i, limit)
+            total, weight = total + valid * (targets[targets >= 0] ** 2).mean() if valid else total, weight + valid
+        return total / weight, weight
+    data = open_dataset(three, 8, 4)
+    found, weight = loss(data, limit)
+    assert weight == pytest.approx(1)
+    limits = [None] * 3 if limit is None else {2: [1, 1, 1], 9: [4, 3, 2]}[limit]
+    each = [loss(part, n)[0] for part, n in zip(data.parts, limits)]
+    assert found == pytest.approx(0.5 * each[0] + 0.3 * each[1] + 0.2 * each[2])
+    assert data.bits_per_byte('val', found) is None     # the second one is masked
+
+
+def test_bits_per_byte_of_a_mixture_are_those_of_a_text_that_is_mixed_so(tmp_path):
+    for name, n_bytes in (('a', 10), ('b', 30)):
+        write(tmp_path / name, {'train': range(20), 'val': range(10)}, splits={'val': {'tokens': 10, 'bytes': n_bytes}})
+    data = open_dataset(f"{tmp_path / 'a'}:3,{tmp_path / 'b'}:1", 8, 2)
+    assert data.bits_per_byte('val', np.log(2)) == pytest.approx(1 / (0.75 * 1 + 0.25 * 3))
+
+
+def test_counted_models_see_every_dataset_whole(three):
+    data = open_dataset(three, 8, 4)
+    rows = np.concatenate([idx for idx, _ in data.epoch()])
+    counts = np.bincount(part_of(rows))
+    assert [n >= part.windows for n, part in zip(counts, data.parts)] == [True] * 3 and len(rows) == data.windows
+    assert [n - 1 < part.windows for n, part in zip(counts, data.parts)].count(True) == 1
+    assert data.epoch_tokens == pytest.approx(data.windows * data.batch_tokens / 4, abs=1)
+
+
+def test_what_can_not_be_mixed_is_named(three, tmp_path):
+    write(tmp_path / 'd', tokenizer={'kind': 'byte'}, vocab_size=256, bins={'train': [1] * 20, 'val': [1] * 9})
+    with pytest.raises(ValueError, match='a and .*d were prepared with different tokenizers'):
+        open_dataset(f"{three},{tmp_path / 'd'}:1", 8, 4)
+    with pytest.raises(FileNotFoundError, match=r'nowhere/train\.bin is missing'):
+        open_dataset(f"{three},{tmp_path / 'nowhere'}:1", 8, 4)
+    with pytest.raises(ValueError, match='a has no token behind each document'):
+        print(open_dataset(three, 8, 4).eot)
+    for name, eot in (('e', 5), ('f', 6)):
+        write(tmp_path / name, eot=eot)
+    assert open_dataset(f"{tmp_path / 'e'}:1,{tmp_path / 'e/'}/:1", 8, 4).eot == 5
+    with pytest.raises(ValueError, match='the documents of .* end with different tokens'):
+        print(open_dataset(f"{tmp_path / 'e'}:1,{tmp_path / 'f'}:1", 8, 4).eot)

@@ -18,7 +18,7 @@ KNOWS = {       # module: the project's modules that it may import
     'huggingface': {'tokenizer_files', 'hub'},
     'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
-    'shards': set(), 'dataset': {'tokenizer', 'shards'}, 'bins': {'files', 'tokenizer', 'chat'},
+    'shards': {'tokenizer'}, 'dataset': {'shards'}, 'mixture': {'dataset'}, 'bins': {'files', 'tokenizer', 'chat'},
     'sources': {'bins', 'files', 'chat', 'hub'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
