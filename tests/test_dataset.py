@@ -1,10 +1,15 @@
 """What is read of a dataset's folder: shards, masks of the targets that count, a test split, mixtures of folders."""
+import gc
 import json
+import runpy
+import signal
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from conftest import ROOT, TINY, same
 
+import checkpoint
 from bins import write_bins
 from dataset import Dataset, Documents
 from mixture import Mixture, deal, open_dataset, parse
@@ -102,8 +107,8 @@ def test_only_tokens_of_the_mask_are_targets(tmp_path, ends):
     plain = Dataset(write(tmp_path / 'plain', {'train': train, 'val': val}), 8, 5, 2)
     masks = {'train': mask[:1003], **cut(mask[1003:], 100, name='val')}
     data = Dataset(write(tmp_path / 'masked', {**cut(train, *ends), 'val': val}, masks), 8, 5, 2)
-    for (idx, targets, _), (same, every, _) in zip(all_batches(data), all_batches(plain), strict=True):
-        assert np.array_equal(idx, same)
+    for (idx, targets, _), (tokens, every, _) in zip(all_batches(data), all_batches(plain), strict=True):
+        assert np.array_equal(idx, tokens)
         assert np.array_equal(targets, np.where((every >= 0) & (mask[every] == 1), every, -1))
     assert data.bits_per_byte('val', 1.0) is None
 
@@ -264,3 +269,28 @@ def test_what_can_not_be_mixed_is_named(three, tmp_path):
     assert open_dataset(f"{tmp_path / 'e'}:1,{tmp_path / 'e/'}/:1", 8, 4).eot == 5
     with pytest.raises(ValueError, match='the documents of .* end with different tokens'):
         print(open_dataset(f"{tmp_path / 'e'}:1,{tmp_path / 'f'}:1", 8, 4).eot)
+
+
+def train(monkeypatch, *arguments):
+    """train.py in this process."""
+    monkeypatch.setattr('sys.argv', ['train.py', *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    gc.collect()        # its lock on out_dir
+
+
+def test_a_run_on_a_mixture_with_a_mask_and_boundaries_resumes_bit_for_bit(three, tmp_path, monkeypatch, capsys):
+    names = three.split(',')
+    settings = [*TINY, f'--dataset={names[0]},{names[1]}', '--document_boundaries=True', '--eval_interval=2', '--seed=7']
+    for name in 'ab':
+        write(tmp_path / name, eot=1000, template={'user': ['', '']}, masks={
+            'train': is_learned(1003), 'val': is_learned(203)} if name == 'b' else None)
+    train(monkeypatch, *settings, f"--out_dir={tmp_path / 'whole'}")
+    assert 'epochs of' in capsys.readouterr().out
+    train(monkeypatch, *settings, '--max_iters=3', f"--out_dir={tmp_path / 'cut'}")
+    train(monkeypatch, '--init_from=resume', '--max_iters=6', f"--out_dir={tmp_path / 'cut'}")
+    whole, cut = (checkpoint.read(tmp_path / name / 'ckpt.pt') for name in ('whole', 'cut'))
+    assert same(whole['model'], cut['model']) and same(whole['optimizer'], cut['optimizer'])
+    assert whole['model_args']['eot'] == cut['model_args']['eot'] == 1000 and cut['template'] == {'user': ['', '']}
