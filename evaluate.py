@@ -31,7 +31,8 @@ import checkpoint
 import files
 import runtime
 from configurator import configure
-from dataset import ROOT, Dataset, prepare_if_small
+from dataset import ROOT
+from mixture import open_one
 from runtime import fail, user_errors
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -73,8 +74,7 @@ def read_text():
             raise ValueError(f"{name}: {error}") from None
         documents, n_ids, separator = [text] if eot is None else text.split(own.decode([eot])), len(ids), None
     else:
-        prepare_if_small(name)
-        data = Dataset(name, 1, 1)
+        data = open_one(name)
         if data.tokenizer != own.describe() or split not in data.tokens:
             raise ValueError(f"{data.folder} was made with another tokenizer than the model's: give the text itself, as "
                              "--dataset=FILE" if split in data.tokens else f"{data.folder} has no split {split!r}")

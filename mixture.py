@@ -145,3 +145,11 @@ def prepare_if_small(words):
     """dataset.prepare_if_small of each name."""
     for name, _ in parse(words):
         dataset.prepare_if_small(name)
+
+
+def open_one(words):
+    """The one dataset that --dataset= names, to read it token by token. ValueError where it is a mixture."""
+    if len(parts := parse(words)) > 1:
+        raise ValueError(f"{words} is a mixture: give one of them, as --dataset={parts[0][0]}")
+    dataset.prepare_if_small(words)
+    return Dataset(words, 1, 1)

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, same
 import checkpoint
 from bins import write_bins
 from dataset import Dataset, Documents
-from mixture import Mixture, deal, open_dataset, parse
+from mixture import Mixture, deal, open_dataset, open_one, parse
 from tokenizer import CharTokenizer
 
 
@@ -260,6 +260,8 @@ def test_what_can_not_be_mixed_is_named(three, tmp_path):
     write(tmp_path / 'd', tokenizer={'kind': 'byte'}, vocab_size=256, bins={'train': [1] * 20, 'val': [1] * 9})
     with pytest.raises(ValueError, match='a and .*d were prepared with different tokenizers'):
         open_dataset(f"{three},{tmp_path / 'd'}:1", 8, 4)
+    with pytest.raises(ValueError, match='is a mixture: give one of them, as --dataset=.*a$'):
+        open_one(three)
     with pytest.raises(FileNotFoundError, match=r'nowhere/train\.bin is missing'):
         open_dataset(f"{three},{tmp_path / 'nowhere'}:1", 8, 4)
     with pytest.raises(ValueError, match='a has no token behind each document'):
