@@ -155,7 +155,9 @@ def _on_the_hub(word, field, folder):
     repo, _, revision = where.partition('@')
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo) or re.search(r'\.(txt|jsonl?|parquet|md|gz|zst)$', repo):
         raise FileNotFoundError(f"there is no file{' like' if glob.has_magic(word) else ' or folder'} {word}")
-    print(f"{word}: there is no such file or folder here, so it is taken for a dataset on the Hugging Face Hub", flush=True)
+    if not revision:    # else it can't be meant for a file
+        print(f"{word}: there is no such file or folder here, so it is taken for a dataset on the Hugging Face Hub",
+              flush=True)
     try:
         if mirror := hub.mirror_folder(repo):
             found = sorted((p.relative_to(mirror).as_posix(), p) for p in _walk(mirror, folder))
@@ -164,7 +166,7 @@ def _on_the_hub(word, field, folder):
         commits = json.loads(pinned.read_text(encoding='utf-8')) if pinned.is_file() else {}
         commit, sizes = hub.listing(repo, commits.get(where) or revision or None)
     except OSError as error:
-        raise OSError(f"{word} is neither a file nor a folder here, and {error}") from None
+        raise error if revision else OSError(f"{word} is neither a file nor a folder here, and {error}") from None
     pinned.parent.mkdir(parents=True, exist_ok=True)
     pinned.write_text(json.dumps({**commits, where: commit}), encoding='utf-8')
     wanted = sorted(name for name in sizes if _is_wanted(name, part))
