@@ -17,7 +17,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
@@ -106,7 +106,8 @@ class _Encoder:
     """A piece of the source -> (ids, learned or None, table of ROWs), documents one after the other."""
 
     def __init__(self, tokenizer, source, shares, seed, dtype, end, masked):
-        self.tokenizer, self.source, self.seed, self.dtype, self.masked = tokenizer, source, b'%d/' % seed, dtype, masked
+        self.tokenizer, self.source, self.dtype, self.masked = tokenizer, source, dtype, masked
+        self.seeded = hashlib.sha256(b'%d/' % seed)
         eot = getattr(tokenizer, 'eot', None)
         self.eot, self.end = (None, end) if eot is None else (np.array([eot], dtype), '')
         self.sums = [0, *itertools.accumulate(shares)]
@@ -135,18 +136,18 @@ class _Encoder:
                 yield from self._by_position(document)
             else:
                 text = document.text + (self._end(document.text) if document.is_last else '')
-                yield ((self._split(split, document.key), document.is_last, len(text.encode()), b''),
+                yield ((self._hashed(split, document.key)[0], document.is_last, len(text.encode()), b''),
                        self.tokenizer.encode_ordinary(text), True, document.is_last)
         elif isinstance(document, str):
             if document:
                 content, end = document.encode(), self._end(document)
-                digest = hashlib.sha256(content).digest()[:16]
-                yield ((self._split(split, digest), 1, len(content) + len(end.encode()), digest),
+                split, digest = self._hashed(split, content)
+                yield ((split, 1, len(content) + len(end.encode()), digest),
                        self.tokenizer.encode_ordinary(document + end), True, True)
         else:
             text = ''.join(part for part, _ in document)
-            end, digest = self._end(text), hashlib.sha256(text.encode()).digest()[:16]
-            yield ((self._split(split, digest), 1, len((text + end).encode()), digest),
+            end, (split, digest) = self._end(text), self._hashed(split, text.encode())
+            yield ((split, 1, len((text + end).encode()), digest),
                    *chat.encode(self.tokenizer, [*document, *([(end, document[-1][1])] if end else [])]), True)
 
     def _by_position(self, part):
@@ -158,10 +159,13 @@ class _Encoder:
             if text:
                 yield (split, first >= start, len(text.encode()), b''), self.tokenizer.encode_ordinary(text), True, False
 
-    def _split(self, split, digest):
-        if split is not None:
-            return SPLITS.index(split)
-        return bisect_right(self.limits, int.from_bytes(hashlib.sha256(self.seed + digest).digest()[:8]))
+    def _hashed(self, split, content):
+        """(the number of the split, 16 bytes that stand for the content), by one sha256 of the seed and the content."""
+        digest = self.seeded.copy()
+        digest.update(content)
+        digest = digest.digest()
+        number = bisect_right(self.limits, int.from_bytes(digest[:8])) if split is None else SPLITS.index(split)
+        return number, digest[16:]
 
     def _end(self, text):
         return ('' if text.endswith('\n') else '\n') if self.end is None else self.end
@@ -189,8 +193,8 @@ def _encode_all(output, source, tokenizer, encoder, num_proc):
     if num_proc is None:    # a process takes as long to start as 4 MB to encode
         num_proc = min(_cores(), 1 + (source.size or 1 << 40) // (1 << 22))
     with _progress(source.size, output.done['size']) as advance, _workers(num_proc, encoder, tokenizer) as submit:
-        waiting, left = deque(), output.left_of(source)
-        for piece in left:
+        waiting = deque()
+        for piece in output.left_of(source):
             waiting.append((piece, submit(piece)))
             if len(waiting) >= 2 * num_proc:
                 advance(output.add(*waiting.popleft()))
@@ -204,21 +208,30 @@ def _cores():
 
 @contextlib.contextmanager
 def _workers(n, encoder, tokenizer):
-    """What encodes a piece, and returns a Future of that: in n processes, or where that is one, in this."""
+    """submit(piece) -> a function that returns it encoded: by n processes, or where that is one, by this."""
     if n == 1:
-        here = encoder(tokenizer)
-
-        def submit(piece):
-            future = Future()
-            future.set_result(here(piece))
-            return future
-        yield submit
+        yield functools.partial(functools.partial, encoder(tokenizer))
         return
     pool = ProcessPoolExecutor(n, multiprocessing.get_context('spawn'), _start, (encoder, tokenizer.describe()))
     try:
-        yield functools.partial(pool.submit, _encode)
+        yield lambda piece: functools.partial(_wait, pool, pool.submit(_encode, piece))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _wait(pool, future):
+    """A future's result. A pool waits for ever for the rest of what a process was sending when it was killed: not here."""
+    while True:
+        try:
+            return future.result(timeout=1)
+        except TimeoutError:
+            if future.done():       # the error is a worker's
+                raise
+            processes = list((pool._processes or {}).values())
+            if any(process.exitcode for process in processes):
+                for process in processes:
+                    process.kill()
+                pool._result_queue._writer.close()      # the last one that is open: the pool sees that nothing more comes
 
 
 @contextlib.contextmanager
@@ -318,8 +331,8 @@ class _Output:
                                 self.done['pieces'], None)
 
     def add(self, piece, encoded):
-        """Append a piece, encoded (a Future); returns its size in bytes. Whatever stops this, `done` stays true."""
-        ids, learned, table = encoded.result()
+        """Append a piece, which `encoded` returns; returns its size in bytes. Whatever stops this, `done` stays true."""
+        ids, learned, table = encoded()
         kept, dropped = np.ones(len(table), bool), 0
         if self.digests:
             new = []

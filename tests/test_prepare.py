@@ -55,8 +55,9 @@ def contents(folder):
 
 
 def split_of(document, shares=('0.9', '0.1'), seed=1337):
-    digest = hashlib.sha256(document.encode()).digest()[:16]
-    number = Fraction(int.from_bytes(hashlib.sha256(b'%d/' % seed + digest).digest()[:8]), 2 ** 64)
+    """The split of a document, a text or the digest of a large one's first part."""
+    content = document if isinstance(document, bytes) else document.encode()
+    number = Fraction(int.from_bytes(hashlib.sha256(b'%d/' % seed + content).digest()[:8]), 2 ** 64)
     for split, share in zip(('train', 'val', 'test'), map(Fraction, shares)):
         if number < share:
             return split
@@ -252,10 +253,10 @@ def test_a_large_document_goes_to_one_split_in_parts(tmp_path, small_pieces, doc
     else:
         (tmp_path / 'all.txt').write_text(('\n\n' if document == 'paragraph' else '\n').join(large))
     prepare(tmp_path / 'out', tmp_path / '*.txt', '--tokenizer=byte', f'--document={document}', '--split=0.5,0.5')
-    parts = {text: text.encode()[:sources._safe_end(text.encode()[:1024])].decode() for text in large}
+    keys = {text: hashlib.sha256(text.encode()[:sources._safe_end(text.encode()[:1024])]).digest()[:16] for text in large}
     found = dict.fromkeys(('train', 'val'), b'')
     for text in large:
-        found[split_of(parts[text], ('0.5', '0.5'))] += text.encode() + b'\n'
+        found[split_of(keys[text], ('0.5', '0.5'))] += text.encode() + b'\n'
     assert decoded(tmp_path / 'out') == found and all(found.values())
 
 
@@ -563,7 +564,8 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys, packa
 
 
 def test_half_a_surrogate_becomes_the_replacement_character(tmp_path):
-    (tmp_path / 'rows.jsonl').write_text('{"text": "a\\ud83d"}\n{"text": "b\\ud83c\\udf89"}\n{"text": "c"}\n{"text": "d"}\n')
+    rows = '{"text": "a\\ud83d"}\n{"text": "b\\ud83c\\udf89"}\n{"text": "c"}\n{"text": "d"}\n'
+    (tmp_path / 'rows.jsonl').write_text(rows)
     prepare(tmp_path / 'out', tmp_path / 'rows.jsonl', '--tokenizer=byte', '--split=0.5,0.5')
     assert decoded(tmp_path / 'out') == expected(['a\ufffd', 'b🎉', 'c', 'd'], ('0.5', '0.5'))
 
