@@ -96,15 +96,16 @@ class KVCache:
             raise ValueError(f"{T} tokens do not fit into a cache for {self.room} that holds {start}")
         self.length += T
         self.ids[:, start:self.length] = idx
-        self.seen, columns = None, torch.arange(self.length, device=idx.device)
-        if self.first is not None or self.eot >= 0 or (start and T > 1):    # otherwise all is seen, or it is a whole prompt
+        self.seen, is_even = None, self.first is None and self.eot < 0
+        if not is_even or (start and T > 1):    # otherwise all that is there is seen, or it is a whole prompt
+            columns = torch.arange(self.length, device=idx.device)
             self.seen = columns <= columns[start:, None]                                        # (T, length)
+        if is_even:
+            return slice(start, self.length)
         if self.first is not None:
             self.seen = self.seen & (columns >= self.first.view(-1, 1, 1, 1))                   # (B, 1, T, length)
         if self.eot >= 0:
             self.seen = self.seen & documents(self.ids[:, :self.length], self.eot, T)
-        if self.first is None and self.eot < 0:
-            return slice(start, self.length)
         return self.seen[:, 0].sum(-1) - 1      # a token sees all from the first of its row, or document, on
 
     @property

@@ -21,6 +21,7 @@ MLP = dict(context=3, n_embd=8, n_hidden=16)
 TREE = dict(form='hierarchical', n_layer=2, n_embd=6, n_hidden=10)
 ZOO = {     # NAME or NAME-variant: the fields of a small one
     'gpt': GPT_LIKE,
+    'gpt-apart': GPT_LIKE | dict(eot=5),
     'modern': GPT_LIKE,
     'transformerpp': GPT_LIKE,
     'transformerpp-untied': GPT_LIKE | dict(tied=False),
