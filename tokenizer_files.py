@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import json
+from types import MappingProxyType
 
 import tokenizer
 
@@ -141,7 +142,7 @@ def _of_sentencepiece(own):
 
     charsmap, fewer = base64.b64encode(rules.precompiled_charsmap).decode(), rules.remove_extra_whitespaces
     normalizers = [*([{'type': 'Precompiled', 'precompiled_charsmap': charsmap}] if charsmap else []),
-                   *([replace(r'\A +| +\z', '', 'Regex'), replace(' {2,}', ' ', 'Regex')] if fewer else []),
+                   *([replace('\\A +|[ \u2581]+\\z', '', 'Regex'), replace(' {2,}', ' ', 'Regex')] if fewer else []),
                    *([{'type': 'Prepend', 'prepend': '\u2581'}] if rules.add_dummy_prefix else []), replace(' ', '\u2581')]
     decoders = [replace('\u2581', ' '), {'type': 'ByteFallback'}, {'type': 'Fuse'},
                 *([{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}] if own.is_prefixed else [])]
@@ -173,7 +174,7 @@ def from_file(path):
             lines = [line for line in text.split('\n') if line and not line.startswith('#version')]
             text = byte_level(_read(folder / 'vocab.json'), lines)
         elif path.name == 'vocab.txt':
-            text = _of_bert(text.splitlines(), config)
+            text = to_json_of_bert(text.splitlines(), config)
         found, model = json.loads(text), folder / 'tokenizer.model'
         return _known(found, model) or {'kind': 'huggingface', 'json': text, **_end(found, config)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -188,7 +189,7 @@ def _read(path):
     return json.loads(path.read_text(encoding='utf-8'))
 
 
-def _of_bert(vocab, config):
+def to_json_of_bert(vocab, config=MappingProxyType({})):
     """The text of a tokenizer.json: BERT's WordPiece with the entries `vocab`, of which each line of its file has one."""
     ids = {entry: i for i, entry in enumerate(vocab)}
     chinese, accents = config.get('tokenize_chinese_chars', True), config.get('strip_accents')
