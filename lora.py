@@ -31,6 +31,8 @@ def add(model, rank, init_from=''):
     if not linears:
         raise ValueError(f"lora_rank={rank}: {type(model).__name__} has no matrices in blocks, transformer.h; leave it out")
     model.requires_grad_(False)
+    whole, saved = model.flops_per_token, 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    model.flops_per_token = lambda T: whole(T) - saved      # no gradients of frozen matrices
     for linear in linears:
         bound = linear.in_features ** -0.5      # Kaiming's uniform, as in the authors' code
         linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features).uniform_(-bound, bound))
@@ -46,6 +48,7 @@ def merge(model):
                 linear.weight.addmm_(linear.lora_B, linear.lora_A, alpha=FACTOR)
             linear.lora.remove()
             del linear.lora_A, linear.lora_B, linear.lora
+        del model.flops_per_token
         model.requires_grad_(True)
     return model
 

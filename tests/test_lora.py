@@ -12,8 +12,10 @@ import torch
 from conftest import ROOT, TINY, run, same
 from test_zoo import ZOO, batch, prepared
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
+import layers
 import lora
 import models
 import optimizer
@@ -73,6 +75,16 @@ def test_muon_is_refused_and_max_norm_leaves_frozen_matrices_alone():
     own.step()
     assert same({k: v for k, v in model.state_dict().items() if 'lora' not in k}, before)
     assert sum(len(group['params']) for group in own.param_groups) == 8
+
+
+def test_a_step_takes_no_products_for_gradients_of_frozen_matrices(monkeypatch):
+    monkeypatch.setattr(layers, 'ATTENTION', 'plain')       # which is counted
+    model, idx = models.build('gpt', block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=64), torch.arange(64)[None]
+    for rank in (0, 4):
+        lora.add(model, rank)
+        with FlopCounterMode(display=False) as counted:
+            model(idx, idx)[1].backward()
+        assert counted.get_total_flops() / idx.numel() == pytest.approx(model.flops_per_token(64), rel=0.1)
 
 
 def test_watch_looks_at_what_is_trained(tmp_path):
