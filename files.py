@@ -128,7 +128,6 @@ def _fetch(url, part, digest):
         part.unlink()
         if not foreign:
             raise ValueError(f"{url} is not the expected file: its sha256 is {found}, not {digest}; nothing was kept")
-        foreign = False
 
 
 def _content(url, start):

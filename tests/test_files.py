@@ -126,6 +126,13 @@ def test_pauses_grow_while_nothing_comes_and_what_came_is_kept_for_the_next_call
     assert server.requests == ['bytes=600000-'] and path.read_bytes() == TEXT and left(path) == WHOLE
 
 
+def test_a_connection_that_gives_nothing_leaves_nothing(server, path, pauses):
+    server.most, server.broken = 0, 100
+    with pytest.raises(OSError, match='it ended after 0 of 1,500,000 bytes'):
+        files.download(server.url, path, DIGEST, NAME)
+    assert left(path) == {} and pauses == []
+
+
 @pytest.mark.parametrize('there', [b'the beginning of another file', TEXT[:-1] + b'?', TEXT + b' and more'])
 def test_a_beginning_of_another_file_is_found_out_and_the_download_starts_anew(server, path, there):
     path.with_name('input.txt.part').write_bytes(there)
@@ -139,14 +146,15 @@ def test_a_finished_part_needs_only_its_name(server, path):
     assert server.requests == [f'bytes={len(TEXT)}-'] and left(path) == WHOLE
 
 
-@pytest.mark.parametrize('there', [b'', b'the beginning of something'])
-def test_a_wrong_file_is_not_kept(server, path, there):
-    server.content = b'a page that says that one has to log in'
+@pytest.mark.parametrize('there, knows_ranges, n_requests', [
+    (b'', True, 1), (b'the beginning of something', True, 2), (b'the beginning of something', False, 1)])
+def test_a_wrong_file_is_not_kept(server, path, there, knows_ranges, n_requests):
+    server.content, server.knows_ranges = b'a page that says that one has to log in', knows_ranges
     if there:
         path.with_name('input.txt.part').write_bytes(there)
     with pytest.raises(ValueError, match=r'is not the expected file: its sha256 is \w+, not \w+; nothing was kept'):
         files.download(server.url, path, DIGEST, NAME)
-    assert len(server.requests) == (2 if there else 1) and left(path) == {}
+    assert len(server.requests) == n_requests and left(path) == {}
 
 
 def test_behind_a_host_with_a_wrong_file_the_next_is_asked(server, path, mirror, capsys):

@@ -6,9 +6,9 @@
 Downloads input.txt (sha256 below; NANOGPT_MIRROR may hold it as shakespeare/input.txt) and, through tiktoken, GPT-2's
 vocabulary. The first 90 % of the characters train, the last 10 % validate: 301,966 and 36,059 tokens.
 
-Any other tokenizer that vocabulary.py knows makes a dataset in a folder of its own in this one: p50k_base,
-bert-base-uncased (which drops capitals and line ends), train:sentencepiece:32000 (shakespeare/train-sentencepiece-32000;
-so short a text fills only a part of so many entries), …
+Any other tokenizer that vocabulary.py knows makes a dataset in a folder of its own in this one: p50k_base;
+bert-base-uncased, which drops capitals and line ends (NANOGPT_MIRROR may hold it as bert-base-uncased/tokenizer.json);
+train:sentencepiece:32000, as shakespeare/train-sentencepiece-32000, with 241,147 tokens to train on; …
 """
 import argparse
 import re
