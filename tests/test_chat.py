@@ -13,6 +13,7 @@ from test_ready_sets import needs_gpt2
 
 import chat
 import checkpoint
+import generate
 import models
 from chat import Dialogue, Template
 from dataset import Dataset
@@ -198,6 +199,13 @@ def test_a_conversation_knows_what_was_said(sample):
     out, err = sample('--chat=True', '--interactive=True', stdin='Hi\n\nFine\n')
     assert out == 'Hello!\n\nHow are you?\nGood.\n' and err.startswith('error: an empty turn')
     assert sample('--chat=True', '--interactive=True', '--start=Hi', stdin='Fine\n').out == out
+
+
+def test_an_answer_ends_at_the_end_of_text(parrot):
+    model, talk = checkpoint.load_model(parrot), Dialogue(Template(), ByteTokenizer(), room=150)
+    context = generate.Context(model, [talk.ask('Hi')], 200)
+    news = list(generate.texts(context, 50, generate.Sampling(temperature=0), end=ord('!')))
+    assert ''.join(new for new, in news) == 'Hello' and len(news) == 6
 
 
 def test_chat_needs_a_template(sample, parrot, tmp_path):
