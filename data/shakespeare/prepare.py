@@ -8,7 +8,7 @@ vocabulary. The first 90 % of the characters train, the last 10 % validate: 301,
 
 Any other tokenizer that vocabulary.py knows makes a dataset in a folder of its own in this one: p50k_base;
 bert-base-uncased, which drops capitals and line ends (NANOGPT_MIRROR may hold it as bert-base-uncased/tokenizer.json);
-train:sentencepiece:32000, as shakespeare/train-sentencepiece-32000, with 241,147 tokens to train on; …
+train:sentencepiece:32000, as shakespeare/train-sentencepiece-32000, about 241,000 tokens to train on; …
 """
 import argparse
 import re
