@@ -35,7 +35,9 @@ from chat import Template
 PIECE, LARGE = 1 << 20, 1 << 22     # bytes of a piece, about; of the largest text that is not encoded in parts
 SNIFF = 1 << 16                     # bytes at the beginning of a file by which it is taken for text
 ROWS = 'jsonl', 'parquet'
-SEPARATORS = {'file': None, 'paragraph': r'\r?\n(?:[ \t]*\r?\n)+', 'line': r'\r?\n'}    # between the documents of a text
+SEPARATORS = {'file': None, 'paragraph': r'\n(?:[ \t]*\r?\n)+', 'line': r'\n'}     # behind a document and its last \r
+ENDS = {'file': '', 'paragraph': ' \t\r\n', 'line': '\r\n'}   # what is at its end and no part of it
+BLANK_LINES = re.compile(rb'(?:[ \t]*\r?\n)+')
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
                     codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16'}
 # Where a text can be cut so that its parts, each encoded on its own, have the same ids by GPT-2's and tiktoken's other
@@ -354,16 +356,14 @@ class Files:
                 for line, row in _rows(chunk):
                     yield None, self._document(chunk, line, row)
             elif chunk.key is not None:
-                text = _text(chunk)
-                if chunk.is_last and self.document != 'file':
-                    text = re.sub(rf'(?:{SEPARATORS[self.document]})\Z', '', text)
+                text = _text(chunk).rstrip(ENDS[self.document] if chunk.is_last else '')
                 yield None, Part(text, chunk.key, chunk.is_last, chunk.place)
             elif self.document == 'file':
                 yield None, _text(chunk)
             else:
                 for document in re.split(SEPARATORS[self.document], _text(chunk)):
                     if document.strip():
-                        yield None, document
+                        yield None, document.rstrip(ENDS[self.document])
 
     def _document(self, chunk, line, row):
         """What a row says: a text, or the parts of a conversation."""
@@ -399,6 +399,8 @@ def _cut(file, stream, head, separator, length):
         return chunk
 
     while data or not at_end:
+        if separator and key is None and (blank := BLANK_LINES.match(data)):
+            take(blank.end())
         ends = [match.end() for match in separator.finditer(data)] if separator else []
         if ends and ends[0] > limit:
             ends = []

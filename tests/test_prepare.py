@@ -243,6 +243,22 @@ def test_the_end_of_text_stands_behind_each_document_and_never_comes_from_its_te
         assert meta['splits'][split]['bytes'] == sum(map(len, of))
 
 
+@pytest.mark.parametrize('document', ['paragraph', 'line'])
+def test_documents_do_not_depend_on_where_a_text_is_read_in_pieces(tmp_path, monkeypatch, document):
+    rng = random.Random(document)
+    text = ''.join(rng.choices(['\n', '\r\n', ' ', '\t', 'a', '\n\n', 'word', 'é'], k=2000)).strip() + '\n'
+    (tmp_path / 'text.txt').write_text(text, encoding='utf-8', newline='')
+    lines, documents = [line.removesuffix('\r') for line in text.split('\n')], ['']
+    if document == 'paragraph':
+        for line in text.split('\n'):
+            documents = [*documents[:-1], documents[-1] + line + '\n'] if line.strip() else [*documents, '']
+        lines = [paragraph.rstrip() for paragraph in documents]
+    for size in range(20, 60):
+        monkeypatch.setattr(sources, 'PIECE', size)
+        source = sources.open([tmp_path / 'text.txt'], document=document)
+        assert [text for piece in source.pieces() for _, text in source.read(piece)] == [x for x in lines if x.strip()]
+
+
 @pytest.mark.parametrize('document', ['file', 'paragraph', 'line'])
 def test_a_large_document_goes_to_one_split_in_parts(tmp_path, small_pieces, document):
     filler = {'file': ' word\nmore', 'paragraph': ' word\nmore', 'line': ' word more'}[document]
