@@ -10,10 +10,11 @@ A tokenizer has
     and `load` turns back into the tokenizer;
   lossless: whether decode(encode(text)) is the text, as far as a PROBE of hard cases shows. bert-base-uncased, for one,
     drops capitals, accents, line ends and runs of spaces: a model can't write what its tokenizer has dropped. Figures per
-    byte or word are then to be taken over the real text, and ids are only as many as the text that is left needs.
+    byte or word are then taken over the real text, and are flattering: what was dropped costs nothing.
 """
 import base64
 import contextlib
+import functools
 import io
 import json
 import pickle
@@ -26,6 +27,7 @@ EOT = '<|endoftext|>'
 ENDS = (EOT, '<|end_of_text|>', '</s>', '<eos>', '[SEP]')
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
 PROBE = ' Two  spaces,\n\n\ta tab; \u00c9t\u00e9 e\u0301 \ufb01 \uff21 \u65e5\u672c \U0001f680\r\n '
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # how GPT-2 divides a text
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 SPELLING = ''.join(chr(b if b in PRINTABLE else 256 + OTHERS.index(b)) for b in range(256))   # of bytes, in byte-level BPE
@@ -233,7 +235,25 @@ class HuggingFaceTokenizer:
         return self._encode(text, False)
 
     def encode_ordinary(self, text):
-        return self._encode(text, True)
+        return self._encode(text, True) if self.faster is None else self.faster.encode_to_numpy(text, disallowed_special=())
+
+    @functools.cached_property
+    def faster(self):
+        """The same as an encoding of tiktoken's, which takes a fifth of the time, where there is one, else None: of a
+        byte-level BPE of GPT-2's words that looks for whole words first and whose ids have the order of its merges."""
+        found = json.loads(self.json)
+        model, words, added = found['model'], found.get('pre_tokenizer') or {}, found.get('added_tokens') or []
+        if (not self.is_byte_level or not model.get('ignore_merges') or found.get('normalizer')
+                or words.get('type') != 'ByteLevel' or words.get('add_prefix_space') or not words.get('use_regex', True)
+                or not all(token['special'] for token in added)):
+            return None
+        pairs = [merge.split(' ') if type(merge) is str else merge for merge in model['merges']]
+        merged, special = [model['vocab'][left + right] for left, right in pairs], {token['id'] for token in added}
+        ids = [*(model['vocab'].get(c, -1) for c in SPELLING), *merged]
+        if -1 in ids or merged != sorted(merged) or sorted([*ids, *special]) != sorted(self.bytes):
+            return None
+        from tiktoken import Encoding
+        return Encoding('bpe', pat_str=GPT2_WORDS, mergeable_ranks={self.bytes[i]: i for i in ids}, special_tokens={})
 
     def _encode(self, text, special_is_plain):
         self.tokenizer.encode_special_tokens = special_is_plain

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import tokenizer
 
 GPT2_MERGES = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'    # sha256 of merges.txt
-GPT2_WORDS = 'gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'      # which divide a text into words as GPT-2 does
+GPT2_KIN = 'gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'      # which divide a text into words as GPT-2 does
 ENTRIES = {50281: 'p50k_base', 100261: 'cl100k_base', 200000: 'o200k_base'}     # how many tiktoken's encodings have
 NAMES = 'tokenizer.json', 'tokenizer.model', 'spiece.model', 'merges.txt', 'vocab.txt'     # the first that is there counts
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4     # of sentencepiece's kinds of pieces
@@ -48,17 +48,18 @@ def to_files(own, block_size):
     return files
 
 
-def byte_level(vocab, merges, special=(tokenizer.EOT,), pattern=None):
+def byte_level(vocab, merges, special=(tokenizer.EOT,), pattern=None, words_first=False):
     """The text of a tokenizer.json: byte-level BPE with {entry: id} and ['left right'].
 
-    special: those of the entries that are tokens whole; pattern: of the words, in place of GPT-2's.
+    special: those of the entries that are tokens whole; pattern: of the words, in place of GPT-2's; words_first: whether a
+    whole word that is an entry is that, whatever its merges.
     """
     words = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
     split = words if pattern is None else {'type': 'Sequence', 'pretokenizers': [
         {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False},
         {**words, 'use_regex': False}]}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
-             'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': pattern is not None,
+             'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': words_first,
              'vocab': vocab, 'merges': merges}
     return _json(split, model, words, [_added(vocab[entry], entry) for entry in special if entry in vocab])
 
@@ -98,11 +99,11 @@ def _of_tiktoken(own):
             at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
         merges.append(' '.join(map(_spell, parts)))
-    if own.name in GPT2_WORDS:
+    if own.name in GPT2_KIN:
         return byte_level(_entries(own), merges, own.encoding._special_tokens)
     # There `{1,3}+` means several times up to three, and `$` an end of a line too. Here nothing follows either of them.
     pattern = own.encoding._pat_str.replace('}+', '}').replace('$', r'\z')
-    return byte_level(_entries(own), merges, own.encoding._special_tokens, pattern)
+    return byte_level(_entries(own), merges, own.encoding._special_tokens, pattern, words_first=True)
 
 
 def _of_sentencepiece(own):

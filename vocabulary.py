@@ -121,7 +121,8 @@ def _bpe(texts, size, *, max_piece_length=None):
     made.train_from_iterator(texts, trainer)
     model = json.loads(made.to_str())['model']
     vocab = model['vocab'] | {tokenizer.EOT: len(model['vocab'])}
-    return tokenizer.HuggingFaceTokenizer(tokenizer_files.byte_level(vocab, [' '.join(merge) for merge in model['merges']]))
+    merges = [' '.join(merge) for merge in model['merges']]
+    return tokenizer.HuggingFaceTokenizer(tokenizer_files.byte_level(vocab, merges, words_first=True))
 
 
 def _sentencepiece(texts, size, *, model_type='bpe', character_coverage=0.999995, max_piece_length=27, byte_fallback=True):

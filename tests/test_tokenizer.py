@@ -103,6 +103,14 @@ def test_whole_files_come_back():
         assert own.decode(ids) == TEXT and len(TEXT) / len(ids) > 1.8, name     # and are shorter
 
 
+def test_a_byte_pair_encoding_is_faster_as_tiktokens():
+    own = make('bpe')
+    slow = tokenizer.HuggingFaceTokenizer(own.json.replace('"ignore_merges": true', '"ignore_merges": false'))
+    assert own.faster and not slow.faster
+    for text in (*HARD, *fuzz('<|endoftext|>', n=1000), TEXT):
+        assert own.encode_ordinary(text).tolist() == own._encode(text, True) == slow.encode_ordinary(text)
+
+
 @pytest.mark.parametrize('name', KINDS)
 def test_a_special_token_is_plain_text_in_a_document(name):
     own = make(name)
