@@ -1,10 +1,12 @@
 """The notebooks run from top to bottom, at a small size; and what is saved in them is what they print and draw."""
 import asyncio
+import json
 import os
 import re
 from pathlib import Path
 from unittest import mock
 
+import matplotlib
 import pytest
 from conftest import ROOT
 
@@ -22,8 +24,26 @@ def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == 'code']
 
 
+def make_up_runs():
+    """Runs of the scaling notebook's grid, which takes minutes, that obey a law; the one at its end it has to train."""
+    its = {}
+    with matplotlib.rc_context():
+        for cell in code(saved('scaling_laws'))[:4]:
+            exec(cell.source.replace('%matplotlib inline', ''), its)
+    per_step = its['B'] * its['T']
+    for run in (*its['plans'], *its['repeats']):
+        every, last, capacity = run['eval_interval'] or run['max_iters'], run['max_iters'], its['N_OF'][run['n_embd']]
+        evaluations = [dict(iter=i, tokens=i * per_step, train_seconds=1.0, val_loss=(
+            0.9 + 38 / capacity ** 0.43 + 1800 / (i * per_step) ** 0.65 + 0.001 * (run['seed'] % 1337)))
+            for i in (*range(every, last, every), last)]
+        folder = its['folder_of'](run)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'config.json').write_text(json.dumps(run))
+        (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, evaluations)))
+
+
 @pytest.fixture(scope='module')
-def executed(tmp_path_factory):
+def executed(text_folder, tmp_path_factory):
     """{name: what running it came to}, the notebook or an error; all at once: most of it is waiting for kernels."""
     async def run(name):
         folder = ROOT if name == 'gpt_dev' else ROOT / 'notebooks'     # an editor's working directory, and Jupyter's
@@ -36,12 +56,14 @@ def executed(tmp_path_factory):
         return await asyncio.gather(*map(run, NOTEBOOKS), return_exceptions=True)
 
     nothing_to_download = str(tmp_path_factory.mktemp('mirror'))
-    with mock.patch.dict(os.environ, SMALL | {'NANOGPT_MIRROR': nothing_to_download}):
+    with mock.patch.dict(os.environ, SMALL | dict(NANOGPT_MIRROR=nothing_to_download, NOTEBOOK_DATASET=str(text_folder),
+                                                  NOTEBOOK_RUNS=str(tmp_path_factory.mktemp('runs')))):
+        make_up_runs()
         return dict(zip(NOTEBOOKS, asyncio.run(run_all())))
 
 
-def test_all_three_are_there():
-    assert list(NOTEBOOKS) == ['gpt_dev', 'network_health', 'transformer_sizing']
+def test_all_four_are_there():
+    assert list(NOTEBOOKS) == ['gpt_dev', 'network_health', 'scaling_laws', 'transformer_sizing']
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -64,3 +86,9 @@ def test_a_saved_notebook_is_of_one_run_and_of_no_particular_machine(name):
     assert not [output for output in outputs if output.output_type == 'error' or output.get('name') == 'stderr']
     assert not re.search(r'/(home|root|tmp|work|Users)/', text) and str(Path.home()) not in text
     assert len(text.encode()) < 700_000
+
+
+def test_the_scaling_notebook_finds_the_law_that_its_runs_obey(executed):
+    printed = ''.join(output.get('text', '') for cell in code(executed['scaling_laws']) for output in cell.outputs)
+    assert 'L(N, D) = 0.900 + 38 / N^0.430 + 1800 / D^0.650' in printed
+    assert 'reads 8,192 tokens' in printed and re.search(r'measured: [3-4]\.', printed)    # train.py's own, of 4 steps
