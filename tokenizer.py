@@ -223,6 +223,9 @@ class HuggingFaceTokenizer:
 
     def _behind(self, vocab, has_bytes):
         """{id: bytes} of other kinds: what each token adds to the text of a word before it."""
+        if suffix := (json.loads(self.json).get('decoder') or {}).get('suffix'):       # GPT-1's: the space is behind a word
+            self.first = {i: entry.replace(suffix, ' ').encode() for entry, i in vocab.items()}
+            return self.first
         texts, ids = lambda rows: self.tokenizer.decode_batch(rows, skip_special_tokens=False), sorted(vocab.values())
         word = next((i for i, text in zip(ids, texts([[i] for i in ids])) if text.isalnum()), ids[0])
         known, = texts([[word]])

@@ -150,6 +150,15 @@ def test_what_stands_behind_a_word():
         assert (make(name).decode(i), make(name).decode_bytes(i).decode()) == (first, second)
 
 
+def test_spaces_behind_words():
+    """GPT-1's kind."""
+    bpe = pytest.importorskip('tokenizers').CharBPETokenizer()
+    bpe.train_from_iterator([TEXT], vocab_size=400, show_progress=False)
+    own = tokenizer.HuggingFaceTokenizer(bpe._tokenizer.to_str())
+    ids = own.encode('the end is near')
+    assert own.decode(ids) == 'the end is near ' == own.decode(ids[:1]) + own.decode_bytes(ids[1:]).decode()
+
+
 def test_what_a_lossy_kind_loses():
     assert make('as BERT').decode(make('as BERT').encode(' The\n\nÉND ')) == 'the end'
     assert make('as T5').decode(make('as T5').encode(' two  spaces\nｅnd')) == 'two spaces end'
