@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from bisect import bisect_right
@@ -262,10 +263,10 @@ class _Stream:
             number = int(path.stem.rpartition('-')[2]) if shard else 0
             if (left := min(n - number * shard, shard) if shard else n) <= 0:
                 path.unlink()
-            elif path.stat().st_size < left * self.dtype.itemsize:
-                raise ValueError(f"{path} is shorter than when it was left: it was begun anew, give the command once more")
-            else:
+            elif path.stat().st_size > left * self.dtype.itemsize:
                 os.truncate(path, left * self.dtype.itemsize)
+        if sum(path.stat().st_size for path in self.paths()) != n * self.dtype.itemsize:
+            raise EOFError
 
     def paths(self):
         return sorted(self.folder.glob(f'{self.name}-*{self.suffix}' if self.shard else self.name + self.suffix))
@@ -287,8 +288,7 @@ class _Stream:
             while content:
                 content = content[self.file.write(content):]
         except OSError as error:
-            raise OSError(f"cannot write {self.file.name}: {error.strerror}; what is done is kept, and once there is room, "
-                          "the same command goes on with it") from None
+            raise OSError(f"cannot write {self.file.name}: {error.strerror}") from None
 
     def sync(self):
         if self.file:
@@ -301,29 +301,36 @@ class _Stream:
         self.file = None
 
 
+_KEPT = "what is done is kept, and the same command goes on with it"
+
+
 class _Output:
     """The bins as they grow in `folder`, and the journal that says how much of them is whole."""
 
     def __init__(self, folder, identity, splits, dtype, masked, dedup, shard_tokens):
-        self.folder, self.splits, self.dtype, self.masked, self.shard_tokens = folder, splits, dtype, masked, shard_tokens
-        self.done, found = _NOTHING | {'identity': identity, 'splits': {
-            split: dict.fromkeys(('tokens', 'bytes', 'documents', 'learned'), 0) for split in splits}}, _journal(folder)
-        if found['identity'] == identity:
-            self.done = found
+        self.folder, self.splits, self.dtype, self.masked, self.dedup = folder, splits, dtype, masked, dedup
+        self.shard_tokens, found = shard_tokens, _journal(folder)
+        try:
+            if found['identity'] != identity:
+                raise EOFError
+            self._begin(found)
             print(f"going on after the first {found['size'] / 1e6:,.1f} MB, which are done", flush=True)
-        else:
+        except EOFError:
             if found['identity']:
                 print(f"{folder.parent} has the beginning of something else: starting anew", flush=True)
             shutil.rmtree(folder)
             folder.mkdir()
-        self.saved, self.began = time.monotonic(), time.monotonic() - self.done['seconds']
-        n = {split: facts['tokens'] for split, facts in self.done['splits'].items()}
-        self.bins = {split: _Stream(folder, split, '.bin', dtype, shard_tokens, n[split]) for split in splits}
-        self.masks = {split: _Stream(folder, split, '.mask', 'u1', shard_tokens, n[split]) for split in splits if masked}
-        self.digests = _Stream(folder, 'digests', '', 'V16', 0, self.done['kept']) if dedup else None
-        self.seen = set()
-        if dedup and self.done['kept']:
-            self.seen.update(np.fromfile(folder / 'digests', 'V16').tolist())
+            self._begin(_NOTHING | {'identity': identity, 'splits': {
+                split: dict.fromkeys(('tokens', 'bytes', 'documents', 'learned'), 0) for split in splits}})
+
+    def _begin(self, done):
+        """Go on from what the journal says. Raises EOFError where there is less."""
+        self.done, self.saved, self.began = done, time.monotonic(), time.monotonic() - done['seconds']
+        n, shard = {split: facts['tokens'] for split, facts in done['splits'].items()}, self.shard_tokens
+        self.bins = {split: _Stream(self.folder, split, '.bin', self.dtype, shard, n[split]) for split in n}
+        self.masks = {split: _Stream(self.folder, split, '.mask', 'u1', shard, n[split]) for split in n if self.masked}
+        self.digests = _Stream(self.folder, 'digests', '', 'V16', 0, done['kept']) if self.dedup else None
+        self.seen = set(np.fromfile(self.folder / 'digests', 'V16').tolist()) if self.dedup and done['kept'] else set()
 
     def left_of(self, source):
         """The source's pieces that are not done."""
@@ -391,16 +398,17 @@ class _Output:
             raise
         except BrokenProcessPool:
             self.save()
-            raise OSError("a process was killed while it encoded, by too little memory perhaps: take a smaller --num_proc; "
-                          "what is done is kept, and the same command goes on with it") from None
+            raise OSError("a process was killed while it encoded, by too little memory perhaps: take a smaller "
+                          f"--num_proc; {_KEPT}") from None
         except KeyboardInterrupt:
             self.save()
-            print(f"stopped; what is done waits in {self.folder.parent}, and the same command goes on with it", flush=True)
+            print(f"stopped; {_KEPT}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 self.save()
-            raise
+            what = f"{error.filename or self.folder}: {error.strerror}" if error.strerror else error
+            raise OSError(f"{what}; {_KEPT}") from None
         finally:
             self.close()
 

@@ -144,8 +144,11 @@ def _standard_input(field, folder):
     path = Path(folder) / 'parts' / 'stdin'
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"standard input: copying it to {path}", flush=True)
-    with builtins.open(path, 'wb') as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, PIECE)
+    try:
+        with builtins.open(path, 'wb') as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, PIECE)
+    except OSError as error:
+        raise OSError(f"cannot copy standard input to {path}: {error.strerror}") from None
     file = _file('standard input', path, field)
     return _checked(file._replace(kind='jsonl' if field else 'text', changed=files.sha256(path)))
 

@@ -23,6 +23,7 @@ the new ones are whole.
 """
 import argparse
 import json
+import shutil
 import sys
 from itertools import chain
 from pathlib import Path
@@ -124,10 +125,15 @@ def main(words):
     bins.check_split(shares)
     folder = folder_of(asked.name)
     template = template_of(asked.template) if asked.template else None
-    source = sources.open(asked.sources, asked.field, asked.document, template, folder, asked.max_bytes)
-    own = tokenizer_for(asked, source, folder)
-    if asked.separator is not None and getattr(own, 'eot', None) is not None:
-        raise ValueError(f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out")
+    try:
+        source = sources.open(asked.sources, asked.field, asked.document, template, folder, asked.max_bytes)
+        own = tokenizer_for(asked, source, folder)
+        if asked.separator is not None and getattr(own, 'eot', None) is not None:
+            raise ValueError(f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out")
+    except ValueError:
+        if not (folder / 'parts' / 'bins').exists():    # nothing of an earlier run waits there
+            shutil.rmtree(folder / 'parts', ignore_errors=True)
+        raise
     if (folder / 'meta.json').is_file():
         print(f"{folder} has bins, which stay until these are whole, and are then replaced", flush=True)
     bins.prepare(folder, source, own, shares, asked.seed, asked.dedup, asked.num_proc, asked.shard_tokens, asked.separator)

@@ -410,7 +410,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, 
     monkeypatch.setattr(bins, 'SAVE_SECONDS', 1000)
     with pytest.raises(SystemExit) as end:
         prepare(tmp_path / 'stopped', *corpus)
-    assert end.value.code == 130 and 'the same command goes on' in capsys.readouterr().out
+    assert end.value.code == 130 and 'the same command goes on' in capsys.readouterr().err
     prepare(tmp_path / 'stopped', *corpus)
     assert 'going on' in capsys.readouterr().out
     pieces = len([*sources.open(corpus[:1], document='paragraph').pieces()])
@@ -419,11 +419,20 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, 
 
 def test_another_command_starts_anew_and_says_so(tmp_path, small_pieces, corpus, monkeypatch, capsys):
     prepare(tmp_path / 'whole', *corpus, '--seed=2')
-    monkeypatch.setattr(bins._Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(bins._Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(tmp_path / 'stopped', *corpus)
-    monkeypatch.undo()
     prepare(tmp_path / 'stopped', *corpus, '--seed=2')
+    assert 'starting anew' in capsys.readouterr().out and contents(tmp_path / 'stopped') == contents(tmp_path / 'whole')
+
+
+def test_bins_that_lost_something_since_are_begun_anew(tmp_path, small_pieces, corpus, monkeypatch, capsys):
+    prepare(tmp_path / 'whole', *corpus)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(bins._Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(tmp_path / 'stopped', *corpus)
+    os.truncate(tmp_path / 'stopped/parts/bins/train-00001.bin', 10)
+    prepare(tmp_path / 'stopped', *corpus)
     assert 'starting anew' in capsys.readouterr().out and contents(tmp_path / 'stopped') == contents(tmp_path / 'whole')
 
 
@@ -435,12 +444,11 @@ def test_bins_that_are_replaced_only_in_part_are_refused(tmp_path, small_pieces,
         if Path(target).name == 'val-00000.bin':
             raise Stop
         real(source, target)
-    monkeypatch.setattr(os, 'replace', stopped)
-    with pytest.raises(Stop):
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(os, 'replace', stopped)
         prepare(tmp_path / 'out', *corpus)
     with pytest.raises(ValueError, match='replaced only in part'):
         Dataset(tmp_path / 'out', 8, 2)
-    monkeypatch.undo()
     prepare(tmp_path / 'out', *corpus)
     assert 'train.bin' not in contents(tmp_path / 'out')
 
