@@ -8,7 +8,8 @@ from conftest import ROOT
 
 SCRIPTS = {'train', 'sample', 'bench', 'bench_generation', 'plot', 'compare', 'evaluate', 'export'}
 KNOWS = {       # module: the project's modules that it may import
-    'configfile': set(), 'confighelp': set(), 'mistakes': set(), 'runtime': {'mistakes'}, 'files': set(), 'tokenizer': set(), 'layers': set(),
+    'configfile': set(), 'confighelp': set(), 'mistakes': set(), 'runtime': {'mistakes'}, 'files': set(),
+    'tokenizer': set(), 'layers': set(),
     'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'chat': set(), 'lora': set(), 'prompts': set(),
     'attention': {'layers'}, 'ngrams': {'layers'},
     'configurator': {'configfile', 'confighelp'},
@@ -18,7 +19,8 @@ KNOWS = {       # module: the project's modules that it may import
     'huggingface': {'tokenizer_files', 'hub'},
     'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
-    'shards': {'tokenizer'}, 'dataset': {'shards'}, 'mixture': {'dataset'}, 'bins': {'files', 'tokenizer', 'chat'},
+    'shards': {'tokenizer'}, 'dataset': {'shards'}, 'mixture': {'dataset'},
+    'journal': {'files'}, 'bins': {'files', 'tokenizer', 'chat', 'journal'},
     'sources': {'bins', 'files', 'chat', 'hub'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},

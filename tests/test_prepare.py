@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import COMMIT, ROOT
 
-import bins
+import journal
 import sources
 from dataset import Dataset
 from mistakes import user_errors
@@ -91,7 +91,7 @@ def small_pieces(monkeypatch):
     """Pieces so small that a few kilobytes have all there is: many pieces, large documents."""
     monkeypatch.setattr(sources, 'PIECE', 256)
     monkeypatch.setattr(sources, 'LARGE', 1024)
-    monkeypatch.setattr(bins, 'SAVE_SECONDS', -1)       # a journal after every piece
+    monkeypatch.setattr(journal, 'SAVE_SECONDS', -1)       # a journal after every piece
     monkeypatch.setattr(os, 'fsync', lambda descriptor: None)       # which takes its time
 
 
@@ -399,15 +399,15 @@ def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bins(tmp_path, small
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, capsys):
     prepare(tmp_path / 'whole', *corpus)
-    real, calls = bins._Output.add, []
+    real, calls = journal.Output.add, []
 
     def interrupted(output, piece, encoded):
         calls.append(piece)
         if len(calls) == 20:
             raise KeyboardInterrupt
         return real(output, piece, encoded)
-    monkeypatch.setattr(bins._Output, 'add', interrupted)
-    monkeypatch.setattr(bins, 'SAVE_SECONDS', 1000)
+    monkeypatch.setattr(journal.Output, 'add', interrupted)
+    monkeypatch.setattr(journal, 'SAVE_SECONDS', 1000)
     with pytest.raises(SystemExit) as end:
         prepare(tmp_path / 'stopped', *corpus)
     assert end.value.code == 130 and 'the same command goes on' in capsys.readouterr().err
@@ -420,7 +420,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, 
 def test_another_command_starts_anew_and_says_so(tmp_path, small_pieces, corpus, monkeypatch, capsys):
     prepare(tmp_path / 'whole', *corpus, '--seed=2')
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(bins._Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(journal.Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(tmp_path / 'stopped', *corpus)
     prepare(tmp_path / 'stopped', *corpus, '--seed=2')
     assert 'starting anew' in capsys.readouterr().out and contents(tmp_path / 'stopped') == contents(tmp_path / 'whole')
@@ -429,7 +429,7 @@ def test_another_command_starts_anew_and_says_so(tmp_path, small_pieces, corpus,
 def test_bins_that_lost_something_since_are_begun_anew(tmp_path, small_pieces, corpus, monkeypatch, capsys):
     prepare(tmp_path / 'whole', *corpus)
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(bins._Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(journal.Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(tmp_path / 'stopped', *corpus)
     os.truncate(tmp_path / 'stopped/parts/bins/train-00001.bin', 10)
     prepare(tmp_path / 'stopped', *corpus)
@@ -456,8 +456,8 @@ def test_bins_that_are_replaced_only_in_part_are_refused(tmp_path, small_pieces,
 SCRIPT = f"""if True:
     import runpy, sys
     sys.path.insert(0, {str(ROOT)!r})
-    import bins, sources
-    sources.PIECE, sources.LARGE, bins.SAVE_SECONDS, bins.os.fsync = 256, 1024, -1, lambda descriptor: None
+    import journal, sources
+    sources.PIECE, sources.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None
     sys.argv[0] = {str(ROOT / 'data/prepare.py')!r}
     runpy.run_path(sys.argv[0], run_name='__main__')"""
 
@@ -488,14 +488,14 @@ def test_the_bins_do_not_depend_on_the_number_of_processes(tmp_path):
 
 def test_a_worker_that_is_killed_costs_nothing_that_was_done(tmp_path, monkeypatch, capsys):
     rows = write_rows(tmp_path / 'rows.jsonl', [{'text': f'{i} {"some text " * 300}'} for i in range(2000)])
-    real = bins._Output.add
+    real = journal.Output.add
 
     def kill(output, piece, encoded):
         size = real(output, piece, encoded)
         for process in multiprocessing.active_children():
             process.kill()
         return size
-    monkeypatch.setattr(bins._Output, 'add', kill)
+    monkeypatch.setattr(journal.Output, 'add', kill)
     assert 'take a smaller --num_proc' in failure(capsys, tmp_path / 'out', rows, '--tokenizer=byte', '--num_proc=2')
     monkeypatch.undo()
     prepare(tmp_path / 'out', rows, '--tokenizer=byte', '--num_proc=1')
@@ -608,7 +608,7 @@ def test_a_dataset_on_the_hub_is_read_file_by_file(tmp_path, hub, small_pieces, 
         served[f'data/{i}.jsonl.gz'] = gzip.compress(text.encode())
     served['README.md'], served['other/9.jsonl'] = b'# A set', b'{"text": "not this"}\n'
     words = [tmp_path / 'out', 'own/set:data', '--tokenizer=byte']
-    real, most = bins._Output.add, 0
+    real, most = journal.Output.add, 0
 
     def stopped(output, piece, encoded):
         nonlocal most
@@ -616,12 +616,12 @@ def test_a_dataset_on_the_hub_is_read_file_by_file(tmp_path, hub, small_pieces, 
         if piece.file == 2:
             raise KeyboardInterrupt
         return real(output, piece, encoded)
-    monkeypatch.setattr(bins._Output, 'add', stopped)
+    monkeypatch.setattr(journal.Output, 'add', stopped)
     with pytest.raises(SystemExit):
         prepare(*words)
     assert f'commit {COMMIT}, 4 file(s)' in capsys.readouterr().out and 1 <= most <= 3
     asked.clear()
-    monkeypatch.setattr(bins._Output, 'add', real)
+    monkeypatch.setattr(journal.Output, 'add', real)
     prepare(*words)
     fetched = [request.rpartition('/')[2] for request in asked if request.startswith('GET /datasets')]
     assert fetched and '0.jsonl.gz' not in fetched
