@@ -1,24 +1,15 @@
-"""What a dataset is made of: text, JSONL and parquet files, folders, globs, standard input, datasets on the Hugging Face
-Hub, as bins.prepare takes them.
+"""What a dataset is made of: the documents in text, JSONL and parquet files, as bins.prepare takes them.
 
 One process reads, and cuts what it reads into pieces of about a megabyte, which is cheap; workers parse and encode them.
 A text file's byte order mark is no part of its text; everything else is, CR LF too.
 """
-import builtins
 import codecs
 import contextlib
-import fnmatch
-import glob
-import gzip
 import hashlib
-import io
 import json
-import os
 import re
-import shutil
 import sys
 import threading
-import zlib
 from bisect import bisect_left
 from concurrent.futures import Future
 from itertools import accumulate
@@ -27,33 +18,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-import files
-import hub
+import textfiles
 from bins import Part
 from chat import Template
+from textfiles import fetched, reading
 
 PIECE, LARGE = 1 << 20, 1 << 22     # bytes of a piece, about; of the largest text that is not encoded in parts
-SNIFF = 1 << 16                     # bytes at the beginning of a file by which it is taken for text
 ROWS = 'jsonl', 'parquet'
 SEPARATORS = {'file': None, 'paragraph': r'\n(?:[ \t]*\r?\n)+', 'line': r'\n'}     # behind a document and its last \r
 ENDS = {'file': '', 'paragraph': ' \t\r\n', 'line': '\r\n'}   # what is at its end and no part of it
 BLANK_LINES = re.compile(rb'(?:[ \t]*\r?\n)+')
-BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
-                    codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16'}
 # Where a text can be cut so that its parts, each encoded on its own, have the same ids by GPT-2's and tiktoken's other
 # encodings: behind a newline between words, in front of a space between words.
 CUTS = re.compile(r'(?<=\S)\n(?=[^\s/])'), re.compile(r'(?<=\S)(?= [^\W\d_])')
 SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
-
-
-class File(NamedTuple):
-    name: str           # as the user knows it
-    path: Path
-    kind: str           # text, jsonl, parquet
-    packed: str         # '', gz, zst
-    size: int           # bytes on the disk
-    changed: object     # what tells it from another file of this name and size
-    origin: tuple | None = None     # repository, commit and name of a file of the Hub, which is fetched to `path`
 
 
 class Chunk(NamedTuple):
@@ -87,166 +65,9 @@ def open(words, field=None, document='file', template=None, folder=None, max_byt
     if document not in SEPARATORS:
         raise ValueError(f"document={document!r} is unknown: take {', '.join(SEPARATORS)}")
     folder = folder and Path(folder)
-    found = [file for word in words for file in _files(str(word), field, folder)]
+    found = [file for word in words for file in textfiles.find(str(word), field, folder)]
     return Files(found, field, document, template, folder, max_bytes)
 
-
-# ---- which files -----------------------------------------------------------------------------------------------------
-
-def _files(word, field, folder):
-    """The files that a word stands for."""
-    path = Path(word).expanduser()
-    if word == '-':
-        return [_standard_input(field, folder)]
-    if path.is_file():
-        return [_checked(_file(word, path, field))]
-    if path.is_dir():
-        found = sorted((p.relative_to(path).as_posix(), p) for p in _walk(path, folder))
-        return _readable(word, [_file(f'{word.rstrip("/")}/{name}', p, field) for name, p in found])
-    if path.exists():
-        raise ValueError(f"{word} is neither a file nor a folder: send it to standard input, and take - for its name")
-    if glob.has_magic(str(path)):
-        names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if names:
-            return _readable(word, [_file(name, Path(name), field) for name in names])
-    return _on_the_hub(word, field, folder)
-
-
-def _walk(path, folder):
-    """The files in a folder, without hidden ones and those that preparing has written into it."""
-    own = Path(folder).resolve() if folder else None
-    for root, folders, names in os.walk(path):
-        is_own = Path(root).resolve() == own
-        folders[:] = [name for name in folders if not name.startswith('.') and not (is_own and name == 'parts')]
-        for name in names:
-            left_out = name.startswith('.') or (is_own and (name == 'meta.json' or name.endswith(('.bin', '.mask'))))
-            if not left_out and Path(root, name).is_file():     # no socket, no link to nowhere
-                yield Path(root, name)
-
-
-def _file(name, path, field):
-    stat = path.stat()
-    return File(name, path, *_kind(name, field), stat.st_size, stat.st_mtime_ns)
-
-
-def _kind(name, field):
-    """(kind, packed) of a file, by the end of its name."""
-    stem, packed = name.lower(), ''
-    if stem.endswith(('.gz', '.zst')):
-        stem, _, packed = stem.rpartition('.')
-    return ('parquet' if stem.endswith('.parquet') else
-            'jsonl' if stem.endswith(('.jsonl', '.ndjson', '.jsonlines')) or (field and stem.endswith('.json')) else
-            'text'), packed
-
-
-def _standard_input(field, folder):
-    """Standard input as a file: a vocabulary is made by reading everything once more."""
-    path = Path(folder) / 'parts' / 'stdin'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"standard input: copying it to {path}", flush=True)
-    try:
-        with builtins.open(path, 'wb') as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, PIECE)
-    except OSError as error:
-        raise OSError(f"cannot copy standard input to {path}: {error.strerror}") from None
-    file = _file('standard input', path, field)
-    return _checked(file._replace(kind='jsonl' if field else 'text', changed=files.sha256(path)))
-
-
-def _on_the_hub(word, field, folder):
-    """The files of owner/name[@revision][:folder or glob], a dataset on the Hub or in NANOGPT_MIRROR. A command that was
-    stopped goes on with the commit that it began with."""
-    where, _, part = word.partition(':')
-    repo, _, revision = where.partition('@')
-    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo) or re.search(r'\.(txt|jsonl?|parquet|md|gz|zst)$', repo):
-        raise FileNotFoundError(f"there is no file{' like' if glob.has_magic(word) else ' or folder'} {word}")
-    if not revision:    # else it can't be meant for a file
-        print(f"{word}: there is no such file or folder here, so it is taken for a dataset on the Hugging Face Hub",
-              flush=True)
-    try:
-        if mirror := hub.mirror_folder(repo):
-            found = sorted((p.relative_to(mirror).as_posix(), p) for p in _walk(mirror, folder))
-            return [_checked(_file(name, p, field)) for name, p in found if _is_wanted(name, part)]
-        pinned = Path(folder) / 'parts' / 'hub.json'
-        commits = json.loads(pinned.read_text(encoding='utf-8')) if pinned.is_file() else {}
-        commit, sizes = hub.listing(repo, commits.get(where) or revision or None)
-    except OSError as error:
-        raise error if revision else OSError(f"{word} is neither a file nor a folder here, and {error}") from None
-    pinned.parent.mkdir(parents=True, exist_ok=True)
-    pinned.write_text(json.dumps({**commits, where: commit}), encoding='utf-8')
-    wanted = sorted(name for name in sizes if _is_wanted(name, part))
-    if not wanted:
-        raise ValueError(f"{word}: of the {len(sizes)} files of commit {commit}, none is called .parquet, .jsonl or .txt "
-                         + f"and lies in {part}" * bool(part))
-    print(f"{repo}: commit {commit}, {len(wanted):,} file(s), {sum(map(sizes.get, wanted)) / 1e6:,.1f} MB, the first is "
-          f"{wanted[0]}; each is removed when it is read", flush=True)
-    path = pinned.with_name('hub') / repo.replace('/', '--')
-    return [File(f'{repo}:{name}', path / name, *_kind(name, field), sizes[name], commit, (repo, commit, name))
-            for name in wanted]
-
-
-def _is_wanted(name, part):
-    """Whether a file of a dataset is text or rows, and in the folder `part` or called as that glob says."""
-    is_text = re.search(r'\.(parquet|(jsonl|ndjson|jsonlines|txt)(\.gz|\.zst)?)$', name.lower())
-    return is_text and (not part or fnmatch.fnmatch(name, part) or name.startswith(part.rstrip('/') + '/'))
-
-
-def _checked(file):
-    if wrong := _what_is_wrong(file):
-        raise ValueError(f"{file.name} {wrong}")
-    return file
-
-
-def _readable(word, found):
-    """Those of the files found that are text or rows; says how many are left out."""
-    wrong = {file for file in found if _what_is_wrong(file)}
-    if wrong:
-        first = next(file.name for file in found if file in wrong)
-        print(f"{word}: {len(wrong):,} of {len(found):,} files left out, which are no UTF-8 text; the first is {first}")
-    return [file for file in found if file not in wrong]
-
-
-def _what_is_wrong(file):
-    """Why a file is no text, judged by its beginning, or ''."""
-    if file.kind == 'parquet':
-        return ''
-    with _reading(file) as (_, stream):
-        head = stream.read(SNIFF)
-    for mark, encoding in BYTE_ORDER_MARKS.items():
-        if head.startswith(mark):
-            return f"is {encoding}, not UTF-8: `iconv -f {encoding} -t UTF-8` converts it"
-    if b'\0' in head:
-        return "is a binary file (there are zero bytes in it)"
-    try:
-        codecs.getincrementaldecoder('utf-8')().decode(head, final=len(head) < SNIFF)
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 at byte {error.start:,}: `iconv -f ITS_ENCODING -t UTF-8` converts it"
-    if file.kind == 'jsonl' and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
-        return "is one JSON array: `jq -c '.[]'` makes lines of it, a row on each"
-    return ''
-
-
-@contextlib.contextmanager
-def _reading(file):
-    """(the file on the disk, its text) as binary files. Raises ValueError where it is damaged."""
-    damages = [EOFError, zlib.error, gzip.BadGzipFile]
-    try:
-        with builtins.open(file.path, 'rb') as raw:
-            if file.packed == 'zst':
-                try:
-                    import zstandard
-                except ImportError:
-                    raise ValueError(f"{file.name} needs a package: pip install zstandard") from None
-                damages.append(zstandard.ZstdError)
-                unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield raw, io.BufferedReader(unpacked, PIECE)
-            else:
-                yield raw, gzip.GzipFile(fileobj=raw) if file.packed else raw
-    except tuple(damages) as error:
-        raise ValueError(f"{file.name} is damaged: {error}") from None
-
-
-# ---- from files to pieces, and from pieces to documents --------------------------------------------------------------
 
 class Files:
     """The documents in files, as bins.prepare takes them; `texts` are those of a vocabulary."""
@@ -277,7 +98,7 @@ class Files:
         is_alone = len(found) == 1 and found[0].kind == 'text' and document == 'file'
         if is_alone and max_bytes:
             raise ValueError("max_bytes takes the first of many documents, and this is one text: divide it by --document")
-        self.length = _length(_fetched(found[0])) if is_alone else None
+        self.length = _length(fetched(found[0])) if is_alone else None
         self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes,
                                        [[file.name, file.size, file.changed] for file in found]])
 
@@ -302,7 +123,7 @@ class Files:
         """Small files share a piece; a larger one has its pieces for itself."""
         small, size, begin = [], 0, first
         for number, file in self._here(first):
-            with _reading(file) as (raw, stream):
+            with reading(file) as (raw, stream):
                 head = b'' if file.kind == 'parquet' else stream.read(PIECE + 1)
                 is_small = file.kind != 'parquet' and len(head) <= PIECE
                 if small and (not is_small or size + len(head) > PIECE):
@@ -341,7 +162,7 @@ class Files:
         kept = file.origin and folder / 'parts' / 'row.json'
         if kept and kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))[0] == list(file.origin):
             return known[1]
-        row = _first_row(_fetched(file))
+        row = _first_row(fetched(file))
         if kept:
             kept.write_text(json.dumps([file.origin, row], default=str), encoding='utf-8')
         return row
@@ -426,7 +247,7 @@ def _cut(file, stream, head, separator, length):
 
 def _safe_end(data):
     """The last place in these bytes where a text can be cut."""
-    for begin in (max(0, len(data) - SNIFF), 0):
+    for begin in (max(0, len(data) - (1 << 16)), 0):       # the end is enough for most
         text = data[begin:].decode(errors='surrogateescape')
         for pattern in CUTS:
             if found := [match.end() for match in pattern.finditer(text)]:
@@ -444,7 +265,7 @@ def _characters(data):
 
 def _length(file):
     """Characters of a file, its byte order mark not counted."""
-    with _reading(file) as (_, stream):
+    with reading(file) as (_, stream):
         block = stream.read(PIECE)
         n = -block.startswith(codecs.BOM_UTF8)
         while block:
@@ -501,18 +322,9 @@ def _value(row, field):
     return value
 
 
-def _fetched(file):
-    """The file, once it is here."""
-    if file.origin and not (file.path.is_file() and file.path.stat().st_size == file.size):
-        repo, commit, name = file.origin
-        if hub.download(repo, name, commit, 'dataset', file.path.parents[name.count('/')]) is None:
-            raise OSError(f"{file.name} is not there any more")
-    return file
-
-
 def _fetch_into(future, file):
     try:
-        future.set_result(_fetched(file))
+        future.set_result(fetched(file))
     except Exception as error:
         future.set_exception(error)
 
@@ -522,7 +334,7 @@ def _first_row(file):
     if file.kind == 'parquet':
         with _parquet_file(file) as found:
             return next(found.iter_batches(1)).to_pylist()[0] if found.metadata.num_rows else {}
-    with _reading(file) as (_, stream):
+    with reading(file) as (_, stream):
         chunk = next(_cut(file, stream, stream.read(PIECE + 1), re.compile(b'\n'), None), None)
     return next((row for _, row in _rows(chunk)), {}) if chunk else {}
 

@@ -21,7 +21,7 @@ KNOWS = {       # module: the project's modules that it may import
     'models': {'model', 'layers'},
     'shards': {'tokenizer'}, 'dataset': {'shards'}, 'mixture': {'dataset'},
     'journal': {'files'}, 'bins': {'files', 'tokenizer', 'chat', 'journal'},
-    'sources': {'bins', 'files', 'chat', 'hub'},
+    'textfiles': {'files', 'hub'}, 'sources': {'bins', 'chat', 'textfiles'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
     'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora'},

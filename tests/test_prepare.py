@@ -21,6 +21,7 @@ from conftest import COMMIT, ROOT
 
 import journal
 import sources
+import textfiles
 from dataset import Dataset
 from mistakes import user_errors
 from tokenizer import load
@@ -558,7 +559,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': '
     (['empty'], 'there is no file to read')])
 def test_what_is_wrong_is_one_line_and_the_old_bins_stay(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
-    monkeypatch.setattr(sources, 'SNIFF', 1000)
+    monkeypatch.setattr(textfiles, 'SNIFF', 1000)
     (tmp_path / 'in/empty').mkdir(parents=True)
     for name, content in FILES.items():
         (tmp_path / 'in' / name).write_bytes(content)
