@@ -174,7 +174,7 @@ _encoder = None     # a worker's
 
 
 def _start(make, description):
-    """Begin as a worker: with an encoder of its own; end when the process that started it ends; leave Ctrl-C to that."""
+    """Begin as a worker, with an encoder of its own: end when the process that started it ends, which Ctrl-C is left to."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
@@ -212,10 +212,27 @@ def _workers(n, encoder, tokenizer):
         yield functools.partial(functools.partial, encoder(tokenizer))
         return
     pool = ProcessPoolExecutor(n, multiprocessing.get_context('spawn'), _start, (encoder, tokenizer.describe()))
+
+    def submit(piece):
+        with _no_interrupt():       # which the processes that this starts would tell of
+            return functools.partial(_wait, pool, pool.submit(_encode, piece))
     try:
-        yield lambda piece: functools.partial(_wait, pool, pool.submit(_encode, piece))
+        yield submit
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _no_interrupt():
+    """Ctrl-C waits for the end of this, and never reaches the processes that are started in it."""
+    if not hasattr(signal, 'pthread_sigmask'):      # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(pool, future):
