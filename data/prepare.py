@@ -25,7 +25,6 @@ import argparse
 import json
 import shutil
 import sys
-from itertools import chain
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent
@@ -110,9 +109,15 @@ def tokenizer_for(asked, source, folder):
     if kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))['of'] == key:
         return tokenizer.load(known['tokenizer'])
     print(f"tokenizer {asked.tokenizer}: reading the text for its vocabulary", flush=True)
-    separator = ['\n' if asked.separator is None else asked.separator] if asked.tokenizer == 'char' else []
-    separator *= source.length is None      # a text alone has none
-    made = vocabulary.open(asked.tokenizer, lambda: chain(source.texts(most), separator), **options)
+
+    def texts():
+        if most:
+            return source.texts(most)
+        characters = set() if source.length else set('\n' if asked.separator is None else asked.separator)
+        for text in source.texts():
+            characters.update(text)
+        return [''.join(characters)]    # each once: the texts may be many
+    made = vocabulary.open(asked.tokenizer, texts, **options)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(kept) as file:
         file.write(json.dumps({'of': key, 'tokenizer': made.describe()}).encode())
