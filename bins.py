@@ -63,9 +63,14 @@ def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False,
     facts: more of meta.json; masked=True where documents are lists.
 
     The bins depend on nothing else: not on num_proc, nor on how often the work was stopped. What is done waits in
-    FOLDER/parts, where the same call finds it. Old bins stay until the new ones are whole.
+    files.workplace(FOLDER), where the same call finds it. Old bins stay until the new ones are whole.
     """
-    folder, work = Path(folder), Path(folder) / 'parts' / 'bins'
+    with files.alone_in(folder):
+        return _prepare(Path(folder), source, tokenizer, split, seed, dedup, num_proc, shard_tokens, end, facts)
+
+
+def _prepare(folder, source, tokenizer, split, seed, dedup, num_proc, shard_tokens, end, facts):
+    work = files.workplace(folder) / 'bins'
     facts, shares = {**getattr(source, 'facts', {}), **facts}, check_split(split)
     dtype, eot, masked = bin_dtype(tokenizer.vocab_size), getattr(tokenizer, 'eot', None), bool(facts.get('masked'))
     of = [source.fingerprint, shares, seed, dedup, shard_tokens, end, facts, tokenizer.describe(), VERSION]

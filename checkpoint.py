@@ -75,18 +75,12 @@ def make_out_dir(out_dir):
     is open. Raises OSError."""
     try:
         os.makedirs(out_dir, exist_ok=True)
-        lock = open(Path(out_dir) / '.lock', 'w')
+        return files.lock(Path(out_dir) / '.lock')
+    except BlockingIOError:
+        raise OSError(f"another run is writing to out_dir={out_dir!r}; take another --out_dir") from None
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"out_dir={out_dir!r} can't be written to ({reason}); take another --out_dir") from None
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"another run is writing to out_dir={out_dir!r}; take another --out_dir") from None
-    except (ImportError, OSError):      # Windows; a network file system without locks
-        pass
-    return lock
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

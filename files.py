@@ -37,6 +37,55 @@ def replacing(path):
         raise
 
 
+_alone_in = set()
+
+
+def workplace(folder):
+    """Where what is being prepared in a dataset's folder waits until it is whole."""
+    return Path(folder) / '.preparing'
+
+
+def lock(path):
+    """Open a file that no other process can have locked like this until it is closed. Raises BlockingIOError, OSError."""
+    file = open(path, 'w')
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except (ImportError, OSError):      # Windows; a network file system without locks
+        pass
+    return file
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Make a dataset's folder and keep other processes from preparing it; a folder that stays empty goes. OSError."""
+    folder = Path(folder)
+    if folder in _alone_in:
+        yield
+        return
+    held = folder / '.lock'
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        locked = lock(held)
+    except BlockingIOError:
+        raise OSError(f"another process prepares {folder}: wait for its end, or take another name") from None
+    except OSError as error:
+        raise OSError(f"{folder} can't be written to: {error.strerror}") from None
+    _alone_in.add(folder)
+    try:
+        yield
+    finally:
+        _alone_in.discard(folder)
+        if os.listdir(folder) == [held.name]:
+            with contextlib.suppress(OSError):      # Windows removes nothing that is open
+                held.unlink()
+                folder.rmdir()
+        locked.close()
+
+
 def sync_folder(folder):
     """Put a folder's renames on the disk, where the system can."""
     with contextlib.suppress(OSError):      # Windows opens no folders

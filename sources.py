@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import files
 import textfiles
 from bins import Part
 from chat import Template
@@ -59,14 +60,19 @@ def open(words, field=None, document='file', template=None, folder=None, max_byt
     field: of rows, 'text' where it is None; a.b is b in a; two with a comma are what a user asks and an assistant answers,
     and one that holds messages is a conversation. document: what is one in a text: the file, a paragraph, a line.
     template: a chat template, chat.DEFAULT where it is None. folder: where the bins will be; standard input is copied into
-    its parts/, and what preparing has put there is no source. max_bytes: take only the beginning, about so much of the
+    its files.workplace, and the bins there are no source. max_bytes: take only the beginning, about so much of the
     files' size.
     """
     if document not in SEPARATORS:
         raise ValueError(f"document={document!r} is unknown: take {', '.join(SEPARATORS)}")
     folder = folder and Path(folder)
-    found = [file for word in words for file in textfiles.find(str(word), field, folder)]
-    return Files(found, field, document, template, folder, max_bytes)
+    named = [file for word in words for file in textfiles.find(str(word), field, folder)]
+    found = {}
+    for file in named:
+        found.setdefault(file.path.resolve(), file)
+    if twice := len(named) - len(found):
+        print(f"{twice:,} file(s) that the sources name more than once are taken once", flush=True)
+    return Files(list(found.values()), field, document, template, folder, max_bytes)
 
 
 class Files:
@@ -84,10 +90,10 @@ class Files:
         if len(self.fields) > 2 or not all(self.fields):
             raise ValueError(f"field={field!r} must be a name, or two with a comma: of what is asked, what is answered")
         if rows := [file for file in found if file.kind in ROWS]:
-            first = self._first_row(rows[0], folder)
+            first = next((row for file in rows if (row := self._first_row(file, folder))), {})
             if field is None and 'text' not in first and 'messages' in first:
                 self.fields = ['messages']
-            if len(self.fields) == 2 or isinstance(first.get(self.fields[0]), list):
+            if len(self.fields) == 2 or _is_conversation(first, self.fields[0]):
                 self.template = Template(template)
         if template and not self.template:
             raise ValueError("a template is for rows with messages, or for --field=ASKED,ANSWERED; there are no such rows")
@@ -112,12 +118,14 @@ class Files:
 
     def pieces(self, first=0):
         """From file number `first` on."""
-        left = self.max_bytes - sum(file.size for file in self.files[:first])
+        ends, number, read = [0, *accumulate(file.size for file in self.files)], first, 0
         for piece in self._pieces(first):
-            yield piece
-            left -= piece.size
-            if left <= 0:
+            if piece.file != number:
+                number, read = piece.file, 0
+            if ends[number] + read >= self.max_bytes:
                 return
+            yield piece
+            read += piece.size
 
     def _pieces(self, first):
         """Small files share a piece; a larger one has its pieces for itself."""
@@ -159,7 +167,7 @@ class Files:
 
     def _first_row(self, file, folder):
         """The first row of a file; of one of the Hub, kept for a command that was stopped when the file is gone again."""
-        kept = file.origin and folder / 'parts' / 'row.json'
+        kept = file.origin and files.workplace(folder) / 'row.json'
         if kept and kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))[0] == list(file.origin):
             return known[1]
         row = _first_row(fetched(file))
@@ -320,6 +328,12 @@ def _value(row, field):
             raise ValueError(f"there is no field {field!r}, only {there}: --field says which")
         value = value[key]
     return value
+
+
+def _is_conversation(row, field):
+    with contextlib.suppress(ValueError):
+        return isinstance(_value(row, field), list)
+    return False
 
 
 def _fetch_into(future, file):

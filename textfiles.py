@@ -39,8 +39,8 @@ class File(NamedTuple):
 def find(word, field=None, folder=None):
     """The Files that a word stands for: a file, a folder, a glob, `-`, owner/name[@revision][:folder or glob] on the Hub.
 
-    field: where it is given, .json and standard input hold rows. folder: in whose parts/ copies go; what preparing has put
-    there is no source. Raises ValueError or OSError.
+    field: where it is given, .json and standard input hold rows. folder: in whose files.workplace copies go; the bins there
+    are no source. Raises ValueError or OSError.
     """
     path = Path(word).expanduser()
     if word == '-':
@@ -64,7 +64,7 @@ def _walk(path, folder):
     own = Path(folder).resolve() if folder else None
     for root, folders, names in os.walk(path):
         is_own = Path(root).resolve() == own
-        folders[:] = [name for name in folders if not name.startswith('.') and not (is_own and name == 'parts')]
+        folders[:] = [name for name in folders if not name.startswith('.')]
         for name in names:
             left_out = name.startswith('.') or (is_own and (name == 'meta.json' or name.endswith(('.bin', '.mask'))))
             if not left_out and Path(root, name).is_file():     # no socket, no link to nowhere
@@ -88,7 +88,7 @@ def _kind(name, field):
 
 def _standard_input(field, folder):
     """Standard input as a file: a vocabulary is made by reading everything once more."""
-    path = Path(folder) / 'parts' / 'stdin'
+    path = files.workplace(folder) / 'stdin'
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"standard input: copying it to {path}", flush=True)
     try:
@@ -114,7 +114,7 @@ def _on_the_hub(word, field, folder):
         if mirror := hub.mirror_folder(repo):
             found = sorted((p.relative_to(mirror).as_posix(), p) for p in _walk(mirror, folder))
             return [_checked(_file(name, p, field)) for name, p in found if _is_wanted(name, part)]
-        pinned = Path(folder) / 'parts' / 'hub.json'
+        pinned = files.workplace(folder) / 'hub.json'
         commits = json.loads(pinned.read_text(encoding='utf-8')) if pinned.is_file() else {}
         commit, sizes = hub.listing(repo, commits.get(where) or revision or None)
     except OSError as error:
@@ -185,12 +185,42 @@ def reading(file):
                 except ImportError:
                     raise ValueError(f"{file.name} needs a package: pip install zstandard") from None
                 damages.append(zstandard.ZstdError)
-                unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield raw, io.BufferedReader(unpacked, BLOCK)
+                yield raw, io.BufferedReader(_Unpacked(_frames(raw, zstandard.ZstdDecompressor())), BLOCK)
             else:
                 yield raw, gzip.GzipFile(fileobj=raw) if file.packed else raw
     except tuple(damages) as error:
         raise ValueError(f"{file.name} is damaged: {error}") from None
+
+
+def _frames(raw, zstd):
+    """What a .zst file holds, block by block. EOFError where its end is missing: the library's own reader says nothing."""
+    frame = None
+    while block := raw.read(1 << 14):       # a block may hold a thousand times its size
+        while block:
+            frame = frame or zstd.decompressobj()
+            yield frame.decompress(block)
+            block, frame = frame.unused_data, None if frame.eof else frame
+    if frame:
+        raise EOFError("its end is missing")
+
+
+class _Unpacked(io.RawIOBase):
+    """An iterator of bytes as a file."""
+
+    def __init__(self, blocks):
+        self.blocks, self.left = blocks, b''
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.left:
+            if (block := next(self.blocks, None)) is None:
+                return 0
+            self.left = memoryview(block)
+        n = min(len(buffer), len(self.left))
+        buffer[:n], self.left = self.left[:n], self.left[n:]
+        return n
 
 
 def fetched(file):

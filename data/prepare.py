@@ -23,6 +23,7 @@ the new ones are whole.
 """
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def arguments(words):
     add('--field', help="of a row: which is its text (a.b: b in a), or ASKED,ANSWERED; default: text, or messages")
     add('--document', default='file', choices=sources.SEPARATORS, help="what is one in a text; default: file")
     add('--separator', metavar='TEXT', help="behind each document, where the tokenizer has no end-of-text token; default: "
-        "a newline, unless the document ends with one")
+        "a newline, unless the document ends with one; of a shell's: --separator=$'\\n\\n'")
     add('--template', metavar='FILE.json', help='of conversations: {"user": [before, after], "assistant": [before, after]}')
     add('--split', default='0.9,0.1', metavar='SHARES', help="of train and val, or train, val and test; default: 0.9,0.1")
     add('--seed', type=int, default=1337, help="of the split; default: 1337")
@@ -69,7 +70,7 @@ def arguments(words):
     training.add_argument('--model_type', help="of sentencepiece: bpe or unigram")
     training.add_argument('--character_coverage', type=float, metavar='SHARE')
     training.add_argument('--max_piece_length', type=int, metavar='N')
-    training.add_argument('--byte_fallback', type={'True': True, 'False': False}.__getitem__, metavar='True|False')
+    training.add_argument('--byte_fallback', choices=('True', 'False'))
     words = ['--dedup' if word == '--dedup=True' else word for word in words if word != '--dedup=False']
     asked = parser.parse_intermixed_args(words)
     for key, least in (('num_proc', 1), ('max_bytes', 1), ('shard_tokens', 0), ('train_bytes', 1), ('seed', 0)):
@@ -83,7 +84,7 @@ def folder_of(name):
     folder = DATA / name
     if Path(name).is_file():
         raise ValueError(f"{name} is a file: the new dataset's NAME comes first, then the sources")
-    if not Path(name).is_absolute() and DATA not in folder.resolve().parents:
+    if '..' in Path(name).parts or not Path(name).parts:
         raise ValueError(f"NAME={name} is not in {DATA}: take a plain name, or a folder's whole path")
     if (script := folder / 'prepare.py').is_file():
         raise ValueError(f"{folder} belongs to {script}, which makes its bins: take another NAME")
@@ -100,12 +101,15 @@ def template_of(path):
 
 
 def tokenizer_for(asked, source, folder):
-    """The tokenizer. One that has to read the text is kept in parts/, for a command that was stopped and goes on."""
+    """The tokenizer. One that has to read the text is kept, for a command that was stopped and goes on."""
     options = {key: getattr(asked, key) for key in TRAINING if getattr(asked, key) is not None}
+    if asked.byte_fallback:
+        options['byte_fallback'] = asked.byte_fallback == 'True'
     if asked.tokenizer != 'char' and not asked.tokenizer.startswith('train:'):
         return vocabulary.open(asked.tokenizer, **options)
     most = None if asked.tokenizer == 'char' else asked.train_bytes
-    kept, key = folder / 'parts' / 'tokenizer.json', [asked.tokenizer, options, most, asked.separator, source.fingerprint]
+    kept = files.workplace(folder) / 'tokenizer.json'
+    key = [asked.tokenizer, options, most, asked.separator, source.fingerprint]
     if kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))['of'] == key:
         return tokenizer.load(known['tokenizer'])
     print(f"tokenizer {asked.tokenizer}: reading the text for its vocabulary", flush=True)
@@ -130,19 +134,33 @@ def main(words):
     bins.check_split(shares)
     folder = folder_of(asked.name)
     template = template_of(asked.template) if asked.template else None
+    with files.alone_in(folder):
+        meta = make(asked, shares, folder, template)
+    if meta.get('masked'):
+        recipe, example = 'finetune_shakespeare', ' --init_from=gpt2'
+    else:
+        recipe, example = 'train_shakespeare' + '_char' * (meta['tokenizer']['kind'] in ('char', 'byte')), ''
+    print(f"now, for example: python train.py config/{recipe}.py{example} {shlex.quote(f'--dataset={asked.name}')} "
+          f"{shlex.quote(f'--out_dir=out-{folder.name}')}")
+
+
+def make(asked, shares, folder, template):
+    """Prepare what was asked for; returns the meta."""
     try:
         source = sources.open(asked.sources, asked.field, asked.document, template, folder, asked.max_bytes)
         own = tokenizer_for(asked, source, folder)
         if asked.separator is not None and getattr(own, 'eot', None) is not None:
             raise ValueError(f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out")
-    except ValueError:
-        if not (folder / 'parts' / 'bins').exists():    # nothing of an earlier run waits there
-            shutil.rmtree(folder / 'parts', ignore_errors=True)
+    except (ValueError, OSError) as error:
+        work = files.workplace(folder)
+        if isinstance(error, ValueError) and not (work / 'bins').exists():    # nothing of an earlier run waits there
+            shutil.rmtree(work, ignore_errors=True)
+        (work / 'stdin').unlink(missing_ok=True)
         raise
     if (folder / 'meta.json').is_file():
         print(f"{folder} has bins, which stay until these are whole, and are then replaced", flush=True)
-    bins.prepare(folder, source, own, shares, asked.seed, asked.dedup, asked.num_proc, asked.shard_tokens, asked.separator)
-    print(f"now: python train.py --dataset={asked.name}")
+    return bins.prepare(folder, source, own, shares, asked.seed, asked.dedup, asked.num_proc, asked.shard_tokens,
+                        asked.separator)
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ KNOWS = {       # module: the project's modules that it may import
     'models': {'model', 'layers'},
     'shards': {'tokenizer'}, 'dataset': {'shards'}, 'mixture': {'dataset'},
     'journal': {'files'}, 'bins': {'files', 'tokenizer', 'chat', 'journal'},
-    'textfiles': {'files', 'hub'}, 'sources': {'bins', 'chat', 'textfiles'},
+    'textfiles': {'files', 'hub'}, 'sources': {'bins', 'chat', 'files', 'textfiles'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
     'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora'},

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import COMMIT, ROOT
 
+import files
 import journal
 import sources
 import textfiles
@@ -51,8 +52,9 @@ def failure(capsys, *words):
 
 
 def contents(folder):
-    """{name: bytes} of everything in a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    """{name: bytes} of everything in a folder, but for the lock, which stays."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
+            if path.is_file() and path.name != '.lock'}
 
 
 def split_of(document, shares=('0.9', '0.1'), seed=1337):
@@ -432,7 +434,7 @@ def test_bins_that_lost_something_since_are_begun_anew(tmp_path, small_pieces, c
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(journal.Output, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(tmp_path / 'stopped', *corpus)
-    os.truncate(tmp_path / 'stopped/parts/bins/train-00001.bin', 10)
+    os.truncate(tmp_path / 'stopped/.preparing/bins/train-00001.bin', 10)
     prepare(tmp_path / 'stopped', *corpus)
     assert 'starting anew' in capsys.readouterr().out and contents(tmp_path / 'stopped') == contents(tmp_path / 'whole')
 
@@ -517,6 +519,18 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_bins(tmp_path, corpus, small
     assert contents(tmp_path / 'out') == contents(tmp_path / 'again')
 
 
+def test_what_lies_in_the_folder_already_stays_and_is_a_source_like_others(tmp_path):
+    (tmp_path / 'parts').mkdir()
+    for i in range(40):
+        (tmp_path / f'parts/{i}.txt').write_text(DOCUMENTS[i])
+    before = contents(tmp_path)
+    for _ in range(2):
+        prepare(tmp_path, tmp_path, tmp_path / 'parts', '--tokenizer=byte')     # named twice, taken once
+        splits = json.loads((tmp_path / 'meta.json').read_text())['splits']
+        assert splits['train']['documents'] + splits['val']['documents'] == 40
+        assert before.items() <= contents(tmp_path).items()
+
+
 # ---- what can be wrong -----------------------------------------------------------------------------------------------
 
 FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': 'text'.encode('utf-16'), 'zero.bin': b'a\0b',
@@ -580,6 +594,24 @@ def test_names_that_are_not_to_be_written(tmp_path, monkeypatch, capsys, name, m
     assert re.search(message, failure(capsys, name, 'in.txt', '--tokenizer=byte'))
 
 
+def test_a_zst_without_its_end_is_damaged(tmp_path, capsys):
+    packed = pytest.importorskip('zstandard').ZstdCompressor().compress(random.Random(0).randbytes(200_000).hex().encode())
+    (tmp_path / 'a.txt.zst').write_bytes(packed[:len(packed) // 2])
+    assert 'a.txt.zst is damaged: its end is missing' in failure(capsys, tmp_path / 'out', tmp_path / 'a.txt.zst',
+                                                                  '--tokenizer=byte')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('some words\n' * 99)
+    (tmp_path / 'out').mkdir()
+    held = files.lock(tmp_path / 'out/.lock')
+    assert 'another process prepares' in failure(capsys, tmp_path / 'out', tmp_path / 'a.txt', '--tokenizer=byte')
+    assert list(contents(tmp_path / 'out')) == []
+    held.close()
+    prepare(tmp_path / 'out', tmp_path / 'a.txt', '--tokenizer=byte')
+
+
 @pytest.mark.parametrize('package', ['zstandard', 'pyarrow'])
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys, package):
     path = tmp_path / {'zstandard': 'a.txt.zst', 'pyarrow': 'a.parquet'}[package]
@@ -613,7 +645,7 @@ def test_a_dataset_on_the_hub_is_read_file_by_file(tmp_path, hub, small_pieces, 
 
     def stopped(output, piece, encoded):
         nonlocal most
-        most = max(most, len([*(tmp_path / 'out/parts/hub').rglob('*.gz')]))
+        most = max(most, len([*(tmp_path / 'out/.preparing/hub').rglob('*.gz')]))
         if piece.file == 2:
             raise KeyboardInterrupt
         return real(output, piece, encoded)

@@ -91,7 +91,7 @@ def test_the_bins_are_plain_encodings_for_any_number_of_processes(roots, tmp_pat
         assert done.returncode == 0, done.stderr
         assert f'{len(CORPUS)} files, sha256 ' in done.stdout
         bins.append(contents(script.parent))
-    assert bins[0] == bins[1] and not (script.parent / 'parts').exists()
+    assert bins[0] == bins[1] and not (script.parent / '.preparing').exists()
 
     ranks = first_ranks(SIZE)
     for split in ('train', 'val'):

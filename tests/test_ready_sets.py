@@ -302,7 +302,7 @@ def test_a_set_of_the_hub_is_its_documents(of_the_hub, hub, tmp_path, monkeypatc
     assert found == {split: [text for text in TEXTS if text in found[split]] for split in found} and found['val']
     assert sorted(found['train'] + found['val']) == sorted(TEXTS)
     assert meta.get('hub') == ([f'own/set@{COMMIT}'] if where == 'the Hub' else None)
-    assert not (folder / 'parts').exists()
+    assert not (folder / '.preparing').exists()
     for split, facts in meta['splits'].items():
         shards = [np.fromfile(path, meta['dtype']).size for path in bins_in(folder, split)]
         assert facts['documents'] == len(found[split]) and facts['tokens'] == sum(shards)
