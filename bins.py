@@ -275,7 +275,8 @@ def _progress(total, done):
 
 def _tell(folder, meta, done, dedup):
     for split, of in meta['splits'].items():
-        print(f"{split}: {of['tokens']:,} tokens, {of['bytes']:,} bytes in {of['documents']:,} document(s), "
+        learned = f" ({of['learned']:,} of them learned)" if 'learned' in of else ''
+        print(f"{split}: {of['tokens']:,} tokens{learned}, {of['bytes']:,} bytes in {of['documents']:,} document(s), "
               f"{of['bytes'] / of['tokens']:.2f} bytes per token, sha256 {of['sha256']}")
     size, seconds = sum(of['bytes'] for of in meta['splits'].values()) / 1e6, max(done['seconds'], 1e-3)
     print(f"{folder}: {size:,.1f} MB in {seconds:,.1f} s, {size / seconds:,.2f} MB/s"

@@ -27,7 +27,7 @@ class Dataset:
 
     def __init__(self, name, block_size, batch_size, batches_per_step=1, seed=1337):
         self._settings(name, block_size, batch_size, batches_per_step, seed)
-        self.folder = ROOT / name
+        self.folder = folder_of(name)
         self.tokenizer, self.vocab_size, self.dtype, self.meta = read_meta(self.folder)
         self.shards = {split: Shards(self.folder, split, 'bin', self.dtype) for split in ('train', 'val', 'test')}
         if not self.shards['test'].paths:
@@ -171,6 +171,11 @@ class Dataset:
         """The first n tokens of a split, as a NumPy array."""
         return self._tokens(split, 0, n)
 
+    def opening(self):
+        """The ids that a sample can go on from: the first 32 to validate on, or those before the first that is learned."""
+        learned = np.flatnonzero(self.masks['val'].read(0, 10_000)) if self.masks else []
+        return self.first('val', learned[0] if len(learned) and learned[0] else 32).tolist()
+
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def eval_windows(self, split):
@@ -282,11 +287,16 @@ class RandomDataset(Dataset):
         return self._ids[split][start:start + n]
 
 
+def folder_of(name):
+    """data/NAME, or where there is none the folder whose path it is."""
+    return Path(name) if Path(name).is_dir() and not (ROOT / name).is_dir() else ROOT / name
+
+
 def open_dataset(name, *args):
     """RandomDataset for 'random', Documents where meta.json names a separator, else Dataset; the arguments are theirs."""
     if name == 'random':
         return RandomDataset(*args)
-    return (Documents if 'separator' in read_meta(ROOT / name)[3] else Dataset)(name, *args)
+    return (Documents if 'separator' in read_meta(folder_of(name))[3] else Dataset)(name, *args)
 
 
 def permute(places, n, keys):

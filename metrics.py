@@ -189,9 +189,12 @@ def plan(config, model, data, tokens_per_step, max_iters, iter_num):
                 f"{padded}{tokens_per_step:,} tokens, {data.epochs(max_iters * tokens_per_step)} in all")
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     part = f", {short(n_trained)} of them trained (lora_rank={c['lora_rank']})" if c.get('lora_rank') else ''
+    learned = data.meta.get('splits', {}).get('train', {}).get('learned')
+    learned = f" ({learned:,} of them learned)" if learned else ''
     return '\n'.join([
         f"model: {c['model']}, {short(model.num_params())} parameters{part}, from {c['init_from']}",
-        f"data: {c['dataset']}, {data.tokens['train']:,} tokens to train on, {data.tokens['val']:,} to validate on", todo])
+        f"data: {c['dataset']}, {data.tokens['train']:,} tokens to train on{learned}, {data.tokens['val']:,} to "
+        "validate on", todo])
 
 
 def evaluation_table(name, model, losses, data):

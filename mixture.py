@@ -7,18 +7,19 @@ remembered, a run resumes, and any number of processes and micro-batches see the
 import fractions
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 
 import dataset
-from dataset import Dataset
+from dataset import Dataset, folder_of
 
 
 def parse(words):
     """[(name, weight)] of what --dataset= says, the weights whole numbers; of one dataset [(name, 1)]. ValueError."""
     found = [re.fullmatch(r'\s*(.+):(\d*\.?\d+)\s*', word) for word in str(words).split(',')]
-    if len(found) == 1 or not any(found):
+    if len(found) == 1 or (not any(found) and folder_of(words).is_dir()):
         return [(words, 1)]
     if not all(found):
         raise ValueError(f"dataset={words!r}: a mixture is NAME:WEIGHT,NAME:WEIGHT, a weight behind each name")
@@ -109,8 +110,8 @@ class Mixture(Dataset):
         seen = [tokens * share * part.batch_tokens / self.batch_tokens for share, part in zip(self.shares, self.parts)]
         return ', '.join(f"{part.epochs(n)} of {part.name}" for part, n in zip(self.parts, seen))
 
-    def first(self, split, n):
-        return self.parts[0].first(split, n)
+    def opening(self):
+        return self.parts[0].opening()
 
     def _limits(self, limit):
         """The batches of each dataset in an evaluation of at most `limit`: by weight, but at least one."""
@@ -152,4 +153,8 @@ def open_one(words):
     if len(parts := parse(words)) > 1:
         raise ValueError(f"{words} is a mixture: give one of them, as --dataset={parts[0][0]}")
     dataset.prepare_if_small(words)
-    return Dataset(words, 1, 1)
+    data = Dataset(words, 1, 1)
+    if data.masks:
+        print(f"{data.folder} marks what is learned: evaluated is all of its text, not as in training that alone",
+              file=sys.stderr)
+    return data

@@ -326,4 +326,4 @@ if is_stopped:
     sys.exit(128 + (stop.signal or signal.SIGTERM))
 if parallel.IS_MASTER and data.tokenizer:
     with ctx:
-        generate.closing_sample(lora.merge(model), data.tokenizer, data.first('val', 32).tolist(), out_dir, data.meta)
+        generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)

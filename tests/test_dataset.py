@@ -166,18 +166,27 @@ def test_every_dataset_gets_its_share_of_any_rows_one_after_the_other(weights):
 
 @pytest.mark.parametrize('words, expected', [
     ('a:0.7,b:0.3', [('a', 7), ('b', 3)]), ('a:1, /x/b:.5 ,c:2', [('a', 2), ('/x/b', 1), ('c', 4)]),
-    (r'C:\a:1,C:\b:1', [(r'C:\a', 1), (r'C:\b', 1)]), ('a', [('a', 1)]), (r'C:\a', [(r'C:\a', 1)]), ('a,b', [('a,b', 1)])])
+    (r'C:\a:1,C:\b:1', [(r'C:\a', 1), (r'C:\b', 1)]), ('a', [('a', 1)]), (r'C:\a', [(r'C:\a', 1)])])
 def test_how_a_mixture_is_said(words, expected):
     assert parse(words) == expected
 
 
 @pytest.mark.parametrize('words, message', [
-    ('a:0.7,b', 'a mixture is NAME:WEIGHT,NAME:WEIGHT'), ('a:1,b:0', 'weights must be above 0'), ('a:0,b:0', 'above 0'),
+    ('a:0.7,b', 'a mixture is NAME:WEIGHT,NAME:WEIGHT'), ('a,b', 'a weight behind each name'),
+    ('a:1,b:0', 'weights must be above 0'), ('a:0,b:0', 'above 0'),
     ('a:1,a:2', 'names a dataset twice'), ('a:0.1234567,b:1', 'take fewer digits'),
     ('a:1,b:-1', 'a weight behind each name')])
 def test_a_mixture_that_makes_no_sense(words, message):
     with pytest.raises(ValueError, match=message):
         parse(words)
+
+
+def test_a_dataset_is_also_a_path_from_where_one_is(tmp_path, monkeypatch):
+    (tmp_path / 'here').mkdir()
+    write(tmp_path / 'here/set, too', {'train': range(99), 'val': range(99)})
+    monkeypatch.chdir(tmp_path / 'here')
+    for name in ('set, too', '../here/set, too', str(tmp_path / 'here/set, too')):
+        assert open_dataset(name, 8, 2).tokens['train'] == 99
 
 
 @pytest.fixture

@@ -531,6 +531,36 @@ def test_what_lies_in_the_folder_already_stays_and_is_a_source_like_others(tmp_p
         assert before.items() <= contents(tmp_path).items()
 
 
+@pytest.mark.parametrize('field', ['messages', 'a.messages'])
+def test_an_empty_file_says_nothing_about_the_rows_of_others(tmp_path, field):
+    row = {'messages': [{'role': 'user', 'content': 'a?'}, {'role': 'assistant', 'content': 'b.'}]}
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in/a.jsonl').write_text('')
+    (tmp_path / 'in/b.jsonl').write_text(json.dumps({'a': row, **row}) + '\n')
+    assert sources.open([tmp_path / 'in'], field, folder=tmp_path / 'out').facts['masked']
+
+
+def test_max_bytes_ends_at_the_same_piece_wherever_it_goes_on(tmp_path):
+    for i in range(4):
+        (tmp_path / f'{i}.txt').write_text('\n' * 3_000_000 if i == 1 else 'word\n' * 500_000)
+    source = sources.open([tmp_path], document='line', folder=tmp_path / 'out', max_bytes=6_500_000)
+    pieces = list(source.pieces())
+    for first in {piece.file for piece in pieces}:
+        assert list(source.pieces(first)) == [piece for piece in pieces if piece.file >= first]
+    assert {piece.file for piece in pieces} == {0, 2} and sum(len(chunk.data) for p in pieces for chunk in p.chunks) > 2e6
+
+
+def test_a_name_in_data_may_be_a_link_to_another_disk(tmp_path, monkeypatch):
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/big').symlink_to(tmp_path / 'disk')
+    monkeypatch.setitem(COMMAND['folder_of'].__globals__, 'DATA', tmp_path / 'data')
+    assert COMMAND['folder_of']('big') == tmp_path / 'data/big'
+    for name in ('../big', '.', 'x/../../big'):
+        with pytest.raises(ValueError, match='is not in'):
+            COMMAND['folder_of'](name)
+
+
 # ---- what can be wrong -----------------------------------------------------------------------------------------------
 
 FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': 'text'.encode('utf-16'), 'zero.bin': b'a\0b',
@@ -565,6 +595,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': '
     (['good.txt', '--num_proc=0'], 'num_proc=0 must be at least 1'),
     (['good.txt', '--tokenizer=gpt3'], 'gpt3'),
     (['good.txt', '--byte_fallback=True'], 'byte_fallback'),
+    (['good.txt', '--byte_fallback=true'], 'byte_fallback'),
     (['good.txt', '--template=good.txt'], r'good\.txt is no JSON'),
     (['good.txt', '--fiel=x'], 'unrecognized arguments: --fiel=x'),
     (['good.txt', '--document=page'], 'page'),
