@@ -195,7 +195,7 @@ def _encode(piece):
 
 def _encode_all(output, source, tokenizer, encoder, num_proc):
     if num_proc is None:    # a process takes as long to start as 4 MB to encode
-        num_proc = min(_cores(), 1 + (source.size or 1 << 40) // (1 << 22))
+        num_proc = min(_cores(), 61, 1 + (source.size or 1 << 40) // (1 << 22))
     with _progress(source.size, output.done['size']) as advance, _workers(num_proc, encoder, tokenizer) as submit:
         waiting = deque()
         for piece in output.left_of(source):

@@ -27,10 +27,11 @@ class Template:
         self.description = {role: list(pair) for role, pair in self.description.items()}
         marks = [text.strip() for pair in self.description.values() for text in pair]
         self.marks = [mark for mark in dict.fromkeys(marks) if mark]
-        if not self.description[ASSISTANT][0].strip():
-            raise ValueError('the template\'s "assistant" begins with nothing: a model could not tell where to answer')
-        end, begins = self.description[ASSISTANT][1], [before.rstrip() for before, _ in self.description.values()]
-        self.stops = [text for text in dict.fromkeys([end.rstrip() or end, end.strip(), *begins]) if text]
+        if not self.description[USER][1].strip() and not self.description[ASSISTANT][0].strip():
+            raise ValueError('nothing stands between the template\'s "user" and its "assistant": a model could not tell '
+                             "where to answer")
+        end, others = self.description[ASSISTANT][1], [text.rstrip() for pair in self.description.values() for text in pair]
+        self.stops = [text for text in dict.fromkeys([end.rstrip() or end, end.strip(), *others]) if text]
 
     def parts(self, row, fields=()):
         """[(text, is_learned)] of a row: its "messages", [{"role", "content"}], or the values of its two `fields`, what the

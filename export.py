@@ -67,6 +67,8 @@ with user_errors():
         print(f"{folder} has no tokenizer: the model does not say which its {n_vocab} ids belong to")
     elif model.tokenizer.vocab_size < n_vocab:
         print(f"vocab_size is {model.tokenizer.vocab_size} there: the {n_vocab} here are padded, for speed")
+    if getattr(model, 'template', None):
+        print("the chat template stays with the run: `sample.py --chat` needs the run itself")
     if model.config.eot >= 0:
         print(f"the model keeps documents apart (eot={model.config.eot}); transformers does not: give it one at a time")
     n_bytes = sum(file.stat().st_size for file in path.iterdir())

@@ -189,7 +189,8 @@ class Output:
         for (split, facts), share in zip(self.done['splits'].items(), shares):
             if facts['tokens'] < 2:
                 raise ValueError(f"none of the {n:,} document(s) fell to {split}, whose share is {share}: take smaller "
-                                 "ones (--document=paragraph or line), another --split or another --seed")
+                                 "ones (--document=paragraph or line), another --split or --seed, or make them one text, "
+                                 "which is divided by position: cat FILES | python data/prepare.py NAME -")
         self.save()
         meta = {**meta, 'splits': {split: self._facts(split) for split in self.splits}}
         with files.replacing(self.folder / 'meta.json') as file:

@@ -91,10 +91,13 @@ class Files:
             raise ValueError(f"field={field!r} must be a name, or two with a comma: of what is asked, what is answered")
         if rows := [file for file in found if file.kind in ROWS]:
             first = next((row for file in rows if (row := self._first_row(file, folder))), {})
-            if field is None and 'text' not in first and 'messages' in first:
+            is_chat = field is None and 'text' not in first and 'messages' in first
+            if is_chat:
                 self.fields = ['messages']
-            if len(self.fields) == 2 or _is_conversation(first, self.fields[0]):
+            if is_chat or len(self.fields) == 2 or _is_conversation(first, self.fields[0]):
                 self.template = Template(template)
+        elif field:
+            raise ValueError(f"field={field!r} is of rows, which .jsonl and .parquet files have: {found[0].name} is text")
         if template and not self.template:
             raise ValueError("a template is for rows with messages, or for --field=ASKED,ANSWERED; there are no such rows")
         self.facts = {'masked': True, 'template': self.template.description} if self.template else {}
@@ -202,6 +205,8 @@ class Files:
         try:
             if not self.template:
                 text = _value(row, self.fields[0])
+                if text is None:        # as large datasets have here and there: an empty document, which is passed over
+                    return ''
                 if not isinstance(text, str):
                     raise ValueError(f"its {self.fields[0]!r} is no text but {json.dumps(text, default=str)[:40]}")
                 return text
@@ -361,13 +366,14 @@ def _parquet(file, fields):
         for column in columns:
             if column not in names:
                 raise ValueError(f"{file.name} has no column {column!r}, only {', '.join(names)}: --field says which")
-        group, n = found.metadata.row_group(0) if found.num_row_groups else None, found.metadata.num_rows
-        size = sum(column.total_uncompressed_size for column in (group.column(i) for i in range(group.num_columns))
-                   if column.path_in_schema.split('.')[0] in columns) if group else 0
-        line = 1
-        for batch in found.iter_batches(max(1, PIECE * group.num_rows // max(1, size)) if group else 1, columns=columns):
-            yield Chunk(file.name, file.kind, batch.to_pylist(), file.size * (line - 1 + len(batch)) // n, line)
-            line += len(batch)
+        n, line = found.metadata.num_rows, 1
+        for i in range(found.num_row_groups):
+            group = found.metadata.row_group(i)
+            size = sum(column.total_uncompressed_size for column in map(group.column, range(group.num_columns))
+                       if column.path_in_schema.split('.')[0] in columns)
+            for batch in found.iter_batches(max(1, PIECE * group.num_rows // max(1, size)), [i], columns):
+                yield Chunk(file.name, file.kind, batch.to_pylist(), file.size * (line - 1 + len(batch)) // n, line)
+                line += len(batch)
 
 
 @contextlib.contextmanager

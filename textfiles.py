@@ -135,7 +135,8 @@ def _on_the_hub(word, field, folder):
 def _is_wanted(name, part):
     """Whether a file of a dataset is text or rows, and in the folder `part` or called as that glob says."""
     is_text = re.search(r'\.(parquet|(jsonl|ndjson|jsonlines|txt)(\.gz|\.zst)?)$', name.lower())
-    return is_text and (not part or fnmatch.fnmatch(name, part) or name.startswith(part.rstrip('/') + '/'))
+    is_inside = not re.search(r'(^|/)\.\.(/|$)|^/|[\\:]', name)      # a server's word: it may not lead out of the folder
+    return is_text and is_inside and (not part or fnmatch.fnmatch(name, part) or name.startswith(part.rstrip('/') + '/'))
 
 
 def _checked(file):

@@ -25,6 +25,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -164,5 +165,6 @@ def make(asked, shares, folder, template):
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # stops it as Ctrl-C does
     with user_errors():
         main(sys.argv[1:])

@@ -213,3 +213,10 @@ def test_chat_needs_a_template(sample, parrot, tmp_path):
     with pytest.raises(SystemExit) as end:
         sample('--chat=True', '--start=Hi', source=tmp_path / 'ckpt.pt')
     assert end.value.code == 2
+
+
+def test_an_answer_ends_at_any_mark_so_that_the_dialogue_can_go_on():
+    template = Template({'user': ['[INST] ', ' [/INST]'], 'assistant': [' ', '</s>']})      # Llama 2's
+    assert {'</s>', ' [/INST]', '[INST]'} <= set(template.stops)
+    with pytest.raises(ValueError, match='nothing stands between'):
+        Template({'user': ['Q: ', '\n'], 'assistant': ['', '\n']})

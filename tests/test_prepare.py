@@ -457,9 +457,11 @@ def test_bins_that_are_replaced_only_in_part_are_refused(tmp_path, small_pieces,
 
 
 SCRIPT = f"""if True:
-    import runpy, sys
+    import runpy, sys, time
     sys.path.insert(0, {str(ROOT)!r})
     import journal, sources
+    save = journal.Output.save
+    journal.Output.save = lambda output: (save(output), time.sleep(0.01))       # or it would be done before it is killed
     sources.PIECE, sources.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None
     sys.argv[0] = {str(ROOT / 'data/prepare.py')!r}
     runpy.run_path(sys.argv[0], run_name='__main__')"""
@@ -540,6 +542,21 @@ def test_an_empty_file_says_nothing_about_the_rows_of_others(tmp_path, field):
     assert sources.open([tmp_path / 'in'], field, folder=tmp_path / 'out').facts['masked']
 
 
+def test_a_row_without_a_text_is_passed_over_and_no_batch_is_larger_than_its_row_group(tmp_path):
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    texts = [*'abcdefgh', None, *(letter * 500_000 for letter in 'ijkl')]
+    parquet.write_table(pyarrow.table({'text': texts}), tmp_path / 'a.parquet', row_group_size=3)
+    source = sources.open([tmp_path / 'a.parquet'], folder=tmp_path / 'out')
+    pieces = list(source.pieces())
+    assert [text for piece in pieces for _, text in source.read(piece)] == [text or '' for text in texts]
+    assert max(len(chunk.data) for piece in pieces for chunk in piece.chunks) <= 3
+
+
+@pytest.mark.parametrize('name', ['../../private.txt', '/private.txt', 'a/../../private.txt', 'C:\\private.txt'])
+def test_a_servers_names_lead_nowhere_else(name):
+    assert textfiles._is_wanted('a..b/private.txt', '') and not textfiles._is_wanted(name, '')
+
+
 def test_max_bytes_ends_at_the_same_piece_wherever_it_goes_on(tmp_path):
     for i in range(4):
         (tmp_path / f'{i}.txt').write_text('\n' * 3_000_000 if i == 1 else 'word\n' * 500_000)
@@ -583,7 +600,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': '
     (['other.jsonl'], r"other\.jsonl, line 1: there is no field 'text', only body, id: --field says which"),
     (['other.jsonl', '--field=body.x'], r"no field 'body\.x'"),
     (['other.jsonl', '--field=a,b,c'], 'must be a name, or two'),
-    (['null.jsonl'], r"null\.jsonl, line 1: its 'text' is no text but null"),
+    (['null.jsonl'], 'no text in the sources'),
     (['deep.jsonl'], r"deep\.jsonl, line 10000: its 'text' is no text but 5"),
     (['broken.txt.gz'], r'broken\.txt\.gz is damaged'),
     (['not.txt.gz'], r'not\.txt\.gz is damaged'),
