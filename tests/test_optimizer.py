@@ -188,7 +188,7 @@ def test_two_processes_learn_what_one_does(text_folder, tmp_path, model, dtype, 
         tmp_path / '1/ckpt.pt')['model_args']).state_dict().items() if k in one)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', [pytest.param('float32', marks=pytest.mark.campaign), 'bfloat16'])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(text_folder, tmp_path, dtype):
     settings = [*MUON, f'--dtype={dtype}', '--model=modern', '--ngram=3', '--ngram_rows=64', '--ngram_dropout=0.5',
                 f'--dataset={text_folder}']
