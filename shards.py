@@ -7,9 +7,8 @@ import re
 
 import numpy as np
 
-from tokenizer import check_description, describe_meta_pkl
+from tokenizer import GPT2, check_description, describe_meta_pkl
 
-GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
 OPEN = 32       # files of one array that are held open: a process may have 256 in all on macOS
 
 
