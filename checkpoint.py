@@ -22,12 +22,17 @@ import files
 import huggingface
 import lora
 import models
+import optimizer as optimizers
 import tokenizer
 import tokenizer_files
 
 SUMS = 'sums.json'
 FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'evaluation.json', 'tensorboard',
-         'health.jsonl', 'health.png')
+         'health.jsonl', 'health.png', 'preempted')
+# Where a run is, besides its step: the step of the last evaluation, evaluations since the best one, times, clipped gradients,
+# how many steps the data are ahead (guard.py), what the guard has seen.
+PROGRESS = dict(evaluated=-1, bad_evals=0, wall_seconds=0.0, train_seconds=0.0, wandb_id=None, clipped=0, data_offset=0,
+                guard=None)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -52,15 +57,24 @@ def save(out_dir, name, state):
         if name == 'ckpt.pt' and (folder / name).exists():
             os.replace(folder / name, folder / 'ckpt.prev.pt')
         os.replace(fresh, folder / name)
+        if any(folder.glob('shards-*')):
+            import fsdp     # takes a second
+            fsdp.tidy(folder, {shards['folder'] for file in ('ckpt.pt', 'ckpt.prev.pt') if (shards := _shards(folder / file))})
     finally:
         fresh.unlink(missing_ok=True)
     files.sync_folder(folder)
 
 
+def _shards(path):
+    """What a checkpoint file says about the parts beside it that the processes of FSDP wrote; None: it has all in it."""
+    with contextlib.suppress(Exception):    # not there, or damaged
+        return torch.load(path, map_location='meta', weights_only=True).get('shards')
+
+
 def set_aside(out_dir):
     """Move an earlier run's files in out_dir to out_dir/earlier-N; returns that folder, or None where there was no run."""
     folder = Path(out_dir)
-    there = [name for name in FILES if (folder / name).exists()]
+    there = [name for name in FILES if (folder / name).exists()] + [path.name for path in folder.glob('shards-*')]
     if not any(name.endswith('.pt') for name in there):
         return None
     aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
@@ -75,7 +89,9 @@ def make_out_dir(out_dir):
     is open. Raises OSError."""
     try:
         os.makedirs(out_dir, exist_ok=True)
-        return files.lock(Path(out_dir) / '.lock')
+        lock = files.lock(Path(out_dir) / '.lock')
+        (Path(out_dir) / 'preempted').unlink(missing_ok=True)
+        return lock
     except BlockingIOError:
         raise OSError(f"another run is writing to out_dir={out_dir!r}; take another --out_dir") from None
     except OSError as error:
@@ -121,6 +137,10 @@ def read(path):
     except Exception as error:      # zipfile's, pickle's and torch's errors: the file is not what it should be
         raise ValueError(f"{path} is damaged or no checkpoint: {' '.join(str(error).split())[:160] or type(error).__name__}"
                          ) from None
+    if isinstance(state, dict) and 'shards' in state:
+        import fsdp
+        state['shards']['out_dir'] = str(path.parent)
+        fsdp.verify(path.parent, state['shards'])
     if not (_has(state, {'model': dict, 'model_args': dict})
             and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state['model'].items())):
         raise ValueError(f"{path} is no checkpoint of a run: it has no 'model' and 'model_args'")
@@ -141,6 +161,23 @@ def _read_resumable(path):
     if not _has({'progress': {}, 'resolved': {}, **state}, {'progress': dict, 'resolved': dict}):
         raise ValueError(f"{path} is damaged: its 'progress' or 'resolved' is not what a run saves")
     return state
+
+
+def begin(init_from, out_dir):
+    """(what a run starts from, the state that it resumes or None) of the setting init_from. Raises OSError, ValueError.
+
+    auto: resume, if out_dir has a checkpoint that verifies, else from scratch; auto:SOURCE: else from SOURCE.
+    """
+    start, _, otherwise = init_from.partition(':')
+    if start == 'auto':
+        try:
+            return 'resume', read_latest(out_dir)
+        except FileNotFoundError:
+            return otherwise or 'scratch', None
+        except ValueError as error:
+            print(f"{error}; starting afresh", flush=True)
+            return otherwise or 'scratch', None
+    return init_from, read_latest(out_dir) if init_from == 'resume' else None
 
 
 def read_latest(out_dir):
@@ -193,7 +230,8 @@ def model_config(values):
 
     Raises ValueError where they ask for what it does not have.
     """
-    name, folder = values['model'], values['out_dir'] if values['init_from'] == 'resume' else values['init_from']
+    name, init_from = values['model'], values['init_from']
+    folder = values['out_dir'] if init_from == 'resume' or init_from.split(':')[0] == 'auto' else init_from
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # else what is wrong there is said later
         name = json.loads(Path(folder, 'config.json').read_text())['model']
     Config = models.architecture(name).Config
@@ -203,14 +241,40 @@ def model_config(values):
     return Config
 
 
-def restore(state, settings=None):
+def take_up(state, model, optimizer, scaler):
+    """Put a checkpoint's weights and moments in their places; returns (iter_num, best_val_loss, progress).
+
+    Raises ValueError where they are of something else.
+    """
+    if hasattr(model, 'set_requires_gradient_sync'):
+        import fsdp
+        fsdp.load(state, model, optimizer)
+    else:
+        model.load_state_dict(_whole(state)['model'])
+        if optimizer:
+            optimizers.load(optimizer, state['optimizer'])
+    scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
+    return int(state['iter_num']), float(state['best_val_loss']), PROGRESS | state.get('progress', {})
+
+
+def _whole(state):
+    """The state with all its tensors, in place, those included that lie in parts beside the checkpoint."""
+    if shards := state.pop('shards', None):
+        import fsdp
+        state.update(fsdp.whole(shards['out_dir'], shards))
+    return state
+
+
+def restore(state, settings=None, parallel='ddp'):
     """(model, tokenizer description or None) of a checkpoint's content, on the CPU. nanoGPT's checkpoints work too.
     Of a run with lora_rank it is the model as it trains; the model's `template` is the chat template of the run's data.
 
-    settings: train.py's; of them it takes the Config fields that may change (models.FREE), such as dropout.
+    settings: train.py's; of them it takes the Config fields that may change (models.FREE), such as dropout. parallel:
+    'fsdp' leaves weights that lie in parts beside the checkpoint to `take_up`.
     """
     Model = models.architecture(state.get('model_name', 'gpt'))
-    weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
+    is_apart = parallel == 'fsdp' and 'shards' in state
+    weights = {k.removeprefix('_orig_mod.'): v for k, v in (state if is_apart else _whole(state))['model'].items()}
     if 'model_name' not in state:       # nanoGPT's; on old torch versions it kept its causal mask among the weights
         weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
     free = _free(Model.Config, settings)
@@ -219,11 +283,13 @@ def restore(state, settings=None):
                          "without it are different weights: leave it out")
     try:
         model = Model(Model.Config(**state['model_args'] | free))
-        lora.add(model, lora.rank_of(weights))
-        model.load_state_dict(weights)
+        lora.add(model, state['config'].get('lora_rank', 0) if is_apart else lora.rank_of(weights))
+        if not is_apart:
+            model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's weights and model_args are not a {Model.__name__}'s: "
                          f"{' '.join(str(error).split())[:200]}") from None
+    state['model'] = weights
     description = state.get('tokenizer')
     if not description and 'model_name' not in state:
         config = state.get('config')

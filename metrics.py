@@ -32,14 +32,18 @@ class Metrics:
         if not on:
             return
         self.path = Path(out_dir) / 'metrics.jsonl'
-        self.kept = [line for line in self._lines() if _is_before(line, start_iter, done_eval)]
-        with files.replacing(self.path) as file:
-            file.writelines(line.encode() + b'\n' for line in self.kept)
+        self.kept = self._keep_until(start_iter, done_eval)
         if sys.stderr.isatty():
             self.bar = tqdm(total=max_iters, initial=start_iter, unit='it', dynamic_ncols=True, smoothing=0.05)
 
     def _lines(self):
         return self.path.read_text(encoding='utf-8', errors='replace').splitlines() if self.path.exists() else []
+
+    def _keep_until(self, start_iter, done_eval):
+        kept = [line for line in self._lines() if _is_before(line, start_iter, done_eval)]
+        with files.replacing(self.path) as file:
+            file.writelines(line.encode() + b'\n' for line in kept)
+        return kept
 
     def start(self, config, loggers, wandb_id=None):
         """Write config.json, and log to `loggers` too: a line says which can't be had. wandb_id: of a resumed run.
@@ -142,6 +146,33 @@ class Metrics:
         self.say(f"step {record['iter']}: train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}{bpb}, "
                  f"{seconds(record['train_seconds'])} of training")
         self.log(record)
+
+    def stopped(self, out_dir, iter_num, is_saved):
+        """A signal has ended the run: say how it goes on, and leave the file `preempted` for whoever started it."""
+        done = f"saved at step {iter_num}" if is_saved else (
+            f"stopped at step {iter_num}, not saved, since its last update was left out: the checkpoint before it stands")
+        self.say(f"{done}; to go on: python train.py --init_from=resume --out_dir={out_dir}")
+        if self.on:
+            with files.replacing(self.path.with_name('preempted')) as file:
+                file.write(f"{done}\n".encode())
+
+    def skipped(self, step, loss, count):
+        """Print and log that a step's update was left out, the count-th one."""
+        self.say(f"step {step}: loss {loss:.4f}, a spike or no number: its update is left out ({count} so far)")
+        self.log(dict(iter=step, bad_loss=loss, skipped=count))
+
+    def rewind(self, iter_num, progress):
+        """The run goes on from iter_num again: what was logged since is taken back, and a line says why."""
+        if not self.on:
+            return
+        at, offset = progress['diverged_at'], progress['data_offset']
+        self._keep_until(iter_num, progress['evaluated'])
+        self.say(f"diverged before step {at}: back to the checkpoint of step {iter_num}, and from there on with the data "
+                 f"{offset} steps ahead")
+        self.log(dict(iter=iter_num - 1, diverged_at=at, data_offset=offset))
+        if self.bar is not None:
+            self.bar.reset(self.bar.total)
+            self.bar.update(iter_num)
 
     def close(self):
         if self.bar is not None:

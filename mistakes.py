@@ -1,13 +1,19 @@
 """How a script ends on a user's mistake: one line on stderr, exit code 2. Apart from runtime.py, which loads torch."""
 import contextlib
+import json
 import os
 import signal
 import sys
+import time
 
 
 def fail(message):
     """End the script on a user's mistake: one line on stderr, exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    line = ' '.join(str(message).split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):       # where torchrun looks for what to say at its end
+        with contextlib.suppress(OSError), open(path, 'w') as file:
+            json.dump({'message': line, 'timestamp': int(time.time())}, file)
     raise SystemExit(2)
 
 

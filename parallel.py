@@ -2,6 +2,7 @@
 import contextlib
 import gc
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -12,19 +13,25 @@ LOCAL_WORLD_SIZE = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 IS_MASTER = RANK == 0
 
 
-def start(backend, device):
+def start(backend, device, kind='ddp'):
     """Join the other processes that torchrun started; returns this one's device. Raises ValueError.
 
-    backend: 'nccl', 'gloo', or 'auto', which is nccl on CUDA and gloo elsewhere.
+    backend: 'nccl', 'gloo', or 'auto', which is nccl on CUDA and gloo elsewhere. kind: 'ddp', where each has the whole
+    model, or 'fsdp', where each has a part of it.
     """
     if backend not in ('auto', 'nccl', 'gloo'):
         raise ValueError(f"backend={backend!r} is unknown: take auto, nccl or gloo")
+    if kind not in ('ddp', 'fsdp'):
+        raise ValueError(f"parallel={kind!r} is unknown: take ddp or fsdp")
     if WORLD_SIZE == 1 and 'RANK' not in os.environ:
+        if kind == 'fsdp':
+            raise ValueError("parallel='fsdp' is for processes that torchrun starts: torchrun --standalone "
+                             "--nproc_per_node=N train.py …")
         return device
-    kind = device.split(':')[0]
-    if kind == 'mps':
+    type_ = device.split(':')[0]
+    if type_ == 'mps':
         raise ValueError("several processes cannot share an MPS device: leave torchrun out, or take --device=cpu")
-    if kind == 'cuda':
+    if type_ == 'cuda':
         if LOCAL_RANK >= torch.cuda.device_count():
             raise ValueError(f"{LOCAL_WORLD_SIZE} processes on {torch.cuda.device_count()} GPU(s): one each is the most")
         device = f'cuda:{LOCAL_RANK}'
@@ -32,16 +39,35 @@ def start(backend, device):
     elif os.environ.get('OMP_NUM_THREADS') == '1':      # torchrun's default, which leaves cores idle
         del os.environ['OMP_NUM_THREADS']
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE))
-    use_nccl = kind == 'cuda' and backend != 'gloo'
+    use_nccl = type_ == 'cuda' and backend != 'gloo'
     dist.init_process_group('cpu:gloo,cuda:nccl' if use_nccl else 'gloo')   # numbers always travel by gloo, see total
     return device
 
 
-def wrap(model, device):
-    """The module to train through: `model` itself, or DDP around it, which averages gradients over processes."""
+def wrap(model, device, kind='ddp'):
+    """Put `model` on the device; returns the module to train through. What `start` joined, `kind` shares out.
+
+    That is `model` itself; DDP around it, which averages gradients over processes; or, with 'fsdp', `model` in parts.
+    """
+    if kind == 'fsdp':
+        import fsdp
+        return fsdp.shard(model, device)
+    model.to(device)
     if not dist.is_initialized() or not any(p.requires_grad for p in model.parameters()):
         return model
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.startswith('cuda') else None)
+
+
+def compiled(model):
+    """The parts of a model to compile: all of it, or with FSDP each block, between which parameters come and go."""
+    blocks = [block for part in model.modules() if isinstance(part, torch.nn.ModuleList) for block in part]
+    return blocks if blocks and hasattr(model, 'set_requires_gradient_sync') else [model]
+
+
+def clip_gradients(model, most):
+    """Scale the gradients down to the norm `most`, all together; returns the norm they had, the same in all processes."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 
 
 def share(n):
@@ -50,9 +76,31 @@ def share(n):
 
 
 def exchange_gradients(model, flag):
-    """Whether DDP's next backward pass exchanges gradients: only the last one of a step needs to."""
+    """Whether the next backward pass exchanges gradients: only the last one of a step needs to."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model.require_backward_grad_sync = flag
+    elif hasattr(model, 'set_requires_gradient_sync'):      # FSDP's
+        model.set_requires_gradient_sync(flag)
+
+
+def tensors(model, optimizer, out_dir, step):
+    """What a checkpoint of `step` keeps of a model and its optimizer (None: of the model alone); every process asks.
+
+    With FSDP the master gets the whole model where it is alone; else each process writes its part beside the checkpoint.
+    """
+    if not hasattr(model, 'set_requires_gradient_sync'):
+        return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict())
+    import fsdp
+    if optimizer is None:
+        return dict(model=fsdp.full(model), optimizer=None)
+    return dict(model={}, optimizer=None, shards=fsdp.write(out_dir, step, model, optimizer))
+
+
+def summed(value):
+    """A tensor on the device, summed over all processes there; no CPU waits for it."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def total(values):
@@ -63,9 +111,34 @@ def total(values):
     return values.tolist()
 
 
-def anyone(flag):
-    """Whether `flag` is true on any process: what all of them must decide alike."""
-    return total([float(flag)])[0] > 0 if dist.is_initialized() else flag
+def anyone(*flags):
+    """For each flag whether it is true on any process: what all of them must decide alike. One flag: a bool, else a list."""
+    found = [count > 0 for count in total([float(flag) for flag in flags])] if dist.is_initialized() else list(flags)
+    return found[0] if len(found) == 1 else found
+
+
+def check_same(value, what):
+    """Raises ValueError where `value`, a number, is not the same in all processes; `what` says what is wrong then."""
+    low, high = torch.tensor(float(value)), torch.tensor(float(value))
+    if dist.is_initialized():
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+    if low != high:
+        raise ValueError(what)
+
+
+@contextlib.contextmanager
+def lost_peers():
+    """When another process is gone, this one ends with a line and at once: what it still shares with that would wait."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+            raise
+        print(f"error: process {RANK} lost another one, which says why above or below, or was killed; to go on from the "
+              f"last checkpoint, start again with --init_from=auto ({' '.join(str(error).split())[-120:]})",
+              file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @contextlib.contextmanager

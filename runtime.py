@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -32,13 +33,6 @@ def check_at_most(most, config, keys):
             fail(f"{key}={config[key]} must be at most {most}")
 
 
-def check_finite(what, loss, step):
-    """Fail where a loss is not a number any more, before anything of it is saved."""
-    if not math.isfinite(loss):
-        fail(f"the {what} is {loss} at step {step}: it diverged after the last save; take lower learning rates "
-             "(--learning_rate, or --muon_lr and --embed_lr where they are set)")
-
-
 @contextlib.contextmanager
 def memory_errors(advice):
     """Out of memory, on any device, ends the script with one line that ends in `advice`."""
@@ -51,22 +45,41 @@ def memory_errors(advice):
         raise
 
 
-class StopRequest:
-    """SIGINT (Ctrl-C) and SIGTERM, received, so that a loop can stop where nothing is lost; a second one ends at once.
+GRACE = 240     # seconds that a save has after a signal; batch systems are asked for 300
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGBREAK') if hasattr(signal, name)]
 
-    `signal` is the number of the one received, or None.
+
+class StopRequest:
+    """SIGINT (Ctrl-C), SIGTERM or SIGUSR1, received, so that a loop can stop where nothing is lost; `signal` is its number.
+
+    A second one ends at once, and so does a save that hangs, after GRACE seconds. What comes within a second is the same
+    one: torchrun and batch systems tell each process, and each other.
     """
 
     def __init__(self):
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.signal, self.since = None, 0.0
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        text = f"{signal.Signals(number).name}: saving after this step; once more ends without saving\n"
-        os.write(2, text.encode())      # print is not safe in a signal handler
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+            text = f"{signal.Signals(number).name}: saving after this step; once more ends without saving\n"
+            os.write(2, text.encode())      # print is not safe in a signal handler
+            timer = threading.Timer(GRACE, self._give_up)
+            timer.daemon = True
+            timer.start()
+        elif time.monotonic() - self.since > 1:
+            os._exit(128 + number)
+
+    def _give_up(self):
+        os.write(2, f"error: not saved within {GRACE} s of the signal: ending without\n".encode())
+        os._exit(128 + self.signal)
+
+    @property
+    def exit_code(self):
+        """128 + the signal's number; 0 under torchrun, which would take anything else for a fault to recover from."""
+        return 0 if 'TORCHELASTIC_RUN_ID' in os.environ else 128 + (self.signal or signal.SIGTERM)
 
 
 # ---- device and number format ----------------------------------------------------------------------------------------
@@ -233,8 +246,8 @@ def resolve_compile(wish, device):
     return 'auto' if can else False
 
 
-def compile_model(model, try_step, wish, insist, device, steps, agree):
-    """Compile `model` in place (its state-dict names stay clean) and prove it on `try_step()`; returns whether it is.
+def compile_model(model, try_step, wish, insist, device, steps, agree, parts):
+    """Compile `parts` of `model` in place (state-dict names stay clean), prove it on `try_step()`; returns whether they are.
 
     wish: True, or 'auto': only where `steps` more of these would take so long uncompiled that it pays; agree(flag) makes
     the processes' answers one. Where it can't be done (no C compiler, an old GPU): ValueError if `insist`, else one line,
@@ -245,7 +258,8 @@ def compile_model(model, try_step, wish, insist, device, steps, agree):
         try:
             if os.environ.get('RANK', '0') == '0':
                 print("compiling, which takes a minute", flush=True)
-            model.compile()
+            for part in parts:
+                part.compile()
             try_step()
         except Exception as error:      # the compiler's ways to fail are many and undocumented
             if isinstance(error, torch.OutOfMemoryError):
@@ -254,14 +268,15 @@ def compile_model(model, try_step, wish, insist, device, steps, agree):
             if insist:
                 raise ValueError(f"{reason}; take --compile=False") from None
             print(f"{reason}; going on without it", file=sys.stderr)
-            model._compiled_call_impl = None
+            for part in parts:
+                part._compiled_call_impl = None
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     model.zero_grad(set_to_none=True)
     if device.startswith('cuda'):
         torch.cuda.reset_peak_memory_stats(device)
-    return model._compiled_call_impl is not None
+    return parts[0]._compiled_call_impl is not None
 
 
 def _seconds_of(try_step, device):

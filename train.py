@@ -2,7 +2,7 @@
 
     python train.py config/train_stdlib_char.py                               # a first run, no download
     python train.py config/train_shakespeare_char.py --batch_size=32          # the command line wins
-    python train.py --init_from=resume --out_dir=out-shakespeare-char         # go on where a run stopped
+    python train.py config/train_shakespeare_char.py --init_from=auto         # go on where it stopped, or start
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    # one node, 8 GPUs
 """
 import time
@@ -11,17 +11,17 @@ _start = time.perf_counter()    # before the imports: they are part of what a us
 
 import dataclasses
 import math
-import signal
 import sys
 
 import torch
 
 import checkpoint
 import generate
+import guard as guards
 import lora
 import models
 import optimizer as optimizers
-import parallel
+import parallel as processes
 import runtime
 from configurator import configure
 from layers import use_attention
@@ -32,7 +32,8 @@ from watch import Watch
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText ----------------------------------------------------------
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
-init_from = 'scratch'  # scratch, resume, gpt2[-medium|-large|-xl], a Hugging Face folder, an out_dir or a checkpoint
+init_from = 'scratch'  # scratch, resume, gpt2[-medium|-large|-xl], a Hugging Face folder, an out_dir or a checkpoint; auto:
+# resume where out_dir has a checkpoint, else scratch, or SOURCE by auto:SOURCE
 seed = 1337  # of initialisation, order of the data and dropout
 eval_interval = 2000  # steps between evaluations; each one saves a checkpoint; 0: only at the end
 eval_iters = 200  # batches per evaluation and split, or the whole split where that is less
@@ -82,6 +83,7 @@ device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = 'auto'  # True, False, or auto: where the run is long enough to pay for it
 backend = 'auto'  # between processes: auto, nccl, gloo
+parallel = 'ddp'  # each process has the whole model; fsdp: each has a part of it
 attention = 'auto'  # auto (fastest here), sdpa, plain
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
 deterministic = False  # bit-identical repeats on CUDA too; slower
@@ -91,7 +93,8 @@ profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or
 
 with user_errors():
     config, given = configure(globals(), sys.argv[1:], runtime.resolve_device, checkpoint.model_config)
-    stored = checkpoint.read_latest(out_dir) if init_from == 'resume' else None
+    init_from, stored = checkpoint.begin(init_from, out_dir)
+    config['init_from'] = init_from
     if stored:
         kept = {'model': stored.get('model_name', 'gpt')} | stored['model_args']
         globals().update(checkpoint.adopt(config, given, kept, out_dir, models.FREE))
@@ -101,19 +104,21 @@ runtime.check_at_least(0, config, 'seed eval_interval save_minutes early_stop le
                                   'grad_clip warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown max_norm '
                                   'warmup_lr lora_rank')
 runtime.check_at_most(1, config, 'cooldown')
-if gradient_accumulation_steps % parallel.WORLD_SIZE:
-    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of {parallel.WORLD_SIZE} processes")
+if gradient_accumulation_steps % processes.WORLD_SIZE:
+    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of {processes.WORLD_SIZE} processes")
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
 with user_errors():
     if deterministic:
         runtime.be_deterministic()
-    device = parallel.start(backend, runtime.resolve_device(device))
+    device = processes.start(backend, runtime.resolve_device(device), parallel)
     device_type = device.split(':')[0]
     before = stored['resolved'] if (stored or {}).get('resolved', {}).get('device') == device_type else {}    # of 'auto'
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
+    processes.check_same(stored['iter_num'] if stored else 0, f"out_dir={out_dir!r} is not the same for all processes: take a "
+                         "folder that all machines share")
     wanted = loggers(log_to, wandb_log)
 threads = runtime.set_threads(before.get('threads'))
 runtime.be_fast()
@@ -121,11 +126,11 @@ ctx = runtime.autocast(device, dtype)
 
 # ---- data, model, optimizer ------------------------------------------------------------------------------------------
 with user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
-    with parallel.master_first():
+    with processes.master_first():
         prepare_if_small(dataset)
     runtime.seed_everything(seed, 1)
     if stored:
-        model, trained_on = checkpoint.restore(stored, config)
+        model, trained_on = checkpoint.restore(stored, config, parallel)
     elif init_from != 'scratch':
         model, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
         kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
@@ -143,29 +148,28 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
     if document_boundaries or 'document_boundaries' in given:       # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
-    model.to(device).gradient_checkpointing = gradient_checkpointing
+    model.gradient_checkpointing = gradient_checkpointing
+    wrapped, micros = processes.wrap(model, device, parallel), processes.share(gradient_accumulation_steps)
     optimizer = model.configure_optimizers(
         weight_decay, learning_rate, (beta1, beta2), device_type, dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
         bfloat16=dtype == 'bfloat16', is_asked=given.get('learning_rate') == 'command line', name=optimizer,
         max_norm=max_norm, lr_schedule=lr_schedule)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    if stored and optimizer:
-        optimizers.load(optimizer, stored['optimizer'])
-        scaler.load_state_dict(stored.get('scaler') or scaler.state_dict())
-iter_num, best_val_loss = (int(stored['iter_num']), float(stored['best_val_loss'])) if stored else (0, math.inf)
-progress = stored.get('progress', {}) if stored else {}
-evaluated, bad_evals = progress.get('evaluated', -1), progress.get('bad_evals', 0)  # its step; how many since the best
-_start -= progress.get('wall_seconds', 0.0)
+    iter_num, best_val_loss, progress = 0, math.inf, dict(checkpoint.PROGRESS)
+    if stored:
+        iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
+guard = guards.Guard(device, progress['guard'])
+_start -= progress['wall_seconds']
 del stored      # its tensors are in the model and the optimizer now
 
 
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
-    idx, targets, share = data.train_batch(step, micro)
+    idx, targets, share = data.train_batch(step + progress['data_offset'], micro)
     runtime.seed_everything(seed, step + 1, micro + 1)
     with ctx:
         _, loss = wrapped(*runtime.to_device(device, idx, targets))
-    scaler.scale(loss * share * parallel.WORLD_SIZE).backward()     # DDP averages: its mean becomes the sum
+    scaler.scale(loss * share * processes.WORLD_SIZE).backward()     # averaged over processes: now it is the sum
     return loss.detach() * share
 
 
@@ -173,44 +177,65 @@ def micro_step(step, micro):
 def evaluate(split, limit=None):
     """The mean loss (nats per token) over `limit` batches of the split, or all, which the processes share."""
     model.eval()
-    losses = []
-    for i in progress_bar(range(parallel.RANK, data.eval_batches(split, limit), parallel.WORLD_SIZE), f'{split} loss'):
-        idx, targets, valid = data.eval_batch(split, i, limit)
+    losses, n = [], data.eval_batches(split, limit)
+    for i in progress_bar(range(processes.RANK, n + -n % processes.WORLD_SIZE, processes.WORLD_SIZE), f'{split} loss'):
+        idx, targets, valid = data.eval_batch(split, min(i, n - 1), limit)     # as many for each: FSDP's meet in them
         with ctx:
-            losses.append((model(*runtime.to_device(device, idx, targets))[1], valid))
+            losses.append((model(*runtime.to_device(device, idx, targets))[1], valid if i < n else 0))
     model.train()
-    loss, tokens = parallel.total([sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)])
+    loss, tokens = processes.total([sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)])
     return loss / tokens
 
 
 def state():
-    """All that a resumed run and sample.py need."""
-    return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict(), scaler=scaler.state_dict(),
-                model_name=config['model'], model_args=dataclasses.asdict(model.config), config=config, iter_num=iter_num,
-                best_val_loss=best_val_loss, versions=runtime.versions(), template=data.meta.get('template'),
-                progress=dict(evaluated=evaluated, bad_evals=bad_evals, wall_seconds=time.perf_counter() - _start,
-                              train_seconds=clock.total, wandb_id=metrics.wandb_id, clipped=int(watcher.clipped)),
-                tokenizer=data.tokenizer, resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads))
+    """What a resumed run and sample.py need, besides the tensors."""
+    counts = dict(wall_seconds=time.perf_counter() - _start, train_seconds=clock.total, wandb_id=metrics.wandb_id,
+                  clipped=int(watcher.clipped), guard=guard.state())
+    return dict(scaler=scaler.state_dict(), model_name=config['model'], model_args=dataclasses.asdict(model.config),
+                config=config, iter_num=iter_num, best_val_loss=best_val_loss, progress=progress | counts,
+                versions=runtime.versions(), template=data.meta.get('template'), tokenizer=data.tokenizer,
+                resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads))
 
 
 def save(name):
+    """Write out_dir/ckpt.pt, from which the run can go on, or best.pt, the weights alone."""
     global saved_at
-    if parallel.IS_MASTER:
-        checkpoint.save(out_dir, name, state() if name == 'ckpt.pt' else state() | dict(optimizer=None, scaler=None))
+    tensors = processes.tensors(model, optimizer if name == 'ckpt.pt' else None, out_dir, iter_num)
+    if processes.IS_MASTER:
+        checkpoint.save(out_dir, name, state() | tensors)
     saved_at = time.monotonic()
 
 
+def listen():
+    """Hear from the device whether the last step's update was left out, and say so."""
+    if (bad_loss := guard.heard()) is not None:
+        metrics.skipped(iter_num - 1, bad_loss, guard.skipped)
+
+
+def roll_back():
+    """The run has diverged: on from its newest checkpoint, with other data than led here. ValueError where it can't."""
+    global iter_num, best_val_loss, progress, guard
+    stored = checkpoint.begin('auto', out_dir)[1]
+    change = guards.after_divergence(progress, iter_num, stored)
+    iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
+    progress |= change
+    guard = guards.Guard(device, progress['guard'])
+    metrics.rewind(iter_num, progress)
+    save('ckpt.pt')
+    clock.go_on()
+
+
 # ---- what will be done -----------------------------------------------------------------------------------------------
-say = print if parallel.IS_MASTER else lambda *args: None
+say = print if processes.IS_MASTER else lambda *args: None
 tokens_per_step = gradient_accumulation_steps * data.batch_tokens
 peak = runtime.peak_flops(device, dtype)
 if model.fit:
     max_iters, tokens_per_step = 1, data.epoch_tokens    # one pass, which counts
 say(plan(config, model, data, tokens_per_step, max_iters, iter_num))
-say(f"machine: {parallel.WORLD_SIZE} x {device_type}, {dtype}, {threads} threads")
+say(f"machine: {processes.WORLD_SIZE} x {device_type}, {dtype}, {threads} threads")
 advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
           "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
-is_over = init_from == 'resume' and (iter_num >= max_iters > 0 or 0 < early_stop <= bad_evals)
+is_over = init_from == 'resume' and (iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals'])
 if eval_only:
     with runtime.memory_errors(advice):
         losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
@@ -219,44 +244,52 @@ elif is_over:
     say(f"{out_dir} holds the end of this run, step {iter_num}" +
         ("" if model.fit else ": give a larger --max_iters (or --early_stop) to go on"))
 if eval_only or is_over:
-    parallel.stop()
+    del wrapped
+    processes.stop()
     sys.exit()
 with user_errors():
-    if parallel.IS_MASTER:
+    if processes.IS_MASTER:
         lock = checkpoint.make_out_dir(out_dir)     # held while this runs
         if init_from != 'resume' and (aside := checkpoint.set_aside(out_dir)):
             say(f"{out_dir} held an earlier run: its files are in {aside} now")
-    wrapped, micros = parallel.wrap(model, device), parallel.share(gradient_accumulation_steps)
     if compile and not model.fit:
-        parallel.exchange_gradients(wrapped, False)
+        processes.exchange_gradients(wrapped, False)
         with runtime.memory_errors(advice):
             compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), compile, config['compile'] is True,
-                                            device, len(micros) * (max_iters - iter_num), parallel.anyone)
+                                            device, len(micros) * (max_iters - iter_num), processes.anyone,
+                                            processes.compiled(model))
     facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
-                 compile=compile, processes=parallel.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
-    metrics = Metrics(out_dir, parallel.IS_MASTER, max_iters, iter_num, evaluated)
-    metrics.start(config | {'resolved': facts}, wanted, progress.get('wandb_id'))
-    watcher = Watch(watch and parallel.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress.get('clipped', 0))
+                 compile=compile, processes=processes.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
+    metrics = Metrics(out_dir, processes.IS_MASTER, max_iters, iter_num, progress['evaluated'])
+    metrics.start(config | {'resolved': facts}, wanted, progress['wandb_id'])
+    watcher = Watch(watch and processes.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress['clipped'])
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 stop = runtime.StopRequest()
-with user_errors(), runtime.memory_errors(advice):
-    clock, saved_at, loss = Stopwatch(device, progress.get('train_seconds', 0.0)), time.monotonic(), 0.0
-    profiler = runtime.profiler(f'{out_dir}/profile') if profile and parallel.IS_MASTER else None
+with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
+    clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
+    profiler = runtime.profiler(f'{out_dir}/profile') if profile and processes.IS_MASTER else None
     while True:
         # evaluate, and save
-        is_last, is_stopped = iter_num >= max_iters, parallel.anyone(bool(stop.signal))
-        is_due = evaluated != iter_num and (is_last or (eval_interval and not iter_num % eval_interval and not is_stopped))
-        if is_pause := is_due or is_stopped or 0 < 60 * save_minutes < time.monotonic() - saved_at:
+        is_stopped, is_late = processes.anyone(bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at)
+        is_last = iter_num >= max_iters
+        is_due = progress['evaluated'] != iter_num and (
+            is_last or (eval_interval and not iter_num % eval_interval and not is_stopped))
+        if is_pause := is_due or is_stopped or is_late:
             clock.pause()
+            listen()
+        if guard.has_diverged:
+            roll_back()
+            continue
+        if is_pause:
             with ctx:
                 model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
         if is_due:
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
             best_val_loss = min(losses['val'], best_val_loss)
-            evaluated, bad_evals = iter_num, 0 if is_best else bad_evals + 1
-            is_last = is_last or 0 < early_stop <= bad_evals
+            progress |= dict(evaluated=iter_num, bad_evals=0 if is_best else progress['bad_evals'] + 1)
+            is_last = is_last or 0 < early_stop <= progress['bad_evals']
             if is_last:
                 losses['val'] = evaluate('val')
             metrics.evaluation(dict(
@@ -264,20 +297,20 @@ with user_errors(), runtime.memory_errors(advice):
                 val_bpb=data.bits_per_byte('val', losses['val']), train_seconds=clock.total,
                 wall_seconds=time.perf_counter() - _start))
             metrics.histograms(iter_num, watcher.draw(iter_num))
-            runtime.check_finite('validation loss', losses['val'], iter_num)
-            if iter_num > 0:
-                if is_best:
-                    save('best.pt')
-                save('ckpt.pt')
-        elif is_pause:
-            runtime.check_finite('loss', float(loss), iter_num)
-            save('ckpt.pt')
+            guard.check(losses['val'])
+            if is_best and iter_num > 0:
+                save('best.pt')
+        if guard.has_diverged:
+            continue
         if is_pause:
+            may_save = is_last or not guard.in_a_row     # after a bad step only the end is saved: it may be the first of many
+            if may_save and (iter_num > 0 or not is_due):
+                save('ckpt.pt')
             clock.go_on()
         if is_last:
             break
         if is_stopped:
-            metrics.say(f"saved at step {iter_num}; to go on: python train.py --init_from=resume --out_dir={out_dir}")
+            metrics.stopped(out_dir, iter_num, may_save)
             break
         if model.fit:
             model.fit(data.epoch())
@@ -291,13 +324,16 @@ with user_errors(), runtime.memory_errors(advice):
             group['lr'] = lr * group['lr_ratio']
         loss = 0.0
         for micro in micros:
-            parallel.exchange_gradients(wrapped, micro == micros[-1])
+            processes.exchange_gradients(wrapped, micro == micros[-1])
             loss = loss + micro_step(iter_num, micro)
+        loss, grad_norm = processes.summed(loss), None
         scaler.unscale_(optimizer)
         is_logged = iter_num % log_interval == 0
         watcher.before_step(is_logged)
         if grad_clip or is_logged:
-            grad_norm = watcher.count(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+            grad_norm = watcher.count(processes.clip_gradients(model, grad_clip or math.inf))
+        listen()
+        guard.skip_if_bad(optimizer, scaler, loss, grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -308,12 +344,10 @@ with user_errors(), runtime.memory_errors(advice):
         line = None
         if is_logged:
             took = clock.lap()
-            mean_loss, = parallel.total([loss.item()])
-            line = dict(iter=iter_num - 1, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
+            line = dict(iter=iter_num - 1, loss=loss.item(), lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
                         tokens_per_second=tokens_per_step / took, peak_memory=runtime.peak_memory(device),
-                        mfu=peak and model.estimate_mfu(tokens_per_step / took, peak * parallel.WORLD_SIZE))
+                        mfu=peak and model.estimate_mfu(tokens_per_step / took, peak * processes.WORLD_SIZE))
             line |= watcher.after_step(line)
-            runtime.check_finite('loss', mean_loss, iter_num)
         metrics.step(line, max_iters - iter_num)
         if profiler:
             profiler.step()
@@ -321,9 +355,9 @@ with user_errors(), runtime.memory_errors(advice):
 # ---- the end ---------------------------------------------------------------------------------------------------------
 metrics.close()
 del wrapped
-parallel.stop()
+processes.stop()
 if is_stopped:
-    sys.exit(128 + (stop.signal or signal.SIGTERM))
-if parallel.IS_MASTER and data.tokenizer:
+    sys.exit(stop.exit_code)
+if processes.IS_MASTER and data.tokenizer and parallel == 'ddp':
     with ctx:
         generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)

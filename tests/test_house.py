@@ -10,7 +10,7 @@ SCRIPTS = {'train', 'sample', 'bench', 'bench_generation', 'plot', 'compare', 'e
 KNOWS = {       # module: the project's modules that it may import
     'configfile': set(), 'confighelp': set(), 'mistakes': set(), 'runtime': {'mistakes'}, 'files': set(),
     'tokenizer': set(), 'layers': set(),
-    'optimizer': set(), 'parallel': set(), 'batchnorm': set(), 'chat': set(), 'lora': set(), 'prompts': set(),
+    'optimizer': set(), 'guard': set(), 'parallel': {'fsdp'}, 'batchnorm': set(), 'chat': set(), 'lora': set(), 'prompts': set(),
     'attention': {'layers'}, 'ngrams': {'layers'},
     'configurator': {'configfile', 'confighelp'},
     'generate': {'tokenizer', 'layers'},
@@ -24,7 +24,8 @@ KNOWS = {       # module: the project's modules that it may import
     'textfiles': {'files', 'hub'}, 'sources': {'bins', 'chat', 'files', 'textfiles'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
-    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora'},
+    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora',
+                   'optimizer', 'fsdp'},
 }
 LINES = {'model.py': 330, 'train.py': 330, 'sample.py': 120, 'bench.py': 170, 'bench_generation.py': 170, 'plot.py': 130,
          'compare.py': 100, 'evaluate.py': 250, 'export.py': 80, 'configurator.py': 145}
