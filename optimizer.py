@@ -1,10 +1,18 @@
-"""From parameters by role to an optimizer (AdamW, SGD, or Muon for the matrices), and the learning rate of every step."""
+"""From parameters by role to an optimizer (AdamW, SGD, or Muon for the matrices), and the learning rate of every step.
+
+Each of them leaves weights and moments as they are in a step in front of which its `found_inf`, a tensor of one float32 on
+the parameters' device, was set to 1 (a GradScaler sets it too). Parameters may be sharded, as fsdp.py does it: each process
+has some of their first dimension's rows.
+"""
+import contextlib
 import math
 
 import torch
 import torch.distributed as dist
+from torch.optim.sgd import sgd as fused_sgd
 
 MUON_MOMENTUM = 0.85, 0.95, 300     # from, to, within so many steps: early gradients are soon out of date
+READ_AT_ONCE = 'cpu',               # devices whose flags are read at once: on others that would wait for all queued work
 
 
 def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, width=768, bfloat16=False, is_asked=False,
@@ -43,16 +51,56 @@ def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, 
     if name == 'sgd' and 'matrix' in lrs:
         raise ValueError("muon_lr is for optimizer=adamw, which takes what Muon leaves: leave one of the two out")
     if name == 'sgd':
-        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=betas[0], fused=fused)
+        optimizer = SGD(groups, lr=learning_rate, momentum=betas[0], fused=fused)
     elif 'matrix' in lrs:
-        optimizer = Muon(groups, lr=learning_rate, betas=betas, fused=fused, bfloat16=bfloat16)
+        optimizer = (ShardedMuon if any(_is_sharded(p) for group in groups for p in group['params']) else Muon)(
+            groups, lr=learning_rate, betas=betas, fused=fused, bfloat16=bfloat16)
     else:
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
     if max_norm:
         if not limited:
             raise ValueError(f"max_norm={max_norm} limits nothing: this model has only tables and vectors")
-        optimizer.register_step_post_hook(lambda *_: limit_rows(limited, max_norm))
+        optimizer.register_step_post_hook(
+            lambda own, *_: limit_rows(limited, max_norm, getattr(own, 'found_inf', None)))
     return optimizer
+
+
+def _is_sharded(p):
+    return hasattr(p, 'to_local')
+
+
+def _local(p):
+    """This process's rows of `p`, in the same memory; all where it is not sharded."""
+    return p.to_local() if _is_sharded(p) else p
+
+
+@contextlib.contextmanager
+def _unless(skip, tensor):
+    """What the body does to `tensor` is undone, on the device, where the tensor `skip` holds 1; None: it holds."""
+    before = None if skip is None else tensor.clone()
+    yield
+    if skip is not None:
+        torch.where(skip > 0, before, tensor, out=tensor)
+
+
+class SGD(torch.optim.SGD):
+    """torch's fused kernel on shards, which it refuses as they come; and with moments that begin as zeros, which is the
+    same: torch's are whatever was in memory where the first step of all is skipped."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group['params'] if p.grad is not None]
+            moments = [None] * len(params)
+            if group['momentum']:
+                for p in params:
+                    if self.state[p].get('momentum_buffer') is None:
+                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                moments = [_local(self.state[p]['momentum_buffer']) for p in params]
+            options = ('lr', 'momentum', 'weight_decay', 'dampening', 'nesterov', 'maximize', 'fused')
+            fused_sgd([_local(p) for p in params], [_local(p.grad) for p in params], moments,
+                      **{key: group[key] for key in options}, grad_scale=getattr(self, 'grad_scale', None),
+                      found_inf=getattr(self, 'found_inf', None))
 
 
 class Muon(torch.optim.AdamW):
@@ -76,15 +124,17 @@ class Muon(torch.optim.AdamW):
             super().step()
         finally:
             self.param_groups = every
-        found_inf = getattr(self, 'found_inf', None)    # float16's loss scaling: AdamW's kernel has looked at it itself
-        if found_inf is not None and found_inf.item():
-            return
+        skip = getattr(self, 'found_inf', None)     # AdamW's kernel has looked at it itself
+        if skip is not None and skip.device.type in READ_AT_ONCE:
+            if skip.item():
+                return
+            skip = None
         for group in every:
             if group['muon']:
-                self._step(group)
+                self._step(group, skip)
 
-    def _step(self, group):
-        batches = {}        # (rows, columns): [(parameter, its update)]
+    def _step(self, group, skip):
+        batches = {}        # what goes together: [(parameter, its update)]
         for p in group['params']:
             if p.grad is None:
                 continue
@@ -94,39 +144,74 @@ class Muon(torch.optim.AdamW):
             start, end, steps = MUON_MOMENTUM
             momentum = start + (end - start) * min(1, state['step'].item() / steps)
             state['step'] += 1
-            average = state['momentum_buffer'].lerp_(p.grad, 1 - momentum)
-            update = p.grad.lerp(average, momentum)     # Nesterov
-            update = update.reshape(-1, p.size(-2) // getattr(p, 'n_matrices', 1), p.size(-1))
-            batches.setdefault(update.shape[1:], []).append((p, update))
-        for (rows, columns), items in batches.items():
+            grad, average = _local(p.grad), _local(state['momentum_buffer'])
+            with _unless(skip, average):
+                average.lerp_(grad, 1 - momentum)
+            update = grad.lerp(average, momentum)     # Nesterov
+            batches.setdefault(self._alike(p), []).append((p, update))
+        for (rows, columns, *_), items in batches.items():
             size = group['lr'] * math.sqrt(max(1, rows / columns))
-            updates = self._orthogonal(torch.cat([update for _, update in items]).to(self.dtype))
-            for (p, _), update in zip(items, updates.split([len(u) for _, u in items]), strict=True):
+            for (p, _), update in zip(items, self._orthogonal(items, rows, columns), strict=True):
+                p = _local(p)
                 update = update.reshape(p.shape).to(p.dtype)
-                if group['weight_decay']:
-                    p.addcmul_(p, update * p > 0, value=-group['lr'] * group['weight_decay'])
-                p.add_(update, alpha=-size)
+                with _unless(skip, p):
+                    if group['weight_decay']:
+                        p.addcmul_(p, update * p > 0, value=-group['lr'] * group['weight_decay'])
+                    p.add_(update, alpha=-size)
 
-    def _orthogonal(self, batch):
-        """`orthogonalize` of each matrix in batch (N, rows, columns): every process does a share, all get all."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return orthogonalize(batch)
-        n, world = len(batch), dist.get_world_size()
-        share = -(-n // world)
-        mine = batch.new_zeros(share, *batch.shape[1:])
-        part = batch[dist.get_rank() * share:][:share]
-        if len(part):
-            mine[:len(part)] = orthogonalize(part)
-        parts = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(parts, mine)
-        return torch.cat(parts)[:n]
+    def _alike(self, p):
+        """(rows, columns) of each of its matrices, and what else has to be the same in a batch."""
+        return p.size(-2) // getattr(p, 'n_matrices', 1), p.size(-1)
+
+    def _orthogonal(self, items, rows, columns):
+        """`orthogonalize` of each matrix in the updates of items: every process does a share, all get all."""
+        updates = [update.reshape(-1, rows, columns) for _, update in items]
+        batch = torch.cat(updates).to(self.dtype)                               # (N, rows, columns)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            n, world = len(batch), dist.get_world_size()
+            share = -(-n // world)
+            mine = batch.new_zeros(share, rows, columns)
+            part = batch[dist.get_rank() * share:][:share]
+            if len(part):
+                mine[:len(part)] = orthogonalize(part)
+            parts = [torch.empty_like(mine) for _ in range(world)]
+            dist.all_gather(parts, mine)
+            batch = torch.cat(parts)[:n]
+        else:
+            batch = orthogonalize(batch)
+        return batch.split([len(update) for update in updates])
+
+
+class ShardedMuon(Muon):
+    """Muon whose matrices lie in shards: each process puts a share of them together, makes those orthogonal, and hands the
+    shards back. None ever has more than its share, or one parameter where they are fewer than processes."""
+
+    def _alike(self, p):
+        return *super()._alike(p), p.shape
+
+    def _orthogonal(self, items, rows, columns):
+        world, shape = dist.get_world_size(), items[0][0].shape
+        share, most = -(-len(items) // world), -(-shape[0] // world)        # parameters per process; rows per shard
+        there = items[0][1].new_zeros(world * share, most, *shape[1:], dtype=self.dtype)    # the last shards are shorter
+        for place, (_, update) in zip(there, items):
+            place[:len(update)] = update
+        here = torch.empty_like(there)
+        dist.all_to_all_single(here, there)                                 # a share of the parameters, source by source
+        whole = here.view(world, share, *there.shape[1:]).transpose(0, 1).reshape(share, world * most, *shape[1:])
+        batch = whole[:, :shape[0]]
+        batch.copy_(orthogonalize(batch.reshape(-1, rows, columns)).view(batch.shape))
+        here = whole.view(share, world, *there.shape[1:]).transpose(0, 1).contiguous()
+        dist.all_to_all_single(there, here)
+        return [place[:len(update)] for place, (_, update) in zip(there, items)]
 
 
 @torch.no_grad()
-def limit_rows(matrices, most):
-    """Scale the rows of `matrices`, in place, that are longer than `most` (Euclidean norm) down to it."""
-    for p in matrices:
-        p.copy_(p.renorm(2, 0, most))
+def limit_rows(matrices, most, skip=None):
+    """Scale the rows of `matrices`, in place, that are longer than `most` (Euclidean norm) down to it; not where the
+    tensor `skip` holds 1."""
+    for p in map(_local, matrices):
+        limited = p.renorm(2, 0, most)
+        p.copy_(limited if skip is None else torch.where(skip > 0, p, limited))
 
 
 def orthogonalize(batch, steps=5):
