@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import files
 import optimizer as optimizers
@@ -32,12 +33,12 @@ FILE = re.compile(r'__\d+_\d+\.distcp|\.metadata')
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-def shard(model, device, compile=False):
+def shard(model, device):
     """Share out `model`, which lies on the CPU, among the processes, in place; returns it. Raises ValueError.
 
     Each block (what is in a ModuleList) goes to the device on its own, the rest in the end: no device ever holds the whole.
     In a pass a process has its part of all, and all of a block or two. The optimizer is built after this, and the model is
-    called by all processes or by none. compile: each block.
+    called by all processes or by none.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"parallel='fsdp': {type(model).__name__} has nothing that an optimizer learns: leave it out")
@@ -45,8 +46,6 @@ def shard(model, device, compile=False):
     marks, module = {name: dict(vars(p)) for name, p in model.named_parameters()}, type(model).__module__
     for blocks in reversed([m for m in model.modules() if isinstance(m, nn.ModuleList)]):   # those inside others first
         for block in blocks:
-            if compile:
-                block.compile()
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)       # tied weights lie in no block, so they are in one group
     type(model).__module__ = module     # by which models.name_of knows it
@@ -62,16 +61,11 @@ def shard(model, device, compile=False):
     return model
 
 
-def exchange_gradients(model, flag):
-    """Whether the next backward pass sums up gradients and shares them out. Until one does, each process has whole ones."""
-    model.set_requires_gradient_sync(flag)
-
-
 def full(model):
     """The state_dict with whole tensors, on the CPU: on the master, {} on the others. To be called by all."""
     whole, first = {}, _first_names(model)
     for name, value in model.state_dict().items():
-        value = value.full_tensor() if hasattr(value, 'full_tensor') else value
+        value = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
             whole[name] = whole[first[name]] if first[name] in whole else value.cpu()
     return whole
@@ -136,27 +130,41 @@ def _publish(fresh, path, written):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def read(out_dir, index, model, optimizer):
-    """Load what `write` has written into a sharded model and its optimizer. To be called by all processes.
+def load(state, model, optimizer):
+    """Put a checkpoint's weights and moments into a sharded model and its optimizer; every process calls it.
 
-    Raises ValueError in all of them where a file is damaged or missing (it names the file), or another model's.
+    state: with the tensors, or with the index of parts that were verified, and with `out_dir`, where they are. Raises
+    ValueError, in all processes, where they are of another model or optimizer.
     """
-    _each(lambda: check(out_dir, index, dist.get_rank(), dist.get_world_size()))
-    reader, params = _Reader(out_dir, index), [p for group in optimizer.param_groups for p in group['params']]
-    state = {i: dict.fromkeys(keys) for i, keys in index['optimizer']['state'].items()}
-    if _first_names(model) != index['model'] or any(i not in range(len(params)) for i in state):
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    if 'shards' not in state:
+        model.load_state_dict({name: _part_of(state['model'][name], own) for name, own in model.state_dict().items()})
+        moments = state['optimizer'] and {**state['optimizer'], 'state': {
+            i: {key: _part_of(value, params[i]) for key, value in values.items()}
+            for i, values in state['optimizer']['state'].items() if i < len(params)}}
+        return optimizers.load(optimizer, moments)
+    index = state['shards']
+    reader, moments = _Reader(index['out_dir'], index), {i: {} for i in index['optimizer']['state']}
+    if _first_names(model) != index['model'] or any(i not in range(len(params)) for i in moments):
         raise ValueError(f"{reader.path} holds another model's weights, or another optimizer's state")
-    for i, values in state.items():
-        for key in values:
-            known = reader.known[f'optimizer.{i}.{key}']
-            values[key] = torch.empty_like(params[i]) if known.size == params[i].shape else torch.zeros(known.size)
-    reader.load(_flat(model.state_dict(), state), no_dist=False)
-    optimizers.load(optimizer, dict(state=state, param_groups=index['optimizer']['param_groups']))
+    for i, keys in index['optimizer']['state'].items():
+        for key in keys:
+            size = reader.known[f'optimizer.{i}.{key}'].size
+            moments[i][key] = torch.empty_like(params[i]) if size == params[i].shape else torch.zeros(size)
+    reader.load(_flat(model.state_dict(), moments), no_dist=False)
+    optimizers.load(optimizer, dict(state=moments, param_groups=index['optimizer']['param_groups']))
+
+
+def _part_of(whole, like):
+    """This process's part of a tensor that is shared out as `like` is."""
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(out_dir, index):
-    """dict(model=…, optimizer=…) as a ckpt.pt with all in it has them, on the CPU; by one process. Raises ValueError."""
-    check(out_dir, index)
+    """dict(model=…, optimizer=…) of parts that were verified, as a ckpt.pt with all in it has them; by one process, on the
+    CPU. Raises ValueError."""
     reader, model, optimizer = _Reader(out_dir, index), index['model'], index['optimizer']
     with _errors(ValueError, f"{reader.path} can't be loaded"):
         tensors = {name: torch.empty(known.size, dtype=known.properties.dtype) for name, known in reader.known.items()}
@@ -166,8 +174,8 @@ def whole(out_dir, index):
                 optimizer=dict(state=state, param_groups=optimizer['param_groups']))
 
 
-def check(out_dir, index, part=0, parts=1):
-    """Raise ValueError, with its name, where a file of the checkpoint (of every `parts`-th) is not what was written."""
+def verify(out_dir, index):
+    """Raise ValueError where a file of the checkpoint is not what was written, with its name, or the index is damaged."""
     try:
         folder, sums = Path(out_dir, index['folder']), sorted(index['files'].items())
         is_sound = (FOLDER.fullmatch(folder.name) and str(folder.name) == index['folder'] and _names(index)
@@ -177,7 +185,7 @@ def check(out_dir, index, part=0, parts=1):
         is_sound = False
     if not is_sound:
         raise ValueError(f"{out_dir} has a checkpoint in shards whose index is damaged")
-    for name, digest in sums[part::parts]:
+    for name, digest in sums:
         try:
             if files.sha256(folder / name) != digest:
                 raise ValueError(f"{folder / name} is damaged: it is not what was saved (its sha256 differs)")

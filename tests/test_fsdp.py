@@ -94,7 +94,7 @@ class Run:
         name, own = model
         self.model = self.wrapped = models.build(name, **dict(block_size=8, vocab_size=13) | own | fields)
         if kind == 'fsdp':
-            assert fsdp.shard(self.model, 'cpu', compile) is self.model
+            assert fsdp.shard(self.model, 'cpu') is self.model
         elif kind == 'ddp':
             self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = self.model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', **options)
@@ -105,7 +105,7 @@ class Run:
         loss, rank = torch.zeros(()), dist.get_rank() if rank is None else rank
         for micro in range(micros):
             if self.kind == 'fsdp':
-                fsdp.exchange_gradients(self.model, micro == micros - 1)
+                self.model.set_requires_gradient_sync(micro == micros - 1)
             elif self.kind == 'ddp':
                 self.wrapped.require_backward_grad_sync = micro == micros - 1
             torch.manual_seed(1 + rank + 10 * micro + 100 * self.steps)
@@ -129,7 +129,7 @@ class Run:
     def state(self):
         """Whole copies of all that is learned, and of the moments."""
         def own(tensor):
-            return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor.detach().clone()
+            return (tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor).detach().clone()
         state = self.optimizer.state_dict()
         return dict(model={name: own(tensor) for name, tensor in self.model.state_dict().items()}, optimizer=dict(
             state={i: {key: own(value) for key, value in values.items()} for i, values in state['state'].items()},
@@ -165,3 +165,49 @@ def test_it_learns_what_ddp_learns(together, n, model, options):
     ddp, sharded = (together(n, learn, kind, model, options) for kind in ('ddp', 'fsdp'))
     assert problems(sharded[0], ddp[0], 3) == []
     assert all(others == [] for _, _, others in [(0, 0, list(weights)) for _, _, weights in sharded[1:]])
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+def train_and_write(folder, model, options, steps=2, after=1):
+    """(index, whole state then, whole state `after` more steps)"""
+    run = Run('fsdp', model, options)
+    for _ in range(steps):
+        run.step()
+    index = fsdp.write(folder, steps, run.model, run.optimizer)
+    then = run.state()
+    for _ in range(after):
+        run.step()
+    return index, then, run.state()
+
+
+def read_and_go_on(folder, state, model, options, steps=2, after=1):
+    """(whole state as loaded, whole state `after` more steps, the index of what is written in between)"""
+    run = Run('fsdp', model, options, **dict(vocab_size=13))
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.zero_()
+    fsdp.load(state, run.model, run.optimizer)
+    run.steps = steps
+    index = fsdp.write(folder, steps, run.model, run.optimizer)
+    then = run.state()
+    for _ in range(after):
+        run.step()
+    return index, then, run.state()
+
+
+def shards(folder, index):
+    fsdp.verify(folder, index)
+    return dict(shards=index | dict(out_dir=str(folder)))
+
+
+@pytest.mark.parametrize('model, options', [(GPT, ADAMW), (MODERN, MUON)])
+def test_any_number_of_processes_reads_what_any_other_wrote(together, tmp_path, model, options):
+    index, then, after = together(2, train_and_write, tmp_path, model, options)[0]
+    assert index['folder'] == 'shards-2' and same(fsdp.whole(tmp_path, index), then)
+    for n in (2, 3, 1):
+        again, loaded, gone_on = together(n, read_and_go_on, tmp_path, shards(tmp_path, index), model, options)[-1]
+        assert same(loaded, then)
+        assert n != 2 or same(gone_on, after)
+        assert again['folder'] == f'shards-2-{ {2: 2, 3: 3, 1: 4}[n] }' and same(fsdp.whole(tmp_path, again), then)
+        index = again
