@@ -27,7 +27,9 @@ def run(path, namespace):
         exec(compile(Path(path).read_bytes(), path, 'exec'), namespace)
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno or 1}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:      # SystemExit too
         what = ' '.join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path}, line {_line_in(path, error)}: {what}") from None
     # what a function assigns to its globals passes the recorder by

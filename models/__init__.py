@@ -1,8 +1,17 @@
 """Architectures by name: `gpt` is model.py, any other NAME is models/NAME.py, imported when it is asked for."""
+import contextlib
+import dataclasses
 import difflib
 import importlib
+import math
+import os
+import re
 from pathlib import Path
 
+import torch
+from torch.overrides import TorchFunctionMode
+
+MOST_LAYERS = 10_000        # the deepest network that learned anything: Xiao et al. 2018, arXiv 1806.05393
 FREE = {'dropout', 'attn_dropout', 'ngram_dropout', 'k', 'batchnorm'}      # Config fields that may change between runs
 
 
@@ -30,4 +39,53 @@ def name_of(model):
 def build(name, **fields):
     """A new model called `name` with these Config fields, as in build('gpt', n_layer=2). Raises ValueError."""
     Model = architecture(name)
-    return Model(Model.Config(**fields))
+    return make(Model, Model.Config(**fields))
+
+
+def make(Model, config, most=None):
+    """Model(config), unless its weights take more bytes than there are in this machine, or than `most`: a system that
+    promises more memory than it has would kill the process without a word. Raises ValueError before anything is built."""
+    n, memory = getattr(config, 'n_layer', 1), _memory()
+    if n > MOST_LAYERS:
+        raise ValueError(f"n_layer={n}: take at most {MOST_LAYERS}")
+    try:
+        one, two = (_weights(Model, dataclasses.replace(config, **{'n_layer': k} if n > 2 else {})) for k in (1, 2))
+        size = one + (n - 1) * (two - one)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        is_beyond = type(error) is not RuntimeError or re.search('overflow|allocate memory', str(error))
+        size = math.inf if is_beyond else 0     # else a model that can't be made without values
+    if size > memory:
+        raise ValueError(f"a {Model.__name__} of these sizes has {size / 1e9:,.1f} GB of weights, and this machine has "
+                         f"{memory / 1e9:,.1f} GB of memory: take a smaller model")
+    if most and size > most:
+        raise ValueError(f"a {Model.__name__} of these sizes has {size / 1e9:,.3f} GB of weights, not {most / 1e9:,.3f} GB")
+    return Model(config)
+
+
+def _weights(Model, config):
+    """The bytes of a model's weights, without making them."""
+    with _NoValues():
+        model = Model(config)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+class _NoValues(TorchFunctionMode):
+    """Tensors without memory, and no random numbers. torch.device('meta') means all functions, some of which take seconds to
+    import there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs['device'] = 'meta'
+        elif func.__name__ == 'normal_':        # a tensor's, and torch.nn.init's
+            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _memory():
+    """The bytes of memory that this process may have, as far as the system says."""
+    most = 1 << 62
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # Windows; no limit: 'max'
+        most = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        most = min(most, int(Path('/sys/fs/cgroup/memory.max').read_text()))
+    return most

@@ -27,17 +27,29 @@ import tokenizer
 from dataset import Dataset
 
 SERVER = r"""
-import json, os, runpy, signal, sys, tempfile, traceback
+import json, os, runpy, signal, sys, tempfile, time, traceback
 import checkpoint, configurator, dataset, generate, metrics, models, optimizer, runtime, torch
+try:
+    import resource
+except ImportError:
+    resource = None
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])     # imports for a second
 for line in sys.stdin:
-    script, *arguments = json.loads(line)
+    asked = json.loads(line)
+    script, *arguments = asked['words']
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
+    child, began, sent = os.fork(), time.monotonic(), []
     if not child:
-        signal.alarm(60)
         for file, number in ((open(os.devnull), 0), (out, 1), (err, 2)):
             os.dup2(file.fileno(), number)
-        sys.argv, code = [script, *arguments], 0
+        os.chdir(asked['cwd'])
+        os.environ.update(asked['env'])
+        if asked['memory']:
+            used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + asked['memory'],) * 2)
+        if asked['disk']:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (asked['disk'],) * 2)
+        sys.path[0], sys.argv, code = os.path.dirname(script), [script, *arguments], 0
         try:
             runpy.run_path(script, run_name='__main__')
         except SystemExit as end:
@@ -46,29 +58,49 @@ for line in sys.stdin:
             traceback.print_exc()
             code = 1
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os._exit(code if type(code) is int else 1)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        for after, number in ((asked['seconds'], signal.SIGTERM), (asked['seconds'] + 20, signal.SIGKILL)):
+            if number not in sent and time.monotonic() - began > after:
+                sent.append(number)
+                os.kill(child, number)
+        time.sleep(0.003)
     texts = [file.seek(0) or file.read().decode(errors='replace') for file in (out, err)]
-    print(json.dumps(dict(returncode=code, stdout=texts[0], stderr=texts[1])), flush=True)
+    print(json.dumps(dict(returncode=os.waitstatus_to_exitcode(ended[1]), stdout=texts[0], stderr=texts[1])), flush=True)
 """
+
+
+class Forked:
+    """forked('train.py', '--seed=1') -> what conftest.run gives, in a tenth of the time. There is no network.
+
+    After `seconds` the script gets a SIGTERM, 20 seconds later a SIGKILL. memory: bytes that it may take; disk: bytes of a
+    file that it may write; 0: any number.
+    """
+
+    def __init__(self, folder):
+        environment = {**os.environ, 'PYTHONPATH': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline',
+                       'HF_HOME': f'{folder}/hf', 'TIKTOKEN_CACHE_DIR': f'{folder}/bpe',
+                       'HTTPS_PROXY': 'http://127.0.0.1:9', 'NANOGPT_MIRROR': ''}
+        self.server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True, cwd=ROOT, env=environment)
+
+    def __call__(self, script, *words, cwd=ROOT, seconds=60, memory=0, disk=0, env=None):
+        asked = dict(words=[str(ROOT / script), *map(str, words)], cwd=str(cwd), seconds=seconds, memory=memory, disk=disk,
+                     env=env or {})
+        self.server.stdin.write(json.dumps(asked) + '\n')
+        self.server.stdin.flush()
+        return SimpleNamespace(**json.loads(self.server.stdout.readline()))
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(60)
 
 
 @pytest.fixture(scope='module')
 def warm(tmp_path_factory):
-    """warm('train.py', '--seed=1') -> what conftest.run gives, in a tenth of the time. There is no network."""
-    environment = {**os.environ, 'PYTHONPATH': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1',
-                   'HF_HOME': str(tmp_path_factory.mktemp('hf')), 'TIKTOKEN_CACHE_DIR': str(tmp_path_factory.mktemp('bpe')),
-                   'HTTPS_PROXY': 'http://127.0.0.1:9', 'NANOGPT_MIRROR': ''}
-    server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              cwd=ROOT, env=environment)
-
-    def request(*words):
-        server.stdin.write(json.dumps([*map(str, words)]) + '\n')
-        server.stdin.flush()
-        return SimpleNamespace(**json.loads(server.stdout.readline()))
-    yield request
-    server.stdin.close()
-    server.wait(60)
+    forked = Forked(tmp_path_factory.mktemp('warm'))
+    yield forked
+    forked.close()
 
 
 def check(done, *parts):
@@ -150,7 +182,9 @@ SETTINGS = [
     ('--model=modern --bias=True', 'model=modern has no bias'),
     ('--backend=mpi', "backend='mpi' is unknown"),
     ('--compile=0', 'compile=0 is unknown'),
-    (f'--n_embd={2 ** 40}', 'out of memory'),
+    (f'--n_embd={2 ** 40}', 'a GPT of these sizes has inf GB of weights, and this machine has'),
+    ('--n_embd=1000000', 'a GPT of these sizes has 48,'),
+    (f'--n_layer={10 ** 9}', 'n_layer=1000000000: take at most 10000'),
 ]
 
 
@@ -175,8 +209,8 @@ def test_one_mistake_without_the_fork():
     check(run('train.py', '--learnin_rate=1'), "the nearest is 'learning_rate'")
 
 
-def test_processes_share_the_micro_batches_evenly(text_folder):
-    done = run('train.py', *TINY, f'--dataset={text_folder}', env={'WORLD_SIZE': '4', 'RANK': '0'})
+def test_processes_share_the_micro_batches_evenly(warm, text_folder):
+    done = warm('train.py', *TINY, f'--dataset={text_folder}', env={'WORLD_SIZE': '4', 'RANK': '0'})
     check(done, 'gradient_accumulation_steps=2', 'not a multiple of 4 processes')
 
 
@@ -563,13 +597,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(copy, limit):
 
 
 @pytest.mark.parametrize('fills', ['ckpt.pt', ('metrics.jsonl')])
-def test_a_full_disk_ends_the_run_and_it_can_be_resumed(copy, fills):
+def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
     run = copy('run')
     limit = 20_000 if fills == 'ckpt.pt' else (run / fills).stat().st_size + 100
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    done = subprocess.run([sys.executable, 'train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=8'], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=8', disk=limit)
     check(done, 'cannot write')
     assert {path.name for path in run.iterdir()} == set(before)
     for name in ('ckpt.pt', 'ckpt.prev.pt', 'best.pt'):
@@ -629,8 +661,8 @@ def test_sampling_in_two_ways_at_once(warm, trained, words):
     ('--max_new_tokens=1024', 'prompt_tokens + max_new_tokens = 1025 must be below the context of 1024'),
     ('--model=gtp', "the nearest is 'gpt'"),
 ])
-def test_benching_generation(word, message):
-    check(run('bench.py', 'generation', '--n_layer=1', '--n_embd=12', '--device=cpu', word), message)
+def test_benching_generation(warm, word, message):
+    check(warm('bench_generation.py', '--n_layer=1', '--n_embd=12', '--device=cpu', word), message)
 
 
 @pytest.mark.parametrize('word, message', [
