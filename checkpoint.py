@@ -8,6 +8,7 @@ any two of these, every file that is there still verifies.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pickle
 import types
@@ -29,8 +30,8 @@ import tokenizer_files
 SUMS = 'sums.json'
 FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'evaluation.json', 'tensorboard',
          'health.jsonl', 'health.png', 'preempted')
-# Where a run is, besides its step: the step of the last evaluation, evaluations since the best one, times, clipped gradients,
-# how many steps the data are ahead (guard.py), what the guard has seen.
+# Where a run is, besides its step: the step of the last evaluation, evaluations since the best one, times, clipped
+# gradients, how many steps the data are ahead (guard.py), what the guard has seen.
 PROGRESS = dict(evaluated=-1, bad_evals=0, wall_seconds=0.0, train_seconds=0.0, wandb_id=None, clipped=0, data_offset=0,
                 guard=None)
 
@@ -58,17 +59,17 @@ def save(out_dir, name, state):
             os.replace(folder / name, folder / 'ckpt.prev.pt')
         os.replace(fresh, folder / name)
         if any(folder.glob('shards-*')):
-            import fsdp     # takes a second
-            fsdp.tidy(folder, {shards['folder'] for file in ('ckpt.pt', 'ckpt.prev.pt') if (shards := _shards(folder / file))})
+            import fsdp
+            fsdp.tidy(folder, {_shards(folder / file) for file in ('ckpt.pt', 'ckpt.prev.pt')})
     finally:
         fresh.unlink(missing_ok=True)
     files.sync_folder(folder)
 
 
 def _shards(path):
-    """What a checkpoint file says about the parts beside it that the processes of FSDP wrote; None: it has all in it."""
-    with contextlib.suppress(Exception):    # not there, or damaged
-        return torch.load(path, map_location='meta', weights_only=True).get('shards')
+    """The folder of the parts beside a checkpoint file, where it is one of FSDP's."""
+    with contextlib.suppress(Exception):    # not there, damaged, or all in one file
+        return torch.load(path, map_location='meta', weights_only=True)['shards']['folder']
 
 
 def set_aside(out_dir):
@@ -84,12 +85,14 @@ def set_aside(out_dir):
     return aside
 
 
-def make_out_dir(out_dir):
+def make_out_dir(out_dir, init_from='resume'):
     """Create out_dir, prove that it can be written to, and lock it against a second run, while the file that this returns
-    is open. Raises OSError."""
+    is open. Unless it is resumed, an earlier run there is set aside. Raises OSError."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         lock = files.lock(Path(out_dir) / '.lock')
+        if init_from != 'resume' and (aside := set_aside(out_dir)):
+            print(f"{out_dir} held an earlier run: its files are in {aside} now", flush=True)
         (Path(out_dir) / 'preempted').unlink(missing_ok=True)
         return lock
     except BlockingIOError:
@@ -225,6 +228,13 @@ def adopt(config, given, kept, whose, free):
     return changes
 
 
+def adopt_run(config, given, state, out_dir):
+    """`adopt` what the run in out_dir, of which `state` is, had: of its model all, of its settings what isn't given."""
+    kept = {'model': state.get('model_name', 'gpt')} | state['model_args']
+    return (adopt(config, given, kept, out_dir, models.FREE) |
+            adopt(config, given, settings(state), out_dir, config.keys()))
+
+
 def model_config(values):
     """The Config class of the model that train.py's settings are about: that of the run in a folder that they start from.
 
@@ -244,8 +254,10 @@ def model_config(values):
 def take_up(state, model, optimizer, scaler):
     """Put a checkpoint's weights and moments in their places; returns (iter_num, best_val_loss, progress).
 
-    Raises ValueError where they are of something else.
+    Of no state it is where a run begins. Raises ValueError where they are of something else.
     """
+    if not state:
+        return 0, math.inf, dict(PROGRESS)
     if hasattr(model, 'set_requires_gradient_sync'):
         import fsdp
         fsdp.load(state, model, optimizer)
@@ -282,7 +294,8 @@ def restore(state, settings=None, parallel='ddp'):
         raise ValueError(f"batchnorm={free['batchnorm']!r}: the run has {state['model_args']['batchnorm']!r}, and with or "
                          "without it are different weights: leave it out")
     try:
-        model = Model(Model.Config(**state['model_args'] | free))
+        most = None if is_apart else (1 << 20) + 8 * sum(weight.numel() for weight in weights.values())
+        model = models.make(Model, Model.Config(**state['model_args'] | free), most)
         lora.add(model, state['config'].get('lora_rank', 0) if is_apart else lora.rank_of(weights))
         if not is_apart:
             model.load_state_dict(weights)
@@ -299,6 +312,13 @@ def restore(state, settings=None, parallel='ddp'):
             description = None
     model.template = state.get('template')
     return model, description
+
+
+def check_tokenizer(model, trained_on, data, whose):
+    """Raises ValueError where the dataset `data` has other ids than `model`, by the tokenizer `trained_on`, learned."""
+    if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
+        raise ValueError(f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
+                         f"{whose}")
 
 
 def _free(Config, settings):
@@ -326,7 +346,8 @@ def open_model(source, settings=None):
         raise FileNotFoundError(f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}")
     name, fields, weights = huggingface.read(source)
     Model = models.architecture(name)
-    model = Model(Model.Config(**fields | _free(Model.Config, settings)))
+    most = (1 << 20) + 8 * sum(weight.numel() for weight in weights.values() if weight is not None)
+    model = models.make(Model, Model.Config(**fields | _free(Model.Config, settings)), most)
     huggingface.fill(model, weights, source)
     return model, tokenizer_files.from_files(folder) or (dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None)
 

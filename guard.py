@@ -1,13 +1,14 @@
 """Updates that must not be made: of a loss or a gradient that is not a number, and of spikes of the loss.
 
-Whether a step is bad is decided on the device, from numbers that all processes share, and the optimizer leaves a bad step out
-there (`found_inf`): nothing waits. The host hears of it one step later. A bad batch costs its own update, no more. Several bad
-steps in a row mean that the weights are the matter: then the run goes back to its newest checkpoint, and on from there with
-other data, since the same would lead to the same (PaLM did so by hand, Chowdhery et al. 2022, section 5.1).
+Whether a step is bad is decided on the device, from numbers that all processes share, and the optimizer leaves a bad
+step out there (`found_inf`): nothing waits. The host hears of it one step later. A bad batch costs its own update, no
+more. Several bad steps in a row mean that the weights are the matter: then the run goes back to its newest checkpoint, and
+on from there with other data, since the same would lead to the same (as PaLM's authors did by hand, Chowdhery et al. 2022,
+section 5.1).
 
-A spike is a loss more than SIGMAS standard deviations above the average, both over roughly the last MEMORY steps (OLMo's rule,
-of 128 steps; OLMo et al. 2024, arXiv 2501.00656). A loss that stays at a new level is soon taken for what it is: each skipped
-one widens the limit. What runs away faster than that, and what is not a number, ends in `has_diverged`.
+A spike is a loss more than SIGMAS standard deviations above the average, both over roughly the last MEMORY steps (OLMo's
+rule, of 128 steps; OLMo et al. 2024, arXiv 2501.00656). A loss that stays at a new level is soon taken for what it is: each
+skipped one widens the limit. What runs away faster than that, and what is not a number, ends in `has_diverged`.
 """
 import math
 
@@ -87,17 +88,17 @@ def _on_its_way(bad, loss):
     return event.synchronize, here
 
 
-def after_divergence(progress, iter_num, stored):
-    """What changes in `progress` where a run that diverged before step iter_num goes back to the checkpoint `stored`.
-
-    The data of the steps between are passed over. Raises ValueError where there is none, or that has been tried in vain.
+def other_data(stored, progress, iter_num):
+    """The checkpoint `stored`, for a run that diverged before step iter_num to go back to: the data of the steps since are
+    passed over. Raises ValueError where there is none, or that has been tried in vain.
     """
     advice = "take lower learning rates (--learning_rate, or --muon_lr and --embed_lr where they are set)"
     if not stored:
         raise ValueError(f"the run diverged before step {iter_num}, and has no checkpoint yet to go back to: {advice}")
     step, before = int(stored['iter_num']), stored.get('progress', {})
     if before.get('rolled_back_to') == step or iter_num <= before.get('diverged_at', -1):
-        raise ValueError(f"the run diverged before step {iter_num}, and had been rolled back from step {before['diverged_at']} "
-                         f"to {before['rolled_back_to']} already, for other data; the checkpoint of step {step} is good: "
-                         f"{advice}")
-    return dict(data_offset=progress['data_offset'] + iter_num - step, diverged_at=iter_num, rolled_back_to=step)
+        raise ValueError(f"the run diverged before step {iter_num}, and had been rolled back from step "
+                         f"{before['diverged_at']} to {before['rolled_back_to']} already, for other data; the checkpoint "
+                         f"of step {step} is good: {advice}")
+    offset = progress['data_offset'] + iter_num - step
+    return stored | dict(progress=before | dict(data_offset=offset, diverged_at=iter_num, rolled_back_to=step))

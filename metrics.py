@@ -140,12 +140,14 @@ class Metrics:
                 self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
 
-    def evaluation(self, record):
-        """Print and log what an evaluation found."""
-        bpb = f" ({record['val_bpb']:.4f} bits per byte)" if record['val_bpb'] else ''
-        self.say(f"step {record['iter']}: train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}{bpb}, "
-                 f"{seconds(record['train_seconds'])} of training")
-        self.log(record)
+    def evaluation(self, iter_num, tokens_per_step, losses, data, train_seconds, wall_seconds):
+        """Print and log what an evaluation found: losses is {'train': nats per token, 'val': …} on `data`."""
+        val_bpb = data.bits_per_byte('val', losses['val'])
+        bpb = f" ({val_bpb:.4f} bits per byte)" if val_bpb else ''
+        self.say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{bpb}, "
+                 f"{seconds(train_seconds)} of training")
+        self.log(dict(iter=iter_num, tokens=iter_num * tokens_per_step, train_loss=losses['train'],
+                      val_loss=losses['val'], val_bpb=val_bpb, train_seconds=train_seconds, wall_seconds=wall_seconds))
 
     def stopped(self, out_dir, iter_num, is_saved):
         """A signal has ended the run: say how it goes on, and leave the file `preempted` for whoever started it."""
@@ -156,10 +158,11 @@ class Metrics:
             with files.replacing(self.path.with_name('preempted')) as file:
                 file.write(f"{done}\n".encode())
 
-    def skipped(self, step, loss, count):
-        """Print and log that a step's update was left out, the count-th one."""
-        self.say(f"step {step}: loss {loss:.4f}, a spike or no number: its update is left out ({count} so far)")
-        self.log(dict(iter=step, bad_loss=loss, skipped=count))
+    def skipped(self, step, guard):
+        """If the guard hears now that the step's update was left out, print and log that."""
+        if (loss := guard.heard()) is not None:
+            self.say(f"step {step}: loss {loss:.4f}, a spike or no number: its update is left out ({guard.skipped} so far)")
+            self.log(dict(iter=step, bad_loss=loss, skipped=guard.skipped))
 
     def rewind(self, iter_num, progress):
         """The run goes on from iter_num again: what was logged since is taken back, and a line says why."""

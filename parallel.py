@@ -1,5 +1,6 @@
 """Processes: who this one is among them, and what they do together. One process is the case of one."""
 import contextlib
+import datetime
 import gc
 import os
 import sys
@@ -11,6 +12,7 @@ RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZ
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
 LOCAL_WORLD_SIZE = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 IS_MASTER = RANK == 0
+TIMEOUT = 600    # seconds that one may wait for another: a killed process is seen at once, a cut cable is not
 
 
 def start(backend, device, kind='ddp'):
@@ -40,7 +42,8 @@ def start(backend, device, kind='ddp'):
         del os.environ['OMP_NUM_THREADS']
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE))
     use_nccl = type_ == 'cuda' and backend != 'gloo'
-    dist.init_process_group('cpu:gloo,cuda:nccl' if use_nccl else 'gloo')   # numbers always travel by gloo, see total
+    dist.init_process_group('cpu:gloo,cuda:nccl' if use_nccl else 'gloo',     # numbers always travel by gloo, see total
+                            timeout=datetime.timedelta(seconds=TIMEOUT))
     return device
 
 
@@ -112,19 +115,19 @@ def total(values):
 
 
 def anyone(*flags):
-    """For each flag whether it is true on any process: what all of them must decide alike. One flag: a bool, else a list."""
+    """For each flag whether it is true on any process: what all of them must decide alike. A list, or a bool for one."""
     found = [count > 0 for count in total([float(flag) for flag in flags])] if dist.is_initialized() else list(flags)
     return found[0] if len(found) == 1 else found
 
 
-def check_same(value, what):
-    """Raises ValueError where `value`, a number, is not the same in all processes; `what` says what is wrong then."""
-    low, high = torch.tensor(float(value)), torch.tensor(float(value))
+def check_shared(out_dir, iter_num):
+    """Raises ValueError where the processes have found different checkpoints in out_dir, of the steps iter_num."""
     if dist.is_initialized():
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-    if low != high:
-        raise ValueError(what)
+        steps = [None] * WORLD_SIZE
+        dist.all_gather_object(steps, iter_num)
+        if len(set(steps)) > 1:
+            raise ValueError(f"the processes find different checkpoints in out_dir={out_dir!r}, of the steps "
+                             f"{', '.join(map(str, sorted(set(steps))))}: it has to be a folder that all machines share")
 
 
 @contextlib.contextmanager

@@ -33,6 +33,28 @@ def check_at_most(most, config, keys):
             fail(f"{key}={config[key]} must be at most {most}")
 
 
+def check_ranges(config, processes):
+    """Fail where one of train.py's settings is out of its range."""
+    check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')
+    check_at_least(0, config, 'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay grad_clip '
+                              'warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown max_norm warmup_lr '
+                              'lora_rank')
+    check_at_most(1, config, 'cooldown')
+    if config['gradient_accumulation_steps'] % processes:
+        fail(f"gradient_accumulation_steps={config['gradient_accumulation_steps']} is not a multiple of {processes} "
+             "processes")
+    if config['parallel'] == 'fsdp' and config['watch']:
+        fail("watch=True looks at whole weights: leave it out with parallel='fsdp'")
+
+
+def memory_advice(batch_size, gradient_accumulation_steps):
+    """What to do when training runs out of memory."""
+    if batch_size == 1:
+        return "take --gradient_checkpointing=True, or a smaller --block_size"
+    return (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
+            "result stays the same")
+
+
 @contextlib.contextmanager
 def memory_errors(advice):
     """Out of memory, on any device, ends the script with one line that ends in `advice`."""
@@ -52,7 +74,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1
 class StopRequest:
     """SIGINT (Ctrl-C), SIGTERM or SIGUSR1, received, so that a loop can stop where nothing is lost; `signal` is its number.
 
-    A second one ends at once, and so does a save that hangs, after GRACE seconds. What comes within a second is the same
+    A second one ends at once, and so does a save that hangs, after GRACE seconds. What comes within two seconds is the same
     one: torchrun and batch systems tell each process, and each other.
     """
 
@@ -69,7 +91,7 @@ class StopRequest:
             timer = threading.Timer(GRACE, self._give_up)
             timer.daemon = True
             timer.start()
-        elif time.monotonic() - self.since > 1:
+        elif time.monotonic() - self.since > 2:
             os._exit(128 + number)
 
     def _give_up(self):
@@ -223,10 +245,11 @@ def seed_everything(*key):
         torch.mps.manual_seed(number)
 
 
-def be_deterministic():
-    """Bit-identical repeats on CUDA too, at some cost in speed; call before anything runs on the GPU."""
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(True)
+def be_deterministic(flag):
+    """If wished, bit-identical repeats on CUDA too, at some cost in speed; call before anything runs on the GPU."""
+    if flag:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------------
@@ -246,15 +269,18 @@ def resolve_compile(wish, device):
     return 'auto' if can else False
 
 
-def compile_model(model, try_step, wish, insist, device, steps, agree, parts):
-    """Compile `parts` of `model` in place (state-dict names stay clean), prove it on `try_step()`; returns whether they are.
+def compile_model(model, try_step, wish, insist, device, steps, processes):
+    """Compile `model` in place (state-dict names stay clean) and prove it on `try_step()`; returns whether it is.
 
-    wish: True, or 'auto': only where `steps` more of these would take so long uncompiled that it pays; agree(flag) makes
-    the processes' answers one. Where it can't be done (no C compiler, an old GPU): ValueError if `insist`, else one line,
-    and the model stays as it was. Gradients and buffers that the trial changed are put back.
+    wish: True, or 'auto': only where `steps` more of these would take so long uncompiled that it pays; processes: the
+    module parallel, which makes their answers one and knows the parts. Where it can't be done (no C compiler, an old GPU):
+    ValueError if `insist`, else one line, and the model stays as it was. Gradients and buffers that the trial changed are
+    put back.
     """
+    parts = processes.compiled(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    if wish != 'auto' or agree(steps > 0 and _seconds_of(try_step, device) * steps > COMPILE_PAYS[device.split(':')[0]]):
+    if wish != 'auto' or processes.anyone(
+            steps > 0 and _seconds_of(try_step, device) * steps > COMPILE_PAYS[device.split(':')[0]]):
         try:
             if os.environ.get('RANK', '0') == '0':
                 print("compiling, which takes a minute", flush=True)

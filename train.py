@@ -27,13 +27,12 @@ from configurator import configure
 from layers import use_attention
 from metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
 from mixture import open_dataset, prepare_if_small
-from runtime import fail, user_errors
+from runtime import user_errors
 from watch import Watch
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText ----------------------------------------------------------
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
-init_from = 'scratch'  # scratch, resume, gpt2[-medium|-large|-xl], a Hugging Face folder, an out_dir or a checkpoint; auto:
-# resume where out_dir has a checkpoint, else scratch, or SOURCE by auto:SOURCE
+init_from = 'scratch'  # scratch, resume, auto (what can be), gpt2[-medium|-large|-xl], a Hugging Face folder, an out_dir
 seed = 1337  # of initialisation, order of the data and dropout
 eval_interval = 2000  # steps between evaluations; each one saves a checkpoint; 0: only at the end
 eval_iters = 200  # batches per evaluation and split, or the whole split where that is less
@@ -96,36 +95,26 @@ with user_errors():
     init_from, stored = checkpoint.begin(init_from, out_dir)
     config['init_from'] = init_from
     if stored:
-        kept = {'model': stored.get('model_name', 'gpt')} | stored['model_args']
-        globals().update(checkpoint.adopt(config, given, kept, out_dir, models.FREE))
-        globals().update(checkpoint.adopt(config, given, checkpoint.settings(stored), out_dir, config.keys()))
-runtime.check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')
-runtime.check_at_least(0, config, 'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay '
-                                  'grad_clip warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown max_norm '
-                                  'warmup_lr lora_rank')
-runtime.check_at_most(1, config, 'cooldown')
-if gradient_accumulation_steps % processes.WORLD_SIZE:
-    fail(f"gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of {processes.WORLD_SIZE} processes")
+        globals().update(checkpoint.adopt_run(config, given, stored, out_dir))
+runtime.check_ranges(config, processes.WORLD_SIZE)
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
 with user_errors():
-    if deterministic:
-        runtime.be_deterministic()
+    runtime.be_deterministic(deterministic)
     device = processes.start(backend, runtime.resolve_device(device), parallel)
     device_type = device.split(':')[0]
     before = stored['resolved'] if (stored or {}).get('resolved', {}).get('device') == device_type else {}    # of 'auto'
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
-    processes.check_same(stored['iter_num'] if stored else 0, f"out_dir={out_dir!r} is not the same for all processes: take a "
-                         "folder that all machines share")
+    processes.check_shared(out_dir, stored['iter_num'] if stored else 0)
     wanted = loggers(log_to, wandb_log)
 threads = runtime.set_threads(before.get('threads'))
 runtime.be_fast()
 ctx = runtime.autocast(device, dtype)
 
 # ---- data, model, optimizer ------------------------------------------------------------------------------------------
-with user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
+with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
     with processes.master_first():
         prepare_if_small(dataset)
     runtime.seed_everything(seed, 1)
@@ -142,9 +131,7 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
         vocab_size = data.vocab_size if data.vocab_size < 1000 else 64 * math.ceil(data.vocab_size / 64)    # for speed
         fields = {f.name for f in dataclasses.fields(models.architecture(model).Config)} & config.keys()
         model, trained_on = models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}), data.tokenizer
-    if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
-        fail(f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
-             f"{out_dir if stored else init_from}")
+    checkpoint.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
     if document_boundaries or 'document_boundaries' in given:       # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
@@ -155,9 +142,7 @@ with user_errors(), runtime.memory_errors("take a smaller model, or a larger mac
         bfloat16=dtype == 'bfloat16', is_asked=given.get('learning_rate') == 'command line', name=optimizer,
         max_norm=max_norm, lr_schedule=lr_schedule)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    iter_num, best_val_loss, progress = 0, math.inf, dict(checkpoint.PROGRESS)
-    if stored:
-        iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
+    iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
 guard = guards.Guard(device, progress['guard'])
 _start -= progress['wall_seconds']
 del stored      # its tensors are in the model and the optimizer now
@@ -206,19 +191,12 @@ def save(name):
     saved_at = time.monotonic()
 
 
-def listen():
-    """Hear from the device whether the last step's update was left out, and say so."""
-    if (bad_loss := guard.heard()) is not None:
-        metrics.skipped(iter_num - 1, bad_loss, guard.skipped)
-
-
 def roll_back():
     """The run has diverged: on from its newest checkpoint, with other data than led here. ValueError where it can't."""
     global iter_num, best_val_loss, progress, guard
-    stored = checkpoint.begin('auto', out_dir)[1]
-    change = guards.after_divergence(progress, iter_num, stored)
+    stored = guards.other_data(checkpoint.begin('auto', out_dir)[1], progress, iter_num)
     iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
-    progress |= change
+    optimizer.zero_grad(set_to_none=True)
     guard = guards.Guard(device, progress['guard'])
     metrics.rewind(iter_num, progress)
     save('ckpt.pt')
@@ -233,31 +211,24 @@ if model.fit:
     max_iters, tokens_per_step = 1, data.epoch_tokens    # one pass, which counts
 say(plan(config, model, data, tokens_per_step, max_iters, iter_num))
 say(f"machine: {processes.WORLD_SIZE} x {device_type}, {dtype}, {threads} threads")
-advice = (f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
-          "result stays the same" if batch_size > 1 else "take --gradient_checkpointing=True, or a smaller --block_size")
+advice = runtime.memory_advice(batch_size, gradient_accumulation_steps)
 is_over = init_from == 'resume' and (iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals'])
-if eval_only:
-    with runtime.memory_errors(advice):
-        losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
-    say(evaluation_table(f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from, model, losses, data))
-elif is_over:
-    say(f"{out_dir} holds the end of this run, step {iter_num}" +
-        ("" if model.fit else ": give a larger --max_iters (or --early_stop) to go on"))
 if eval_only or is_over:
+    with processes.lost_peers(), runtime.memory_errors(advice):
+        losses = {split: evaluate(split, eval_iters) for split in ('train', 'val') if eval_only}
+    say(evaluation_table(f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from, model, losses, data)
+        if eval_only else f"{out_dir} holds the end of this run, step {iter_num}" +
+        ("" if model.fit else ": give a larger --max_iters (or --early_stop) to go on"))
     del wrapped
     processes.stop()
     sys.exit()
-with user_errors():
-    if processes.IS_MASTER:
-        lock = checkpoint.make_out_dir(out_dir)     # held while this runs
-        if init_from != 'resume' and (aside := checkpoint.set_aside(out_dir)):
-            say(f"{out_dir} held an earlier run: its files are in {aside} now")
+with processes.lost_peers(), user_errors():
+    lock = processes.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)     # held while this runs
     if compile and not model.fit:
         processes.exchange_gradients(wrapped, False)
         with runtime.memory_errors(advice):
             compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), compile, config['compile'] is True,
-                                            device, len(micros) * (max_iters - iter_num), processes.anyone,
-                                            processes.compiled(model))
+                                            device, len(micros) * (max_iters - iter_num), processes)
     facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
                  compile=compile, processes=processes.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
     metrics = Metrics(out_dir, processes.IS_MASTER, max_iters, iter_num, progress['evaluated'])
@@ -277,25 +248,20 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             is_last or (eval_interval and not iter_num % eval_interval and not is_stopped))
         if is_pause := is_due or is_stopped or is_late:
             clock.pause()
-            listen()
+            metrics.skipped(iter_num - 1, guard)
+            with ctx:
+                model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
         if guard.has_diverged:
             roll_back()
             continue
-        if is_pause:
-            with ctx:
-                model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
         if is_due:
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
             best_val_loss = min(losses['val'], best_val_loss)
             progress |= dict(evaluated=iter_num, bad_evals=0 if is_best else progress['bad_evals'] + 1)
             is_last = is_last or 0 < early_stop <= progress['bad_evals']
-            if is_last:
-                losses['val'] = evaluate('val')
-            metrics.evaluation(dict(
-                iter=iter_num, tokens=iter_num * tokens_per_step, train_loss=losses['train'], val_loss=losses['val'],
-                val_bpb=data.bits_per_byte('val', losses['val']), train_seconds=clock.total,
-                wall_seconds=time.perf_counter() - _start))
+            losses['val'] = evaluate('val') if is_last else losses['val']
+            metrics.evaluation(iter_num, tokens_per_step, losses, data, clock.total, time.perf_counter() - _start)
             metrics.histograms(iter_num, watcher.draw(iter_num))
             guard.check(losses['val'])
             if is_best and iter_num > 0:
@@ -303,7 +269,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         if guard.has_diverged:
             continue
         if is_pause:
-            may_save = is_last or not guard.in_a_row     # after a bad step only the end is saved: it may be the first of many
+            may_save = is_last or not guard.in_a_row        # a bad step may be the first of many
             if may_save and (iter_num > 0 or not is_due):
                 save('ckpt.pt')
             clock.go_on()
@@ -327,12 +293,14 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             processes.exchange_gradients(wrapped, micro == micros[-1])
             loss = loss + micro_step(iter_num, micro)
         loss, grad_norm = processes.summed(loss), None
+        metrics.skipped(iter_num - 1, guard)        # the step before
+        if guard.has_diverged:
+            continue
         scaler.unscale_(optimizer)
         is_logged = iter_num % log_interval == 0
         watcher.before_step(is_logged)
         if grad_clip or is_logged:
             grad_norm = watcher.count(processes.clip_gradients(model, grad_clip or math.inf))
-        listen()
         guard.skip_if_bad(optimizer, scaler, loss, grad_norm)
         scaler.step(optimizer)
         scaler.update()
@@ -341,14 +309,13 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         iter_num += 1
         clock.step()
 
-        line = None
         if is_logged:
             took = clock.lap()
             line = dict(iter=iter_num - 1, loss=loss.item(), lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
                         tokens_per_second=tokens_per_step / took, peak_memory=runtime.peak_memory(device),
                         mfu=peak and model.estimate_mfu(tokens_per_step / took, peak * processes.WORLD_SIZE))
             line |= watcher.after_step(line)
-        metrics.step(line, max_iters - iter_num)
+        metrics.step(line if is_logged else None, max_iters - iter_num)
         if profiler:
             profiler.step()
 
