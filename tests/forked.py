@@ -1,0 +1,252 @@
+"""The project's scripts in processes forked from one that has torch loaded: 0.1 s each, where a new process takes 3 s.
+
+So runs can be killed by the hundred, ranks form without torchrun, and a hook breaks something inside one of them: a
+function that can be pickled (functools.partial gives it arguments), called in the new process before the script.
+"""
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from conftest import ROOT
+from tqdm.std import TqdmDefaultWriteLock
+
+import checkpoint
+import generate
+
+# parallel is left out: it reads its rank when it is imported
+PRELOAD = ['conftest', 'forked', 'torch.distributed.launcher.api', 'torch._dynamo', 'checkpoint', 'configurator',
+           'generate', 'lora', 'metrics', 'mixture', 'models', 'optimizer', 'runtime', 'watch']
+TqdmDefaultWriteLock.mp_lock = None     # a semaphore that a killed process would leave behind
+
+
+@functools.cache
+def _context():
+    """multiprocessing's fork server, with everything loaded and one thread."""
+    context = multiprocessing.get_context('forkserver')
+    before = dict(os.environ)
+    os.environ.update(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / 'tests')]), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1',
+                      WANDB_MODE='offline')
+    try:
+        context.set_forkserver_preload(PRELOAD)
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+class Run:
+    """A script, or None for the hook alone, in a process and session of its own. SIGALRM ends it after `limit` seconds."""
+
+    def __init__(self, script, *words, hook=None, env=(), cwd=ROOT, limit=60):
+        self.said = Path(tempfile.mkstemp()[1])
+        call = (str(self.said), script, [str(word) for word in words], hook, dict(env), str(cwd), limit)
+        self.process = _context().Process(target=_main, args=call)
+        self.process.start()
+        self.pid, self.limit = self.process.pid, limit
+
+    def kill(self, number=signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def is_alive(self):
+        return self.process.is_alive()
+
+    def text(self):
+        return self.said.read_text(errors='replace')
+
+    def wait(self, timeout=None):
+        """Its return code (the negative number of a signal), and what it wrote to stdout and stderr."""
+        self.process.join(timeout or self.limit)
+        assert self.process.exitcode is not None, f"still running after {timeout or self.limit} s:\n{self.text()[-2000:]}"
+        done = SimpleNamespace(returncode=self.process.exitcode, output=self.text())
+        self.said.unlink()
+        return done
+
+
+def _main(said, script, words, hook, env, cwd, limit):
+    signal.alarm(limit)
+    os.setsid()
+    descriptor = os.open(said, os.O_WRONLY | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, 'w', buffering=1, errors='replace') for number in (1, 2))
+    os.environ.update(env)
+    os.chdir(cwd)
+    code = run_here(script, words, hook)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def run_here(script, words, hook=None):
+    """Run the script in this process, as its main module, without the sample at the end; returns its exit code."""
+    generate.closing_sample = lambda *args: None
+    sys.argv, code = [script, *words], 0
+    sys.path[0:0] = [os.getcwd()]
+    try:
+        if hook:
+            hook()
+        if script:
+            runpy.run_path(script, run_name='__main__')
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    return code
+
+
+def ranks(n, script, *words, hook=None, **options):
+    """n Runs that are each other's ranks; hook: of all, or a list with one for each."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    hooks = hook if isinstance(hook, list) else [hook] * n
+    world = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+    return [Run(script, *words, hook=hooks[rank], env={**world, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, **options)
+            for rank in range(n)]
+
+
+def torchrun(n, *words, hook=None, restarts=0, **options):
+    """A Run of torchrun's agent, whose n workers on train.py, started anew up to `restarts` times, are forks too."""
+    return Run(None, hook=functools.partial(_agent, n, [str(word) for word in words], hook, restarts), **options)
+
+
+def _agent(n, words, hook, restarts):
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    config = LaunchConfig(1, 1, n, max_restarts=restarts, rdzv_backend='c10d', rdzv_endpoint='localhost:0', run_id='forked',
+                          start_method='fork', signals_to_handle='SIGTERM,SIGINT,SIGUSR1')
+    elastic_launch(config, _worker)(words, hook)
+
+
+def _worker(words, hook):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)       # not the agent's, which a fork inherits
+    code = run_here('train.py', words, hook)
+    sys.stdout.flush(), sys.stderr.flush()
+    if code:
+        os._exit(code)
+    end = threading.Timer(1, os._exit, [0])     # a forked worker waits for an agent that, once signalled, waits for it
+    end.daemon = True
+    end.start()
+
+
+def processes_of(parent=None, session=None):
+    """The ids of the processes with this parent, or in this session."""
+    table = subprocess.run(['ps', '-eo', 'pid=,ppid=,sess=,stat='], capture_output=True, text=True).stdout
+    rows = [line.split() for line in table.splitlines()]
+    return sorted(int(pid) for pid, ppid, sid, stat in rows
+                  if (int(ppid) == parent or int(sid) == session) and not stat.startswith('Z'))
+
+
+def run(script, *words, processes=1, **options):
+    """Run it to its end; returns the (master's) Run.wait()."""
+    runs = [Run(script, *words, **options)] if processes == 1 else ranks(processes, script, *words, **options)
+    results = [each.wait() for each in runs]
+    return results[0]
+
+
+def train(out_dir, *words, **options):
+    """Train to the end, which must be a good one; returns what it said."""
+    done = run('train.py', *words, f'--out_dir={out_dir}', **options)
+    assert done.returncode == 0, done.output
+    return done.output
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------------
+
+def metrics(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def losses(out_dir):
+    """What a run measured, without the times."""
+    keep = ('iter', 'loss', 'lr', 'grad_norm', 'tokens', 'train_loss', 'val_loss', 'skipped')
+    return [{k: line[k] for k in keep if k in line} for line in metrics(out_dir)]
+
+
+def sha256(value):
+    """One sum over a nested structure of plain types and tensors, to the bit."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f'{value.dtype} {tuple(value.shape)}'.encode())
+            digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                digest.update(f'{key!r}:'.encode())
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            digest.update(f'[{len(value)}'.encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f'{value!r},'.encode())
+    add(value)
+    return digest.hexdigest()
+
+
+def learned(out_dir):
+    """All of a run's last state that training changes, times left out."""
+    state = checkpoint.read(Path(out_dir) / 'ckpt.pt')
+    kept = {k: state[k] for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss')}
+    times = ('wall_seconds', 'train_seconds', 'wandb_id')
+    return kept | {'progress': {k: v for k, v in state['progress'].items() if k not in times}}
+
+
+def outcome(out_dir):
+    """What must be equal where nothing was lost: the sum of all that was learned, and every line that was measured."""
+    return sha256(learned(out_dir)), losses(out_dir)
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+def both(*hooks):
+    for hook in hooks:
+        hook()
+
+
+def around_saves(before=None, after=None):
+    """Call before(out_dir, name, state) and after(…) around every checkpoint.save."""
+    save = checkpoint.save
+
+    def wrapped(out_dir, name, state):
+        if before:
+            before(out_dir, name, state)
+        save(out_dir, name, state)
+        if after:
+            after(out_dir, name, state)
+    checkpoint.save = wrapped
+
+
+def keep_each(folder, out_dir, name, state):
+    """For `around_saves`: out_dir as a kill would leave it behind this save, as folder/STEP."""
+    if name == 'ckpt.pt':
+        shutil.copytree(out_dir, Path(folder) / str(state['iter_num']), dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns('.lock', 'earlier-*'))
+
+
+def wait_for(condition, timeout=60, step=0.01):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"nothing after {timeout} s"
+        time.sleep(step)
