@@ -41,9 +41,13 @@ def start(backend, device, kind='ddp'):
     elif os.environ.get('OMP_NUM_THREADS') == '1':      # torchrun's default, which leaves cores idle
         del os.environ['OMP_NUM_THREADS']
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE))
-    use_nccl = type_ == 'cuda' and backend != 'gloo'
+    use_nccl, limit = type_ == 'cuda' and backend != 'gloo', datetime.timedelta(seconds=TIMEOUT)
+    store, *_ = next(dist.rendezvous('env://', RANK, WORLD_SIZE, timeout=limit))
+    if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':      # one machine: its torchrun keeps the store over restarts, and the
+        # lost processes' addresses in it (of several machines the counts differ; they take no common store, cluster/README.md)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if use_nccl else 'gloo',     # numbers always travel by gloo, see total
-                            timeout=datetime.timedelta(seconds=TIMEOUT))
+                            store=store, rank=RANK, world_size=WORLD_SIZE, timeout=limit)
     return device
 
 
@@ -136,7 +140,7 @@ def lost_peers():
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+        if WORLD_SIZE == 1 or not (isinstance(error, dist.DistError) or 'gloo' in str(error).lower()):
             raise
         print(f"error: process {RANK} lost another one, which says why above or below, or was killed; to go on from the "
               f"last checkpoint, start again with --init_from=auto ({' '.join(str(error).split())[-120:]})",

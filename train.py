@@ -99,7 +99,7 @@ with user_errors():
 runtime.check_ranges(config, processes.WORLD_SIZE)
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
-with user_errors():
+with processes.lost_peers(), user_errors():
     runtime.be_deterministic(deterministic)
     device = processes.start(backend, runtime.resolve_device(device), parallel)
     device_type = device.split(':')[0]
