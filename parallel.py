@@ -43,8 +43,8 @@ def start(backend, device, kind='ddp'):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE))
     use_nccl, limit = type_ == 'cuda' and backend != 'gloo', datetime.timedelta(seconds=TIMEOUT)
     store, *_ = next(dist.rendezvous('env://', RANK, WORLD_SIZE, timeout=limit))
-    if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':      # one machine: its torchrun keeps the store over restarts, and the
-        # lost processes' addresses in it (of several machines the counts differ; they take no common store, cluster/README.md)
+    if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':      # one machine, whose torchrun keeps the store over restarts, and
+        # in it where the lost processes were; several count restarts differently, and make a new store: cluster/README.md
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group('cpu:gloo,cuda:nccl' if use_nccl else 'gloo',     # numbers always travel by gloo, see total
                             store=store, rank=RANK, world_size=WORLD_SIZE, timeout=limit)
