@@ -127,7 +127,7 @@ def measure_statistics(model, batches, samples=10_000):
         norm.parts = []
     for idx, targets in batches:
         idx, targets = (torch.as_tensor(ids, device=norms[0].mean.device) for ids in (idx, targets))
-        model.train().forward(idx, targets)     # compiled, it would be compiled anew for every batch
+        model.train()._call_impl(idx, targets)      # with FSDP's hooks; compiled, it would be compiled anew for every batch
         samples -= (targets >= 0).sum()
         if samples <= 0:
             break
