@@ -24,6 +24,7 @@ KNOWS = {       # module: the project's modules that it may import
     'textfiles': {'files', 'hub'}, 'sources': {'bins', 'chat', 'files', 'textfiles'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
+    'fsdp': {'files', 'optimizer'},
     'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora',
                    'optimizer', 'fsdp'},
 }
