@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import stat
 import types
 import warnings
 import zipfile
@@ -34,6 +35,11 @@ FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jso
 # gradients, how many steps the data are ahead (guard.py), what the guard has seen.
 PROGRESS = dict(evaluated=-1, bad_evals=0, wall_seconds=0.0, train_seconds=0.0, wandb_id=None, clipped=0, data_offset=0,
                 guard=None)
+NUMBER = int, float
+PROGRESS_KINDS = dict(evaluated=int, bad_evals=int, wall_seconds=NUMBER, train_seconds=NUMBER, clipped=int, data_offset=int,
+                      wandb_id=(str, types.NoneType), guard=(list, types.NoneType))
+RESOLVED = dict(device='cpu', dtype='float32', compile=False, threads=1)
+RESOLVED_KINDS = dict(device=str, dtype=str, compile=(bool, str), threads=int)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -97,8 +103,8 @@ def make_out_dir(out_dir, init_from='resume'):
         return lock
     except BlockingIOError:
         raise OSError(f"another run is writing to out_dir={out_dir!r}; take another --out_dir") from None
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RecursionError) as error:
+        reason = getattr(error, 'strerror', None) or error
         raise OSError(f"out_dir={out_dir!r} can't be written to ({reason}); take another --out_dir") from None
 
 
@@ -108,7 +114,7 @@ def _read_sums(folder):
     try:
         sums = json.loads((folder / SUMS).read_text())
         return {name: known for name, known in sums.items() if isinstance(known, list)}
-    except (OSError, ValueError, AttributeError):   # not there, or damaged: checkpoints have checksums inside too
+    except (OSError, ValueError, AttributeError, RecursionError):   # not there, or damaged: checkpoints have their own
         return {}
 
 
@@ -119,10 +125,14 @@ def read(path):
     """
     path = Path(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):     # a pipe would never end
+            raise OSError(f"{path} is no file")
         open(path, 'rb').close()
     except OSError as error:
-        raise OSError(f"{path}: {error.strerror or error}") from None
+        raise OSError(f"{path}: {error.strerror}" if error.strerror else str(error)) from None
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_directory(archive.infolist(), path)
         sums = _read_sums(path.parent).get('best.pt' if path.name == 'best.pt' else 'ckpt.pt')
         if sums and path.name in FILES:
             if files.sha256(path) not in sums:
@@ -147,7 +157,20 @@ def read(path):
     if not (_has(state, {'model': dict, 'model_args': dict})
             and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state['model'].items())):
         raise ValueError(f"{path} is no checkpoint of a run: it has no 'model' and 'model_args'")
+    if not all(w.layout is torch.strided and w.nbytes <= w.untyped_storage().nbytes() for w in state['model'].values()):
+        raise ValueError(f"{path} is damaged: it has weights that are larger than what it holds of them")
     return state
+
+
+def _check_directory(found, path):
+    """ValueError where a zip archive is not as torch.save writes it, each name once and nothing packed: one from elsewhere
+    can say a name twice, of which readers take different ones, or unpack to more than the machine has."""
+    if any(info.compress_type != zipfile.ZIP_STORED for info in found):
+        raise ValueError("it is packed, as no checkpoint is")
+    if len({info.filename for info in found}) < len(found):
+        raise ValueError("it has a name twice")
+    if sum(info.file_size for info in found) > os.path.getsize(path):
+        raise ValueError("it says that it holds more than it has bytes")
 
 
 def _has(state, types):
@@ -158,11 +181,17 @@ def _has(state, types):
 def _read_resumable(path):
     """Like `read`, of a state that a run can go on from."""
     state = read(path)
-    if not _has(state, {'config': dict, 'iter_num': int, 'best_val_loss': (int, float, torch.Tensor),
+    if not _has(state, {'config': dict, 'iter_num': int, 'best_val_loss': (*NUMBER, torch.Tensor),
                         'optimizer': (dict, types.NoneType)}) or state['iter_num'] < 0:
         raise ValueError(f"{path} has weights only, not the state of a run: start from it with --init_from={path}")
-    if not _has({'progress': {}, 'resolved': {}, **state}, {'progress': dict, 'resolved': dict}):
-        raise ValueError(f"{path} is damaged: its 'progress' or 'resolved' is not what a run saves")
+    parts = {'progress': PROGRESS, 'resolved': {}, **state}
+    if not (all(_has(parts[key], {}) and _has(known | parts[key], kinds) for key, known, kinds in (
+                ('progress', PROGRESS, PROGRESS_KINDS), ('resolved', RESOLVED, RESOLVED_KINDS)))
+            and [isinstance(x, NUMBER) for x in parts['progress'].get('guard') or range(5)] == 5 * [True]
+            and getattr(state['best_val_loss'], 'numel', int)() in (0, 1)):
+        raise ValueError(f"{path} is damaged: its 'progress', 'resolved' or 'best_val_loss' is not what a run saves")
+    if any(weight.isnan().any() for weight in state['model'].values()):
+        raise ValueError(f"{path} is no state to go on from: its weights are not all numbers (NaN)")
     return state
 
 
@@ -185,7 +214,7 @@ def begin(init_from, out_dir):
 
 def read_latest(out_dir):
     """The newest state in out_dir that verifies, saying what was passed over. Raises FileNotFoundError, ValueError."""
-    candidates = [p for p in (Path(out_dir) / 'ckpt.pt', Path(out_dir) / 'ckpt.prev.pt') if p.exists()]
+    candidates = [p for p in (Path(out_dir) / 'ckpt.pt', Path(out_dir) / 'ckpt.prev.pt') if os.path.lexists(p)]
     if not candidates:
         raise FileNotFoundError(f"out_dir={str(out_dir)!r} has no ckpt.pt to resume from")
     return _first_good(candidates, 'resuming from', _read_resumable)
@@ -224,6 +253,11 @@ def adopt(config, given, kept, whose, free):
         if config[key] != kept[key]:
             raise ValueError(f"{whose} has {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out")
     changes = {k: v for k, v in kept.items() if k in config and k not in given}
+    for key, value in changes.items():
+        own = type(config[key])
+        kinds = (str, bool, *NUMBER) if config[key] == 'auto' else NUMBER if own is float else (own,)
+        if type(value) not in kinds:
+            raise ValueError(f"{whose} is damaged: there, {key} is {str(value)[:40]!r}")
     config.update(changes)
     return changes
 
@@ -242,7 +276,7 @@ def model_config(values):
     """
     name, init_from = values['model'], values['init_from']
     folder = values['out_dir'] if init_from == 'resume' or init_from.split(':')[0] == 'auto' else init_from
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # else what is wrong there is said later
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # what is wrong is said later
         name = json.loads(Path(folder, 'config.json').read_text())['model']
     Config = models.architecture(name).Config
     for key in ('bias', 'dropout'):
@@ -299,7 +333,7 @@ def restore(state, settings=None, parallel='ddp'):
         lora.add(model, state['config'].get('lora_rank', 0) if is_apart else lora.rank_of(weights))
         if not is_apart:
             model.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AttributeError, ArithmeticError, LookupError) as error:
         raise ValueError(f"the checkpoint's weights and model_args are not a {Model.__name__}'s: "
                          f"{' '.join(str(error).split())[:200]}") from None
     state['model'] = weights
@@ -335,7 +369,7 @@ def open_model(source, settings=None):
     is_weights = path.suffix == '.safetensors'
     if path.is_file() and not is_weights:
         return _merged(read(path), settings)
-    names = [name for name in _preference(path) if (path / name).exists()]
+    names = [name for name in _preference(path) if os.path.lexists(path / name)]
     if names:
         return _merged(_first_good([path / name for name in names], 'taking'), settings)
     if (path / 'metrics.jsonl').exists():
@@ -360,7 +394,7 @@ def _merged(state, settings):
 def _preference(folder):
     try:
         latest = json.loads((folder / 'config.json').read_text())['always_save_checkpoint']
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         latest = False
     return ('ckpt.pt', 'ckpt.prev.pt', 'best.pt') if latest else ('best.pt', 'ckpt.pt', 'ckpt.prev.pt')
 
@@ -369,7 +403,7 @@ def dataset_of(out_dir):
     """What the run in out_dir was trained on. Raises ValueError where its config.json does not say."""
     try:
         return json.loads(Path(out_dir, 'config.json').read_text(encoding='utf-8'))['dataset']
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(f"{out_dir}/config.json does not say what the run was trained on: give --dataset, a folder in "
                          "data/ or a text file") from None
 

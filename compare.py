@@ -31,7 +31,7 @@ def read(folder):
         last = json.loads([line for line in lines if '"val_loss"' in line and line.endswith('}')][-1])
         return config, dict(parameters=config['resolved']['n_params'], tokens=last['tokens'], seconds=last['train_seconds'],
                             loss=float(last['val_loss']), bpb=last['val_bpb'])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(f"{folder} holds no evaluated run of train.py: metrics.jsonl or config.json is missing, damaged "
                          "or has no validation loss") from None
 

@@ -14,6 +14,7 @@ from shards import Shards, read_meta
 
 ROOT = Path(__file__).resolve().parent / 'data'
 TIKTOKEN_EOT = {'gpt2': 50256, 'p50k_base': 50256, 'cl100k_base': 100257, 'o200k_base': 199999}   # <|endoftext|>
+MOST_WINDOWS = 1 << 27      # in a step: their numbers alone are 1 GB
 SCAN_LIMIT = 100_000_000    # bins up to so many tokens are searched whole for ids beyond the vocabulary (< 0.1 s)
 
 
@@ -66,6 +67,9 @@ class Dataset:
         return self._eot
 
     def _settings(self, name, block_size, batch_size, batches_per_step, seed):
+        if batch_size * batches_per_step > MOST_WINDOWS:
+            raise ValueError(f"batch_size={batch_size} times gradient_accumulation_steps={batches_per_step} are more "
+                             f"windows in a step than {MOST_WINDOWS:,}: take less")
         self.name, self.block_size, self.batch_size = name, block_size, batch_size
         self.batches_per_step, self.seed = batches_per_step, seed
         self.batch_tokens, self.masks, self._shares, self._targets = batch_size * block_size, {}, (None, None), {}
@@ -322,6 +326,8 @@ def permute(places, n, keys):
 def prepare_if_small(name):
     """Run data/NAME/prepare.py where the bins are missing and it says that it downloads less than 100 MB."""
     script = ROOT / name / 'prepare.py'
+    if Path(name).is_absolute() or '..' in Path(name).parts:        # run is what is in data/, and nothing else
+        return
     if any((ROOT / name / first).is_file() for first in ('train.bin', 'train-00000.bin')) or not script.is_file():
         return
     size = re.search(r'^DOWNLOAD_MB = ([\d._]+)', script.read_text(encoding='utf-8'), re.MULTILINE)

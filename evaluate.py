@@ -79,7 +79,7 @@ def read_text():
             raise ValueError(f"{data.folder} was made with another tokenizer than the model's: give the text itself, as "
                              "--dataset=FILE" if split in data.tokens else f"{data.folder} has no split {split!r}")
         documents, n_ids, separator = [], data.tokens[split], data.meta.get('separator')
-        ids = data.first(split, limit * T or n_ids).astype(np.int64)
+        ids = data.first(split, min(limit * T, n_ids) or n_ids).astype(np.int64)
     ids = ids[:limit * T or None]
     if own.lossless:
         parts, n_ids = np.split(ids, np.flatnonzero(ids == eot)), len(ids)
@@ -122,7 +122,7 @@ def read_examples(task, path, read):
         if line.strip() and len(examples) < (limit or math.inf):
             try:
                 examples.append(read(json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 what = f"it is not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
                 raise ValueError(f"{path}, line {i}: {what}") from None
     if not examples:

@@ -115,6 +115,8 @@ class Llama:
         if other:
             raise ValueError(f"a Llama with {', '.join(other)}, which transformerpp does not have")
         G = config.get('num_key_value_heads') or H
+        if type(G) is not int or not 0 < G <= H:
+            raise ValueError(f"a Llama whose num_key_value_heads={G!r} is no number of heads up to {H}")
         kind = 'mha' if G == H else 'mqa' if G == 1 else 'gqa'
         return {**sizes, 'attention_kind': kind, 'n_kv_head': G if kind == 'gqa' else 0,
                 'tied': bool(config.get('tie_word_embeddings', False)), 'norm_eps': float(config.get('rms_norm_eps', 1e-6)),
@@ -157,9 +159,15 @@ def read(source):
             raise ValueError(f"the folder holds a {config.get('model_type')!r} model, not {' or '.join(known)}")
         name, twin = known[config['model_type']]
         fields = twin.fields(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} can't be used ({type(error).__name__}: {error})") from None
-    return name, fields, twin.state(_weights(path), fields)
+    stored = _weights(path)
+    if fields['n_layer'] > len(stored):
+        raise ValueError(f"{path} has {len(stored)} weights, too few for the {fields['n_layer']} layers of its config.json")
+    try:
+        return name, fields, twin.state(stored, fields)
+    except RuntimeError as error:       # torch's, of other shapes
+        raise ValueError(f"{path}: weights don't fit its config.json ({' '.join(str(error).split())[:120]})") from None
 
 
 def fill(model, weights, source):
@@ -195,10 +203,17 @@ def _weights(path):
         path = there[0]
     try:
         if path.suffix == '.bin':
-            return dict(torch.load(path, map_location='cpu', weights_only=True))
+            found = torch.load(path, map_location='cpu', weights_only=True)
+            if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()):
+                raise ValueError("it holds something other than tensors with names")
+            return dict(found)
         if path.suffix != '.json':
             return safetensors.torch.load_file(path)
-        shards = sorted({path.parent / name for name in json.loads(path.read_text())['weight_map'].values()})
+        names = sorted(set(json.loads(path.read_text())['weight_map'].values()))
+        if wrong := [name for name in names if not name.endswith(('.safetensors', '.bin')) or '..' in Path(name).parts
+                     or Path(name).is_absolute()]:
+            raise ValueError(f"it names {wrong[0]!r}, which is no file of weights in this folder")
+        shards = [path.parent / name for name in names]
     except Exception as error:      # each format's own errors
         reason = ' '.join(str(error).split())[:120]
         raise ValueError(f"{path} is damaged or not plain weights ({type(error).__name__}: {reason})") from None

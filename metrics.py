@@ -274,7 +274,7 @@ def _is_before(line, start_iter, done_eval):
     try:
         record = json.loads(line)
         return record['iter'] <= done_eval if 'val_loss' in record else record['iter'] < start_iter
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False    # the half line of a run that was killed
 
 

@@ -10,6 +10,8 @@ import time
 def fail(message):
     """End the script on a user's mistake: one line on stderr, exit code 2."""
     line = ' '.join(str(message).split())
+    line = ''.join(c if c.isprintable() else '\ufffd' for c in line)        # what files are called is anybody's text
+    line = line if len(line) <= 600 else f"{line[:450]} … {line[-100:]}"
     print(f"error: {line}", file=sys.stderr, flush=True)
     if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):       # where torchrun looks for what to say at its end
         with contextlib.suppress(OSError), open(path, 'w') as file:

@@ -53,7 +53,7 @@ def read(folder, wanted):
             for key in {key for key, value in record.items() if value is not None}:     # null: it was not finite
                 points = (evaluations if 'val_loss' in record else steps).setdefault(key, [])
                 points.append((now, tokens * step, float(record[key])))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{folder} holds no run of train.py: metrics.jsonl or config.json is missing or damaged") from None
     evaluations['loss'], found = evaluations.get('val_loss', []), {}
     for name in wanted:

@@ -40,6 +40,7 @@ def check_ranges(config, processes):
                               'warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown max_norm warmup_lr '
                               'lora_rank')
     check_at_most(1, config, 'cooldown')
+    check_at_most(1e30, config, 'learning_rate min_lr muon_lr embed_lr head_lr warmup_lr weight_decay max_norm')
     if config['gradient_accumulation_steps'] % processes:
         fail(f"gradient_accumulation_steps={config['gradient_accumulation_steps']} is not a multiple of {processes} "
              "processes")

@@ -59,7 +59,8 @@ def read_meta(folder):
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
             if meta['dtype'] not in ('uint16', 'uint32') or type(meta['vocab_size']) is not int:
                 raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
-            if not all(type(facts['tokens']) is int and facts['bytes'] > 0 for facts in meta.get('splits', {}).values()):
+            if not all(type(facts['tokens']) is int and 0 < facts['bytes'] < 1 << 63
+                       for facts in meta.get('splits', {}).values()):
                 raise ValueError("splits")
             for key in ('separator', 'eot'):
                 if not 0 <= meta.get(key, 0) < meta['vocab_size']:

@@ -25,6 +25,7 @@ from chat import Template
 from textfiles import fetched, reading
 
 PIECE, LARGE = 1 << 20, 1 << 22     # bytes of a piece, about; of the largest text that is not encoded in parts
+MOST = 1 << 28      # bytes of a row, which has to be in memory whole; a small file may unpack to any number of them
 ROWS = 'jsonl', 'parquet'
 SEPARATORS = {'file': None, 'paragraph': r'\n(?:[ \t]*\r?\n)+', 'line': r'\n'}     # behind a document and its last \r
 ENDS = {'file': '', 'paragraph': ' \t\r\n', 'line': '\r\n'}   # what is at its end and no part of it
@@ -225,7 +226,7 @@ def _cut(file, stream, head, separator, length):
     """
     data, at_end, key = bytearray(head.removeprefix(codecs.BOM_UTF8)), len(head) <= PIECE, b'' if length else None
     offset, line, characters = len(head) - len(data), 1, 0
-    limit = sys.maxsize if file.kind == 'jsonl' else LARGE      # a row has to be whole to be parsed
+    limit = MOST if file.kind == 'jsonl' else LARGE
 
     def take(n, **facts):
         nonlocal offset, line, characters
@@ -241,6 +242,8 @@ def _cut(file, stream, head, separator, length):
         ends = [match.end() for match in separator.finditer(data)] if separator else []
         if ends and ends[0] > limit:
             ends = []
+        if not ends and len(data) > limit == MOST:
+            raise ValueError(f"{file.name}, line {line} is a row of more than {MOST:,} bytes")
         if not ends and not at_end and len(data) <= limit:
             more = stream.read(max(PIECE, len(data)))
             data += more

@@ -42,7 +42,10 @@ def find(word, field=None, folder=None):
     field: where it is given, .json and standard input hold rows. folder: in whose files.workplace copies go; the bins there
     are no source. Raises ValueError or OSError.
     """
-    path = Path(word).expanduser()
+    try:
+        path = Path(word).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{word}: there is no such user here") from None
     if word == '-':
         return [_standard_input(field, folder)]
     if path.is_file():
@@ -135,7 +138,7 @@ def _on_the_hub(word, field, folder):
 def _is_wanted(name, part):
     """Whether a file of a dataset is text or rows, and in the folder `part` or called as that glob says."""
     is_text = re.search(r'\.(parquet|(jsonl|ndjson|jsonlines|txt)(\.gz|\.zst)?)$', name.lower())
-    is_inside = not re.search(r'(^|/)\.\.(/|$)|^/|[\\:]', name)      # a server's word: it may not lead out of the folder
+    is_inside = not re.search(r'(^|/)\.\.(/|$)|^/|[\\:\x00-\x1f]', name)  # a server's word: it stays in the folder
     return is_text and is_inside and (not part or fnmatch.fnmatch(name, part) or name.startswith(part.rstrip('/') + '/'))
 
 
@@ -196,7 +199,7 @@ def reading(file):
 def _frames(raw, zstd):
     """What a .zst file holds, block by block. EOFError where its end is missing: the library's own reader says nothing."""
     frame = None
-    while block := raw.read(1 << 14):       # a block may hold a thousand times its size
+    while block := raw.read(1 << 12):       # a block may hold 32,000 times its size
         while block:
             frame = frame or zstd.decompressobj()
             yield frame.decompress(block)

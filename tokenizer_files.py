@@ -178,7 +178,7 @@ def from_file(path):
             text = to_json_of_bert(text.splitlines(), config)
         found, model = json.loads(text), folder / 'tokenizer.model'
         return _known(found, model) or {'kind': 'huggingface', 'json': text, **_end(found, config)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the tokenizer in {folder} is damaged ({type(error).__name__}: {error})") from None
 
 

@@ -40,6 +40,8 @@ def open(name, texts=None, **options):
         _, kind, *size = name.split(':')
         if kind not in TRAINERS or len(size) > 1 or not (size or ['32000'])[0].isdecimal():
             raise ValueError(f"tokenizer={name!r}: to train one, say train:bpe:VOCAB or train:sentencepiece:VOCAB")
+        if len((size or [''])[0]) > 7:
+            raise ValueError(f"tokenizer={name[:40]!r}: take a vocabulary of less than ten million entries")
         return _train(name, TRAINERS[kind], texts, int((size or ['32000'])[0]), options)
     if options:
         raise ValueError(f"{' and '.join(options)}: only a tokenizer that is trained has such options, not {name!r}")
@@ -85,7 +87,10 @@ def _described(name):
 
 def _in_folder(folder):
     if (folder / 'meta.json').is_file():
-        found = json.loads((folder / 'meta.json').read_text(encoding='utf-8')).get('tokenizer')
+        try:
+            found = json.loads((folder / 'meta.json').read_text(encoding='utf-8')).get('tokenizer')
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{folder / 'meta.json'} cannot be read ({type(error).__name__}: {error})") from None
     else:
         found = tokenizer_files.from_files(folder)
     if not found:

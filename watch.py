@@ -372,7 +372,7 @@ def _read(path):
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and 'iter' in record:
             yield record

@@ -77,6 +77,9 @@ def arguments(words):
     for key, least in (('num_proc', 1), ('max_bytes', 1), ('shard_tokens', 0), ('train_bytes', 1), ('seed', 0)):
         if getattr(asked, key) is not None and getattr(asked, key) < least:
             fail(f"{key}={getattr(asked, key)} must be at least {least}")
+    for key, most in (('num_proc', 1024), ('max_piece_length', 1 << 20)):
+        if (getattr(asked, key) or 0) > most:
+            fail(f"{key}={getattr(asked, key)} must be at most {most}")
     return asked
 
 
@@ -97,7 +100,7 @@ def folder_of(name):
 def template_of(path):
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
 
 

@@ -58,7 +58,7 @@ def make(Model, config, most=None):
         raise ValueError(f"a {Model.__name__} of these sizes has {size / 1e9:,.1f} GB of weights, and this machine has "
                          f"{memory / 1e9:,.1f} GB of memory: take a smaller model")
     if most and size > most:
-        raise ValueError(f"a {Model.__name__} of these sizes has {size / 1e9:,.3f} GB of weights, not {most / 1e9:,.3f} GB")
+        raise ValueError(f"these weights are not a {Model.__name__}'s of such sizes, which has {size / 1e6:,.1f} MB of them")
     return Model(config)
 
 
@@ -70,8 +70,8 @@ def _weights(Model, config):
 
 
 class _NoValues(TorchFunctionMode):
-    """Tensors without memory, and no random numbers. torch.device('meta') means all functions, some of which take seconds to
-    import there."""
+    """Tensors without memory, and no random numbers. torch.device('meta') means all functions, and some of those take
+    seconds to import there."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -28,7 +28,7 @@ from dataset import Dataset
 
 SERVER = r"""
 import json, os, runpy, signal, sys, tempfile, time, traceback
-import checkpoint, configurator, dataset, generate, metrics, models, optimizer, runtime, torch
+import checkpoint, configurator, dataset, generate, lora, metrics, mixture, models, optimizer, runtime, torch
 try:
     import resource
 except ImportError:
@@ -78,8 +78,8 @@ class Forked:
     """
 
     def __init__(self, folder):
-        environment = {**os.environ, 'PYTHONPATH': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline',
-                       'HF_HOME': f'{folder}/hf', 'TIKTOKEN_CACHE_DIR': f'{folder}/bpe',
+        environment = {**os.environ, 'PYTHONPATH': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1',
+                       'WANDB_MODE': 'offline', 'HF_HOME': f'{folder}/hf', 'TIKTOKEN_CACHE_DIR': f'{folder}/bpe',
                        'HTTPS_PROXY': 'http://127.0.0.1:9', 'NANOGPT_MIRROR': ''}
         self.server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        text=True, cwd=ROOT, env=environment)
