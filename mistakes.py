@@ -13,10 +13,15 @@ def fail(message):
     line = ''.join(c if c.isprintable() else '\ufffd' for c in line)        # what files are called is anybody's text
     line = line if len(line) <= 600 else f"{line[:450]} … {line[-100:]}"
     print(f"error: {line}", file=sys.stderr, flush=True)
-    if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):       # where torchrun looks for what to say at its end
+    tell_torchrun(line)
+    raise SystemExit(2)
+
+
+def tell_torchrun(line):
+    """Under torchrun, have it repeat `line` at its end, as what this process failed of."""
+    if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):
         with contextlib.suppress(OSError), open(path, 'w') as file:
             json.dump({'message': line, 'timestamp': int(time.time())}, file)
-    raise SystemExit(2)
 
 
 @contextlib.contextmanager

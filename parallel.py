@@ -8,6 +8,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+import mistakes
+
 RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
 LOCAL_WORLD_SIZE = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -139,12 +141,13 @@ def lost_peers():
     """When another process is gone, this one ends with a line and at once: what it still shares with that would wait."""
     try:
         yield
-    except RuntimeError as error:
-        if WORLD_SIZE == 1 or not (isinstance(error, dist.DistError) or 'gloo' in str(error).lower()):
+    except Exception as error:
+        what = ' '.join(f"{type(error).__name__}: {error}".split())
+        if WORLD_SIZE == 1 or not (isinstance(error, dist.DistError) or 'gloo' in what.lower()):
+            mistakes.tell_torchrun(what[:600])
             raise
         print(f"error: process {RANK} lost another one, which says why above or below, or was killed; to go on from the "
-              f"last checkpoint, start again with --init_from=auto ({' '.join(str(error).split())[-120:]})",
-              file=sys.stderr, flush=True)
+              f"last checkpoint, start again with --init_from=auto ({what[-120:]})", file=sys.stderr, flush=True)
         os._exit(1)
 
 
