@@ -159,7 +159,7 @@ def _part_of(whole, like):
     """This process's part of a tensor that is shared out as `like` is."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
 def whole(out_dir, index):
