@@ -1,4 +1,5 @@
 """Muon against its definition, matrix by matrix; groups by role; the schedules."""
+import contextlib
 import copy
 import math
 
@@ -159,6 +160,63 @@ def test_float16_skips_a_step_whose_gradients_are_not_finite():
         p.grad = torch.ones_like(p)
     opt.step()
     assert not same(before, model.state_dict())
+
+
+OPTIMIZERS = {'adamw': {}, 'sgd': dict(name='sgd', max_norm=0.5), 'muon': dict(lrs=LRS, max_norm=0.5)}
+
+
+def forbidden_steps(name):
+    """Whether one that `found_inf` forbids left all as it was: the very first step, and the third."""
+    model, steady = small(), small()
+    opt, other = (m.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', **OPTIMIZERS[name]) for m in (model, steady))
+
+    def step(m, optimizer, found_inf, grad):
+        optimizer.found_inf = torch.tensor(found_inf)
+        for i, p in enumerate(m.parameters()):
+            p.grad = torch.full_like(p, grad) + torch.arange(p.numel()).view(p.shape) * i
+        optimizer.step()
+
+    def kept():
+        moments = {i: {k: v.clone() for k, v in state.items() if k != 'step'} for i, state in enumerate(opt.state.values())}
+        return {k: v.clone() for k, v in model.state_dict().items()}, moments
+    found = []
+    for grad in (0.5, -0.25):
+        weights, moments = kept()
+        step(model, opt, 1.0, math.nan)
+        found.append(same(kept(), (weights, moments)) if moments else
+                     same(kept()[0], weights) and not any(v.any() for state in kept()[1].values() for v in state.values()))
+        step(model, opt, 0.0, grad)
+        step(steady, other, 0.0, grad)
+    return *found, same(model.state_dict(), steady.state_dict())
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_a_forbidden_step_changes_nothing(name):
+    assert forbidden_steps(name) == (True, True, True)
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_on_a_gpu_it_changes_nothing_either_and_nobody_waits(name, monkeypatch):
+    """Nothing is read there, not even whether it is forbidden. Muon's momentum warms up all the same."""
+    monkeypatch.setattr(optimizer, 'READ_AT_ONCE', ())
+    monkeypatch.setattr(optimizer, 'MUON_MOMENTUM', (0.9, 0.9, 1))
+    assert forbidden_steps(name) == (True, True, True)
+    monkeypatch.setattr(optimizer, '_unless', lambda skip, tensor: contextlib.nullcontext())
+    assert forbidden_steps(name)[:2] == ((False, False) if name == 'muon' else (True, True))
+
+
+@pytest.mark.parametrize('own, first', [(torch.optim.SGD, math.nan), (optimizer.SGD, 0.0)])
+def test_where_the_first_step_is_forbidden_torchs_sgd_has_moments_of_anything(own, first):
+    """Its kernel takes memory for them as that is, which is filled with NaN here; ours begin with zeros."""
+    p = nn.Parameter(torch.zeros(4))
+    opt = own([p], lr=0.1, momentum=0.9, fused=True)
+    p.grad, opt.found_inf = torch.ones(4), torch.tensor(1.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        opt.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(opt.state[p]['momentum_buffer'].isnan(), torch.full((4,), first).isnan())
 
 
 def test_cooldown_is_a_straight_line_after_a_plateau():
