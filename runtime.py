@@ -33,6 +33,12 @@ def check_at_most(most, config, keys):
             fail(f"{key}={config[key]} must be at most {most}")
 
 
+def check_between(least, most, config, keys):
+    """Fail where one of the settings `keys` (names in one string) is below `least` or above `most`."""
+    check_at_least(least, config, keys)
+    check_at_most(most, config, keys)
+
+
 def check_ranges(config, processes):
     """Fail where one of train.py's settings is out of its range."""
     check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')

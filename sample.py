@@ -101,10 +101,8 @@ with user_errors():
     configure(globals(), sys.argv[1:], runtime.resolve_device)
     device, compile = runtime.resolve_device(device), runtime.resolve_compile(compile, device) is True
     dtype = dtype if dtype == 'int8' else runtime.resolve_dtype(dtype, device)
-    runtime.check_at_least(1, globals(), 'num_samples')
+    runtime.check_between(1, 1_000_000, globals(), 'num_samples')
     runtime.check_at_least(0, globals(), 'seed num_beams max_new_tokens')
-    runtime.check_at_most(10_000, globals(), 'num_samples num_beams')
-    runtime.check_at_most(100, globals(), 'length_penalty')
     sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
     stops, texts = [text for text in stop.split('|') if text], prompts.read(prompt or start)
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
