@@ -258,8 +258,8 @@ def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=()):
     Raises ValueError for numbers that no search has.
     """
     if num_beams > 10_000 or abs(length_penalty) > 100:
-        raise ValueError(f"num_beams={num_beams}, length_penalty={length_penalty}: take at most 10,000 beams, and a penalty "
-                         "from -100 to 100")
+        raise ValueError(f"num_beams={num_beams}, length_penalty={length_penalty}: take at most 10000 beams, and a "
+                         "penalty from -100 to 100")
     own, eot = context.model.tokenizer, getattr(context.model.tokenizer, 'eot', None)
     found = beam_search(context, max_new_tokens, num_beams, length_penalty, lambda ids: (
         ids[-1] == eot or any(stop in own.decode_bytes(ids).decode(errors='replace') for stop in stops)))
