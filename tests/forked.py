@@ -6,6 +6,7 @@ function that can be pickled (functools.partial gives it arguments), called in t
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -23,12 +24,12 @@ from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import torch
 from conftest import ROOT
 from tqdm.std import TqdmDefaultWriteLock
 
 import checkpoint
-import generate
 
 # parallel is left out: it reads its rank when it is imported
 PRELOAD = ['conftest', 'forked', 'torch.distributed.launcher.api', 'torch._dynamo', 'checkpoint', 'configurator',
@@ -91,6 +92,11 @@ def _main(said, script, words, hook, env, cwd, limit):
     sys.stdout, sys.stderr = (os.fdopen(number, 'w', buffering=1, errors='replace') for number in (1, 2))
     os.environ.update(env)
     os.chdir(cwd)
+    sys.path[0:0] = [cwd]
+    if cwd != str(ROOT):        # a copy of the project has modules of its own
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, '__file__', None) or '/').parent in (ROOT, ROOT / 'models'):
+                del sys.modules[name]
     code = run_here(script, words, hook)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
@@ -98,9 +104,8 @@ def _main(said, script, words, hook, env, cwd, limit):
 
 def run_here(script, words, hook=None):
     """Run the script in this process, as its main module, without the sample at the end; returns its exit code."""
-    generate.closing_sample = lambda *args: None
+    importlib.import_module('generate').closing_sample = lambda *args: None
     sys.argv, code = [script, *words], 0
-    sys.path[0:0] = [os.getcwd()]
     try:
         if hook:
             hook()
@@ -131,22 +136,42 @@ def torchrun(n, *words, hook=None, restarts=0, **options):
 
 
 def _agent(n, words, hook, restarts):
+    from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    close, closing = MultiprocessContext._close, _closing(os.getpid())
+
+    def tell_and_close(*args, **kwargs):
+        closing.touch()
+        return close(*args, **kwargs)
+    MultiprocessContext._close = tell_and_close
     config = LaunchConfig(1, 1, n, max_restarts=restarts, rdzv_backend='c10d', rdzv_endpoint='localhost:0', run_id='forked',
                           start_method='fork', signals_to_handle='SIGTERM,SIGINT,SIGUSR1')
-    elastic_launch(config, _worker)(words, hook)
+    try:
+        elastic_launch(config, _worker)(words, hook)
+    finally:
+        closing.unlink(missing_ok=True)
+
+
+def _closing(agent):
+    return Path(tempfile.gettempdir()) / f'closing-{agent}'
 
 
 def _worker(words, hook):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)       # not the agent's, which a fork inherits
+    _closing(os.getppid()).unlink(missing_ok=True)      # of the attempt before
     code = run_here('train.py', words, hook)
     sys.stdout.flush(), sys.stderr.flush()
     if code:
         os._exit(code)
-    end = threading.Timer(1, os._exit, [0])     # a forked worker waits for an agent that, once signalled, waits for it
-    end.daemon = True
-    end.start()
+    threading.Thread(target=_leave, args=[_closing(os.getppid())], daemon=True).start()
+
+
+def _leave(closing):
+    """End when the agent waits for that; a forked worker, unlike a real one, would wait for the agent."""
+    while not closing.exists():
+        time.sleep(0.05)
+    os._exit(0)
 
 
 def processes_of(parent=None, session=None):
@@ -159,6 +184,9 @@ def processes_of(parent=None, session=None):
 
 def run(script, *words, processes=1, **options):
     """Run it to its end; returns the (master's) Run.wait()."""
+    if sys.platform == 'win32':     # no fork: a process as any other
+        done = conftest.run(script, *words, processes=processes)
+        return SimpleNamespace(returncode=done.returncode, output=done.stdout + done.stderr)
     runs = [Run(script, *words, **options)] if processes == 1 else ranks(processes, script, *words, **options)
     results = [each.wait() for each in runs]
     return results[0]

@@ -1,111 +1,15 @@
-"""train.py as a user runs it: a resumed run is the uninterrupted one, processes and accumulation change nothing but
-rounding, and another architecture needs no change in it."""
+"""train.py as a user runs it: processes and accumulation change nothing but rounding, and another architecture needs no
+change in it. tests/test_resume.py has what resuming promises, tests/test_faults.py what comes between."""
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT, TINY, run, same
+from forked import learned, losses, metrics, train
 
 import checkpoint
 from model import GPT, GPTConfig
-
-
-def train(out_dir, *arguments, processes=1, **options):
-    done = run('train.py', *arguments, f'--out_dir={out_dir}', processes=processes, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def metrics(out_dir):
-    return [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def losses(out_dir):
-    """What a run measured, without the times."""
-    keep = ('iter', 'loss', 'lr', 'grad_norm', 'tokens', 'train_loss', 'val_loss')
-    return [{k: line[k] for k in keep if k in line} for line in metrics(out_dir)]
-
-
-def learned(out_dir):
-    state = checkpoint.read(out_dir / 'ckpt.pt')
-    return {k: state[k] for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss')}
-
-
-# ---- exact resume ----------------------------------------------------------------------------------------------------
-
-CUTS = [('bfloat16', 1, 4), ('float16', 1, 2), ('float32', 2, 4)]
-
-
-@pytest.mark.parametrize('dtype, processes, cut', CUTS + [
-    pytest.param(dtype, processes, cut, marks=pytest.mark.campaign)
-    for dtype in ('float32', 'bfloat16') for processes in (1, 2) for cut in range(1, 6)])
-def test_a_resumed_run_is_the_uninterrupted_one(text_folder, tmp_path, dtype, processes, cut):
-    settings = [*TINY, f'--dataset={text_folder}', f'--dtype={dtype}']
-    train(tmp_path / 'whole', *settings, processes=processes)
-    # `save_minutes` so short that every step saves: ckpt.prev.pt is then what an interruption at `cut` leaves
-    train(tmp_path / 'cut', *settings, '--save_minutes=1e-9', f'--max_iters={cut + 1}', processes=processes)
-    keep_only_step(tmp_path / 'cut', cut)
-    train(tmp_path / 'cut', '--init_from=resume', '--max_iters=6', '--save_minutes=15', processes=processes)
-    assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
-    assert same(learned(tmp_path / 'cut'), learned(tmp_path / 'whole'))
-
-
-def keep_only_step(out_dir, step):
-    """Make out_dir what it was when ckpt.pt of `step` had been written."""
-    for name in ('ckpt.pt', 'ckpt.prev.pt'):
-        if checkpoint.read(out_dir / name)['iter_num'] == step:
-            os.replace(out_dir / name, out_dir / 'ckpt.pt')
-            (out_dir / 'ckpt.prev.pt').unlink(missing_ok=True)
-            return
-    raise AssertionError(f"no checkpoint of step {step}")
-
-
-def test_that_test_notices_a_lost_moment(trained, text_folder, tmp_path):
-    """The comparison above fails where one tensor of the optimizer is not restored."""
-    state = checkpoint.read(trained / 'ckpt.pt')
-    other = checkpoint.read(trained / 'ckpt.pt')
-    other['optimizer']['state'][3]['exp_avg'][0] += 1e-7
-    assert same(state, checkpoint.read(trained / 'ckpt.pt')) and not same(state, other)
-
-
-@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.campaign)])
-def test_a_signal_saves_at_the_step_boundary_and_nothing_is_lost(text_folder, tmp_path, number):
-    settings = [*TINY, f'--dataset={text_folder}', '--max_iters=200', '--lr_decay_iters=200', '--eval_interval=100']
-    command = [sys.executable, ROOT / 'train.py', *settings, f'--out_dir={tmp_path / "cut"}']
-    stopped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    path = tmp_path / 'cut' / 'metrics.jsonl'
-    while not (path.exists() and len(path.read_text().splitlines()) > 20) and stopped.poll() is None:
-        time.sleep(0.01)
-    stopped.send_signal(number)
-    output = stopped.communicate(timeout=60)[0]
-    assert stopped.returncode == 128 + number, output
-    assert '--init_from=resume' in output and 'Traceback' not in output
-    assert 20 < checkpoint.read(tmp_path / 'cut' / 'ckpt.pt')['iter_num'] < 200
-    train(tmp_path / 'cut', '--init_from=resume')
-    train(tmp_path / 'whole', *settings)
-    assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
-    assert same(learned(tmp_path / 'cut'), learned(tmp_path / 'whole'))
-
-
-def test_kill_9_leaves_a_run_that_resumes(text_folder, tmp_path):
-    settings = [*TINY, f'--dataset={text_folder}', '--max_iters=10000', '--save_minutes=1e-9', '--eval_interval=0']
-    killed = subprocess.Popen([sys.executable, ROOT / 'train.py', *settings, f'--out_dir={tmp_path}'],
-                              stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    while not (tmp_path / 'ckpt.prev.pt').exists() and killed.poll() is None:
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    reached = checkpoint.read_latest(tmp_path)['iter_num']
-    train(tmp_path, '--init_from=resume', f'--max_iters={reached + 2}', '--eval_interval=0')
-    assert [line['iter'] for line in metrics(tmp_path)] == [*range(reached + 2), reached + 2]
-
 
 # ---- processes, accumulation -----------------------------------------------------------------------------------------
 
