@@ -195,6 +195,7 @@ def roll_back():
     """The run has diverged: on from its newest checkpoint, with other data than led here. ValueError where it can't."""
     global iter_num, best_val_loss, progress, guard
     stored = guards.other_data(checkpoint.begin('auto', out_dir)[1], progress, iter_num)
+    processes.check_shared(out_dir, stored['iter_num'])     # all have read it before the master saves
     iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
     optimizer.zero_grad(set_to_none=True)
     guard = guards.Guard(device, progress['guard'])
@@ -240,8 +241,7 @@ stop = runtime.StopRequest()
 with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
     profiler = runtime.profiler(f'{out_dir}/profile') if profile and processes.IS_MASTER else None
-    while True:
-        # evaluate, and save
+    while True:     # evaluate, and save
         is_stopped, is_late = processes.anyone(bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at)
         is_last = iter_num >= max_iters
         is_due = progress['evaluated'] != iter_num and (
