@@ -37,8 +37,8 @@ def shard(model, device):
     """Share out `model`, which lies on the CPU, among the processes, in place; returns it. Raises ValueError.
 
     Each block (what is in a ModuleList) goes to the device on its own, the rest in the end: no device ever holds the whole.
-    In a pass a process has its part of all, and all of a block or two. The optimizer is built after this, and the model is
-    called by all processes or by none.
+    In a pass a process has its part of all, and all of a block or two; while it accumulates gradients without exchanging
+    them, all of these. The optimizer is built after this, and the model is called by all processes or by none.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"parallel='fsdp': {type(model).__name__} has nothing that an optimizer learns: leave it out")
@@ -114,7 +114,7 @@ def tidy(out_dir, keep):
 
 
 def _free_name(folder, step):
-    names = (f'shards-{step}{n}' for n in itertools.chain([''], itertools.count(-2, -1)))
+    names = (f'shards-{step}' + f'-{n}' * (n > 1) for n in itertools.count(1))
     return next(name for name in names if not (folder / name).exists())
 
 
@@ -137,22 +137,23 @@ def load(state, model, optimizer):
     ValueError, in all processes, where they are of another model or optimizer.
     """
     params = [p for group in optimizer.param_groups for p in group['params']]
-    if 'shards' not in state:
-        model.load_state_dict({name: _part_of(state['model'][name], own) for name, own in model.state_dict().items()})
-        moments = state['optimizer'] and {**state['optimizer'], 'state': {
-            i: {key: _part_of(value, params[i]) for key, value in values.items()}
-            for i, values in state['optimizer']['state'].items() if i < len(params)}}
-        return optimizers.load(optimizer, moments)
-    index = state['shards']
-    reader, moments = _Reader(index['out_dir'], index), {i: {} for i in index['optimizer']['state']}
-    if _first_names(model) != index['model'] or any(i not in range(len(params)) for i in moments):
-        raise ValueError(f"{reader.path} holds another model's weights, or another optimizer's state")
-    for i, keys in index['optimizer']['state'].items():
-        for key in keys:
-            size = reader.known[f'optimizer.{i}.{key}'].size
-            moments[i][key] = torch.empty_like(params[i]) if size == params[i].shape else torch.zeros(size)
-    reader.load(_flat(model.state_dict(), moments), no_dist=False)
-    optimizers.load(optimizer, dict(state=moments, param_groups=index['optimizer']['param_groups']))
+    if 'shards' in state:
+        index = state['shards']
+        reader = _Reader(index['out_dir'], index)
+        if _first_names(model) != index['model'] or index['optimizer']['state'].keys() - set(range(len(params))):
+            raise ValueError(f"{reader.path} holds another model's weights, or another optimizer's state")
+        sizes = {i: {key: reader.known[f'optimizer.{i}.{key}'].size for key in keys}
+                 for i, keys in index['optimizer']['state'].items()}
+        moments = {i: {key: torch.empty_like(params[i]) if size == params[i].shape else torch.zeros(size)
+                       for key, size in own.items()} for i, own in sizes.items()}
+        reader.load(_flat(model.state_dict(), moments), no_dist=False)
+        return optimizers.load(optimizer, dict(state=moments, param_groups=index['optimizer']['param_groups']))
+    weights, whole = model.state_dict(), state['optimizer']
+    with _errors(ValueError, "the checkpoint's weights or moments are those of another model, or damaged"):
+        model.load_state_dict({name: _part_of(state['model'][name], own) for name, own in weights.items()})
+        moments = whole and {i: {key: _part_of(value, params[i]) for key, value in own.items()}
+                             for i, own in whole['state'].items()}
+    optimizers.load(optimizer, whole and {**whole, 'state': moments})
 
 
 def _part_of(whole, like):
@@ -176,16 +177,11 @@ def whole(out_dir, index):
 
 def verify(out_dir, index):
     """Raise ValueError where a file of the checkpoint is not what was written, with its name, or the index is damaged."""
-    try:
-        folder, sums = Path(out_dir, index['folder']), sorted(index['files'].items())
-        is_sound = (FOLDER.fullmatch(folder.name) and str(folder.name) == index['folder'] and _names(index)
-                    and '.metadata' in index['files'] and all(map(FILE.fullmatch, index['files']))
-                    and isinstance(index['optimizer']['param_groups'], list))
-    except (LookupError, TypeError, AttributeError):
-        is_sound = False
-    if not is_sound:
-        raise ValueError(f"{out_dir} has a checkpoint in shards whose index is damaged")
-    for name, digest in sums:
+    with _errors(ValueError, f"{out_dir} has a checkpoint in parts whose index is damaged"):
+        folder = Path(out_dir, FOLDER.fullmatch(index['folder'])[0])
+        sums = {FILE.fullmatch(name)[0]: digest for name, digest in index['files'].items()}
+        _names(index), sums['.metadata'], index['optimizer']['param_groups'][0]
+    for name, digest in sums.items():
         try:
             if files.sha256(folder / name) != digest:
                 raise ValueError(f"{folder / name} is damaged: it is not what was saved (its sha256 differs)")
@@ -222,9 +218,11 @@ class _Reader(dcp.FileSystemReader):
         with _errors(ValueError, f"{self.path / '.metadata'} is damaged, and not loaded"):
             self.metadata = _Unpickler(io.BytesIO((self.path / '.metadata').read_bytes())).load()
             self.known = self.metadata.state_dict_metadata
-            if not (all(isinstance(known, metadata.TensorStorageMetadata) for known in self.known.values())
-                    and all(place.relative_path in index['files'] and not place.transform_descriptors
-                            for place in self.metadata.storage_data.values()) and self.known.keys() == set(_names(index))):
+            kinds = {(type(known), type(known.size), type(known.properties.dtype)) for known in self.known.values()}
+            places = {(place.relative_path in index['files'], place.transform_descriptors)
+                      for place in self.metadata.storage_data.values()}
+            if (kinds != {(metadata.TensorStorageMetadata, torch.Size, torch.dtype)} or places != {(True, None)}
+                    or self.known.keys() != set(_names(index))):
                 raise ValueError("it describes other things than the run's tensors in this folder")
 
     def read_metadata(self, *args, **options):

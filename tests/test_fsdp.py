@@ -182,17 +182,19 @@ def test_it_learns_what_ddp_learns(together, n, model, options):
     assert all(weights == {} for _, _, weights in sharded[1:])
 
 
+# Without biases: those of keys have gradients of 0, but for rounding, which Adam makes steps of.
 SMALL = dict(n_layer=2, n_head=2, n_embd=20)
-EVERY = [GPT, MODERN, ('transformerpp', SMALL | dict(n_embd=24)), ('transformerpp', SMALL | dict(tied=False)),
-         ('mlp', dict(n_embd=8, n_hidden=20, direct=True)), ('mlp', dict(n_embd=8, n_hidden=20, batchnorm='ema')),
-         ('wavenet', dict(n_layer=3, n_embd=8)), ('wavenet', dict(form='hierarchical', n_layer=3, n_embd=8, n_hidden=20)),
-         ('bigram', dict(table='learned')), ('bigram', dict(table='learned', rank=4)), ('trigram', dict(table='learned')),
+EVERY = [('gpt', SMALL | dict(bias=False, dropout=0.1)), MODERN, ('transformerpp', SMALL | dict(n_embd=24)),
+         ('transformerpp', SMALL | dict(tied=False)), ('mlp', dict(n_embd=8, n_hidden=20, direct=True)),
+         ('mlp', dict(n_embd=8, n_hidden=20, batchnorm='ema')), ('wavenet', dict(n_layer=3, n_embd=8)),
+         ('wavenet', dict(form='hierarchical', n_layer=3, n_embd=8, n_hidden=20)), ('bigram', dict(table='learned')),
+         ('bigram', dict(table='learned', rank=4)), ('trigram', dict(table='learned')),
          ('trigram', dict(table='learned', rank=4))]
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize('n', [2, 3])
-@pytest.mark.parametrize('options', [ADAMW, MUON, SGD | dict(max_norm=0.9)], ids=['adamw', 'muon', 'sgd'])
+@pytest.mark.parametrize('options', [ADAMW, MUON, SGD], ids=['adamw', 'muon', 'sgd'])
 @pytest.mark.parametrize('model', EVERY, ids=lambda model: '-'.join(map(str, (model[0], *model[1].values()))))
 def test_every_model_learns_what_it_learns_by_ddp(together, n, model, options):
     ddp, sharded = (together(n, learn, kind, model, options, 50, 3) for kind in ('ddp', 'fsdp'))
@@ -202,7 +204,8 @@ def test_every_model_learns_what_it_learns_by_ddp(together, n, model, options):
 @pytest.mark.campaign
 @pytest.mark.parametrize('how', ['compiled', 'recomputed', 'lora'])
 def test_compiled_recomputed_and_with_lora_too(together, how):
-    ddp, sharded = (together(2, learn, kind, GPT, ADAMW, 10, 2, how) for kind in ('ddp', 'fsdp'))
+    model = 'gpt', SMALL | dict(bias=False, dropout=0.0 if how == 'compiled' else 0.1)    # compiled: other random numbers
+    ddp, sharded = (together(2, learn, kind, model, ADAMW, 10, 2, how) for kind in ('ddp', 'fsdp'))
     assert problems(sharded[0], ddp[0], 10) == []
 
 
