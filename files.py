@@ -22,6 +22,10 @@ def replacing(path):
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp')
+    if path.exists() and not path.is_file() and not path.is_dir():      # /dev/null is written to, and stays what it is
+        with open(path, 'wb') as file:
+            yield file
+        return
     try:
         with open(temporary, 'wb') as file:
             yield file

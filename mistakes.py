@@ -11,7 +11,7 @@ def fail(message):
     """End the script on a user's mistake: one line on stderr, exit code 2."""
     line = ' '.join(str(message).split())
     line = ''.join(c if c.isprintable() else '\ufffd' for c in line)        # what files are called is anybody's text
-    line = line if len(line) <= 600 else f"{line[:450]} … {line[-100:]}"
+    line = line if len(line) <= 480 else f"{line[:370]} … {line[-90:]}"
     print(f"error: {line}", file=sys.stderr, flush=True)
     tell_torchrun(line)
     raise SystemExit(2)

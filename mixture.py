@@ -23,6 +23,8 @@ def parse(words):
         return [(words, 1)]
     if not all(found):
         raise ValueError(f"dataset={words!r}: a mixture is NAME:WEIGHT,NAME:WEIGHT, a weight behind each name")
+    if max(len(match[2]) for match in found) > 20:
+        raise ValueError(f"dataset={words[:60]}… has a weight of more than 20 digits: take fewer")
     weights = [fractions.Fraction(match[2]) for match in found]
     one = fractions.Fraction(math.gcd(*(w.numerator for w in weights)), math.lcm(*(w.denominator for w in weights)))
     weights = [int(w / one) for w in weights] if one else [0]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.sgd import sgd as fused_sgd
 
+MOMENTS = {'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'}, {'step', 'momentum_buffer'}     # AdamW's, SGD's, Muon's
 MUON_MOMENTUM = 0.85, 0.95, 300     # from, to, within so many steps: early gradients are soon out of date
 READ_AT_ONCE = 'cpu',               # devices whose flags are read at once: on others that would wait for all queued work
 
@@ -254,10 +255,20 @@ def load(optimizer, state):
     if not state:
         raise ValueError("the checkpoint holds weights only, not the state of a run: start from it with --init_from")
     options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    theirs, ours = ([(len(group['params']), group.get('muon', False), 'momentum' in group) for group in groups]
-                    for groups in (state['param_groups'], optimizer.param_groups))
+    try:
+        theirs, ours = ([(len(group['params']), group.get('muon', False), 'momentum' in group) for group in groups]
+                        for groups in (state['param_groups'], optimizer.param_groups))
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("the checkpoint's optimizer state is damaged: its groups are none") from None
     if theirs != ours:
         raise ValueError("the checkpoint's optimizer state does not fit: it is another model's, or another optimizer's, or "
                          "one of muon_lr, embed_lr and head_lr was 0 and is not now, or the other way round; leave them")
     groups = [{**group, **own} for group, own in zip(state['param_groups'], options, strict=True)]
-    optimizer.load_state_dict({**state, 'param_groups': groups})
+    try:
+        optimizer.load_state_dict({**state, 'param_groups': groups})
+        is_sound = all(set(own) in MOMENTS and all(x is None or x.shape == p.shape for k, x in own.items() if k != 'step')
+                       for p, own in optimizer.state.items() if own)
+    except (LookupError, TypeError, AttributeError):
+        is_sound = False
+    if not is_sound:        # a fused kernel would read beyond the end of one that is too short
+        raise ValueError("the checkpoint's optimizer state is damaged: its moments are not those of the weights")

@@ -62,9 +62,9 @@ def read_meta(folder):
             if not all(type(facts['tokens']) is int and 0 < facts['bytes'] < 1 << 63
                        for facts in meta.get('splits', {}).values()):
                 raise ValueError("splits")
-            for key in ('separator', 'eot'):
-                if not 0 <= meta.get(key, 0) < meta['vocab_size']:
-                    raise ValueError(f"{key} {meta[key]!r}")
+            for key, most in (('vocab_size', 1 << 32), ('separator', meta['vocab_size']), ('eot', meta['vocab_size'])):
+                if type(number := meta.get(key, 0)) is not int or not 0 <= number < max(1, most):
+                    raise ValueError(f"{key} {number!r}")
             if meta['tokenizer']:
                 check_description(meta['tokenizer'])
             return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta

@@ -301,7 +301,7 @@ def load(description):
 def check_description(description):
     """ValueError unless `load` could take it, without loading anything."""
     match description:
-        case {'kind': 'tiktoken', 'size': size} if type(size) is not int or size < 257:
+        case {'kind': 'tiktoken', 'size': size} if type(size) is not int or not 257 <= size < 2 ** 32:
             raise ValueError(f"a tiktoken tokenizer of the size {str(size)[:40]}: it must be a whole number from 257 on, "
                              "the bytes and <|endoftext|>")
         case {'kind': 'huggingface', 'eot': eot} if type(eot) is not str:
@@ -313,7 +313,7 @@ def check_description(description):
                      "a name), sentencepiece (with its model) or huggingface (with its json)")
 
 
-class _NoCode(pickle.Unpickler):
+class _NoCode(pickle._Unpickler):       # the one in Python: the other would make room for two billion objects, if asked to
     def find_class(self, module, name):
         raise ValueError(f"meta.pkl asks for {module}.{name}; it may hold only numbers, strings and dictionaries")
 
@@ -326,7 +326,7 @@ def describe_meta_pkl(data):
         if any(type(c) is not str or len(c) != 1 for c in chars):
             raise ValueError("meta.pkl maps ids to something other than single characters")
         return {'kind': 'char', 'chars': ''.join(chars)}
-    except ValueError:
-        raise
     except Exception as error:
+        if str(error).startswith('meta.pkl'):
+            raise
         raise ValueError(f"meta.pkl cannot be read as nanoGPT's ({type(error).__name__}: {error})") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
+MOST_PLACES = 10 ** 8
 MOST_LAYERS = 10_000        # the deepest network that learned anything: Xiao et al. 2018, arXiv 1806.05393
 FREE = {'dropout', 'attn_dropout', 'ngram_dropout', 'k', 'batchnorm'}      # Config fields that may change between runs
 
@@ -51,14 +52,14 @@ def make(Model, config, most=None):
     try:
         one, two = (_weights(Model, dataclasses.replace(config, **{'n_layer': k} if n > 2 else {})) for k in (1, 2))
         size = one + (n - 1) * (two - one)
-    except (RuntimeError, OverflowError, MemoryError) as error:
-        is_beyond = type(error) is not RuntimeError or re.search('overflow|allocate memory', str(error))
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        is_beyond = re.search('[Oo]verflow|Memory|allocate memory', f'{type(error)} {error}')
         size = math.inf if is_beyond else 0     # else a model that can't be made without values
     if size > memory:
         raise ValueError(f"a {Model.__name__} of these sizes has {size / 1e9:,.1f} GB of weights, and this machine has "
                          f"{memory / 1e9:,.1f} GB of memory: take a smaller model")
     if most and size > most:
-        raise ValueError(f"these weights are not a {Model.__name__}'s of such sizes, which has {size / 1e6:,.1f} MB of them")
+        raise ValueError(f"these weights are no {Model.__name__}'s of such sizes, which has {size / 1e6:,.1f} MB of them")
     return Model(config)
 
 
@@ -77,6 +78,8 @@ class _NoValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.empty, torch.zeros, torch.ones):
             kwargs['device'] = 'meta'
+        elif func is torch.arange and max(args, default=0) > MOST_PLACES:      # of a table, which is made for all of them
+            raise MemoryError
         elif func.__name__ == 'normal_':        # a tensor's, and torch.nn.init's
             return kwargs['tensor'] if 'tensor' in kwargs else args[0]
         return func(*args, **kwargs)

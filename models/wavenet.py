@@ -47,6 +47,8 @@ class WavenetConfig:
         if self.kernel < 2 or self.n_skip < 0 or self.n_layer > 24:
             raise ValueError(f"kernel={self.kernel}, n_skip={self.n_skip}, n_layer={self.n_layer}: take a kernel from 2, "
                              "n_skip from 0, n_layer up to 24, which is 16 million tokens")
+        if self.n_layer * self.n_stack > 1000:
+            raise ValueError(f"n_layer={self.n_layer} x n_stack={self.n_stack}: take at most 1000 layers in all")
         for name, known in (('form', FORMS), ('batchnorm', batchnorm.BATCH_NORMS), ('init', layers.INITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: take {' or '.join(filter(None, known))}")

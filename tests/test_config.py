@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -277,8 +277,8 @@ def test_mistakes_with_a_models_fields(words, message):
 
 # ---- help ------------------------------------------------------------------------------------------------------------
 
-def test_help_lists_every_key_with_default_and_comment():
-    done = run('train.py', '--help', '--batch_size=3')
+def test_help_lists_every_key_with_default_and_comment(warm):
+    done = warm('train.py', '--help', '--batch_size=3')
     assert done.returncode == 0 and done.stderr == ''
     lines = {match[1]: match for match in re.finditer(r'^  --(\w+)=(.*?)  +(\S.*)$', done.stdout, re.MULTILINE)}
     for key, value in train_settings().items():
@@ -287,8 +287,8 @@ def test_help_lists_every_key_with_default_and_comment():
 
 
 @pytest.mark.parametrize('script', ['sample.py', 'bench.py'])
-def test_help_of_the_other_scripts(script):
-    done = run(script, '-h')
+def test_help_of_the_other_scripts(warm, script):
+    done = warm(script, '-h')
     assert done.returncode == 0 and not done.stderr
     assert not [line for line in done.stdout.splitlines() if re.fullmatch(r'  --\w+=\S+ *', line)]      # all have comments
 

@@ -1,7 +1,8 @@
 """A user's mistakes: one line on stderr that says what, where and what to do; exit code 2; nothing lost.
 
-The scripts run as a user runs them, but forked from a process that has torch loaded already (`warm`).
+The scripts run as a user runs them, but forked from a process that has torch loaded already (`warm`, of conftest.py).
 """
+import gzip
 import io
 import json
 import os
@@ -11,11 +12,13 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, TINY, run, same
 
@@ -94,13 +97,6 @@ class Forked:
     def close(self):
         self.server.stdin.close()
         self.server.wait(60)
-
-
-@pytest.fixture(scope='module')
-def warm(tmp_path_factory):
-    forked = Forked(tmp_path_factory.mktemp('warm'))
-    yield forked
-    forked.close()
 
 
 def check(done, *parts):
@@ -335,9 +331,9 @@ class Payload:
         return os.system, (f'touch {self.marker}',)
 
 
-def saved(value):
+def saved(value, as_zip=True):
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer, _use_new_zipfile_serialization=as_zip)
     return buffer.getvalue()
 
 
@@ -348,15 +344,54 @@ def foreign_zip(data):
     return buffer.getvalue()
 
 
-def flipped(at):
-    def flip(data):
-        i = int(at * (len(data) - 1))
-        return data[:i] + bytes([data[i] ^ 1]) + data[i + 1:]
-    return flip
+def flip(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
 
 
-def without(key):
-    return lambda data: saved({k: v for k, v in torch.load(io.BytesIO(data), weights_only=True).items() if k != key})
+def flipped(share):
+    return lambda data: flip(data, int(share * (len(data) - 1)))
+
+
+def boundaries(data):
+    """Where the parts of a zip archive begin: each member, its data, the directory, the last record."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = [info.header_offset for info in archive.infolist()]
+        return [*members, *(at + 30 for at in members), archive.start_dir, data.rindex(b'PK\5\6')]
+
+
+def rezipped(packing=zipfile.ZIP_STORED, more=(), declared=None):
+    """The same archive written anew, perhaps packed, with more members, or one that says it has so many bytes."""
+    def rezip(data):
+        buffer = io.BytesIO()
+        with (warnings.catch_warnings(), zipfile.ZipFile(io.BytesIO(data)) as old,
+              zipfile.ZipFile(buffer, 'w', packing) as new):
+            warnings.simplefilter('ignore')     # of a name that comes twice
+            for name, content in [*((info.filename, old.read(info)) for info in old.infolist()), *more]:
+                new.writestr(name, content)
+            new.infolist()[-1].file_size = declared or new.infolist()[-1].file_size
+        return buffer.getvalue()
+    return rezip
+
+
+def with_state(**change):
+    """The same checkpoint with other values; ... leaves one out."""
+    def change_state(data):
+        state = torch.load(io.BytesIO(data), weights_only=True)
+        new = state | {key: value(state[key]) if callable(value) else value for key, value in change.items()}
+        return saved({key: value for key, value in new.items() if value is not ...})
+    return change_state
+
+
+def in_its_place(make):
+    """Not a file with other content, but another thing of its name."""
+    def put(path):
+        path.unlink()
+        make(path)
+    return put
+
+
+def weight(value):
+    return with_state(model=lambda weights: {**weights, 'transformer.wte.weight': value})
 
 
 DAMAGE = {
@@ -365,37 +400,115 @@ DAMAGE = {
     'half': lambda data: data[:len(data) // 2],
     'all but one byte': lambda data: data[:-1],
     'the second half': lambda data: data[len(data) // 2:],
+    'behind the first member': lambda data: data[:boundaries(data)[1]],
+    'in front of the directory': lambda data: data[:boundaries(data)[-2]],
+    'in front of the last record': lambda data: data[:boundaries(data)[-1]],
     'a flipped bit': flipped(0.5),
+    'a flipped bit in a header': lambda data: flip(data, 30),
+    'a flipped bit in the directory': lambda data: flip(data, boundaries(data)[-2] + 16),
+    'a flipped bit in the last record': lambda data: flip(data, boundaries(data)[-1]),
     'zeros in the middle': lambda data: data[:10_000] + bytes(10_000) + data[20_000:],
     'text': lambda data: b'not a checkpoint\n',
+    'a web page': lambda data: b'<!doctype html><html><title>404 Not Found</title></html>',
+    "git-lfs's pointer": lambda data: b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n',
+    'safetensors': lambda data: safetensors.torch.save({'w': torch.ones(3)}),
+    'gzip of it': gzip.compress,
+    "torch.save's old format": lambda data: saved(torch.load(io.BytesIO(data), weights_only=True), False),
     'a foreign zip': foreign_zip,
+    'packed': rezipped(zipfile.ZIP_DEFLATED),
+    'a bomb': rezipped(zipfile.ZIP_DEFLATED, [('archive/data/999', bytes(5_000_000))]),
+    'a name twice': lambda data: rezipped(more=[(zipfile.ZipFile(io.BytesIO(data)).namelist()[0], b'')])(data),
+    'more than it has': rezipped(declared=1 << 40),
     'a tensor': lambda data: saved(torch.ones(3)),
     'a list': lambda data: saved([1, 2]),
     'a state dict': lambda data: saved({'wte': torch.ones(3)}),
-    'no weights': without('model'),
-    'no model_args': without('model_args'),
-    'weights that are none': lambda data: saved({'model': [1], 'model_args': {}}),
     'a pickled object': lambda data: saved({'model': SimpleNamespace(), 'model_args': {}}),
+    'no weights': with_state(model=...),
+    'no model_args': with_state(model_args=...),
+    'no config': with_state(config=...),
+    'no step': with_state(iter_num=...),
+    'no loss': with_state(best_val_loss=...),
+    'no optimizer': with_state(optimizer=...),
+    'weights that are none': with_state(model=[1]),
+    'weights by number': with_state(model={1: torch.ones(3)}),
+    'a weight that is a number': weight(3.0),
+    'a sparse weight': weight(torch.eye(3).to_sparse()),
+    'a stretched weight': weight(torch.ones(1).expand(1 << 40)),
+    'a weight that is no number': weight(torch.tensor([1.0, float('nan')])),
+    'step -1': with_state(iter_num=-1),
+    'a step as text': with_state(iter_num='6'),
+    'a config as list': with_state(config=[]),
+    'losses': with_state(best_val_loss=torch.ones(2)),
+    'an optimizer as text': with_state(optimizer='adamw'),
+    'progress as list': with_state(progress=[]),
+    'an evaluation as text': with_state(progress={'evaluated': '3'}),
+    'a guard of three': with_state(progress={'guard': [1, 2, 3]}),
+    'resolved as number': with_state(resolved=3),
+    'threads as text': with_state(resolved={'threads': 'all'}),
+}
+PLACES = {
+    'a folder': in_its_place(os.mkdir),
+    'a pipe': in_its_place(os.mkfifo),
+    'a device': in_its_place(lambda path: os.symlink('/dev/zero', path)),
+    'a link to nowhere': in_its_place(lambda path: os.symlink('nowhere', path)),
+    'a link to itself': in_its_place(lambda path: os.symlink(path.name, path)),
+    'not for us': lambda path: path.chmod(0),
 }
 
 
-@pytest.mark.parametrize('manifest', ['sums.json', 'no sums.json', 'a damaged sums.json'])
-@pytest.mark.parametrize('damage', DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(copy, damage, manifest, capsys):
-    run = copy('run')
+def said_and_passed_over(run, damage, capsys):
+    """ckpt.pt, damaged, is named in one line and the one before it is taken; where that is gone too, it is an error."""
     path = run / 'ckpt.pt'
-    path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    if manifest != 'sums.json':
-        changed(run, 'sums.json', None if manifest == 'no sums.json' else b'{"ckpt.pt": 3}')
+    if damage in PLACES:
+        PLACES[damage](path)
+    else:
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
     before = torch.load(run / 'ckpt.prev.pt', weights_only=True)
     assert same(checkpoint.read_latest(run), before)
     said = capsys.readouterr().out
-    assert len(said.splitlines()) == 1 and f'{path} ' in said and f'resuming from {run / "ckpt.prev.pt"} instead' in said
+    assert len(said.splitlines()) == 1 and str(path) in said and f'resuming from {run / "ckpt.prev.pt"} instead' in said
 
     (run / 'ckpt.prev.pt').unlink()
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         checkpoint.read_latest(run)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize('damage', [*DAMAGE, *PLACES])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(copy, damage, capsys):
+    if damage == 'not for us' and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    said_and_passed_over(changed(copy('run'), 'sums.json', None), damage, capsys)
+
+
+@pytest.mark.parametrize('content', [None, b'{"ckpt.pt": 3}', b'', b'[]', b'{"ckpt.pt": ', b'\xff\xfe', b'[' * 100_000])
+def test_a_damaged_list_of_sums_is_as_none(copy, capsys, content):
+    run = changed(copy('run'), 'sums.json', content) if content is not None else copy('run')
+    whole = checkpoint.read_latest(run)
+    assert whole['iter_num'] == 6 and not capsys.readouterr().out
+    said_and_passed_over(run, 'a flipped bit', capsys)
+
+
+def test_a_checkpoint_cut_at_any_boundary_is_damaged(copy):
+    run = changed(copy('run'), 'sums.json', None)
+    data = (run / 'ckpt.pt').read_bytes()
+    assert len(boundaries(data)) > 20
+    for at in boundaries(data):
+        changed(run, 'ckpt.pt', data[:at])
+        with pytest.raises(ValueError, match='is damaged or no checkpoint'):
+            checkpoint.read(run / 'ckpt.pt')
+
+
+def test_what_no_check_would_find(copy, monkeypatch, capsys):
+    """Without the sums outside and inside, a flipped bit in a weight is loaded without a word."""
+    run = changed(copy('run'), 'sums.json', None)
+    whole, data = checkpoint.read(run / 'ckpt.pt'), (run / 'ckpt.pt').read_bytes()
+    at = data.index(whole['model']['transformer.wte.weight'].numpy().tobytes())
+    changed(run, 'ckpt.pt', flip(data, at))
+    with pytest.raises(ValueError, match='a checksum inside it is wrong'):
+        checkpoint.read(run / 'ckpt.pt')
+    monkeypatch.setattr(zipfile.ZipFile, 'testzip', lambda archive: None)
+    assert not same(checkpoint.read(run / 'ckpt.pt'), whole)
 
 
 @pytest.mark.parametrize('at', [0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1])
@@ -425,7 +538,7 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
 @pytest.mark.parametrize('change, message', [
     (dict(model_name='nope'), "model='nope' is unknown"),
     (dict(model_name=3), 'model=3 is unknown'),
-    (dict(model_args={'n_layer': 2}), "not a GPT's"),
+    (dict(model_args={'n_layer': 2}), "no GPT's of such sizes"),
     (dict(model_args={'zzz': 1}), "not a GPT's"),
     (dict(model_args={'n_layer': 'x'}), "not a GPT's"),
     (dict(model={}), "not a GPT's"),
@@ -435,17 +548,6 @@ def test_weights_that_do_not_fit(trained, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         checkpoint.restore({**state, **change})
     assert '\n' not in str(caught.value)
-
-
-@pytest.mark.parametrize('change', [
-    dict(iter_num=-1), dict(iter_num='x'), dict(config=[]), dict(best_val_loss=None), dict(optimizer='x'),
-    dict(progress=[]), dict(resolved=3)])
-def test_a_state_that_no_run_can_go_on_from(copy, change):
-    run = changed(copy('run'), 'sums.json', None)
-    changed(run, 'ckpt.pt', saved({**checkpoint.read(run / 'ckpt.pt'), **change}))
-    (run / 'ckpt.prev.pt').unlink()
-    with pytest.raises(ValueError, match=re.escape(str(run / 'ckpt.pt'))):
-        checkpoint.read_latest(run)
 
 
 @pytest.mark.parametrize('words, parts', [
