@@ -5,6 +5,7 @@ what makes their loss no number, end as if nothing had happened; and checks of t
 """
 import errno
 import functools
+import io
 import itertools
 import math
 import mmap
@@ -88,29 +89,37 @@ def saved(tmp_path):
     return copy
 
 
+CHANGES = {'open', 'write', 'writelines', 'flush', 'fsync', 'replace', 'rename', 'unlink', 'remove', 'mkdir', 'rmdir'}
+
+
 def is_io(function):
     """Whether a function of C's makes system calls on files."""
-    return getattr(function, '__module__', '') in ('posix', 'io', '_io') or isinstance(
-        getattr(function, '__self__', None), (__import__('io').IOBase,))
+    return function.__module__ in ('posix', 'io', '_io') or isinstance(getattr(function, '__self__', None), io.IOBase)
 
 
 def save_step_3(folder, save=None, on_io=None, limit=None):
-    """In a process of its own: save step 3. on_io(number, name) is called in front of each system call of Python's; with
-    `limit` the kernel ends the process where a file would grow larger, in the middle of a write."""
+    """In a process of its own: save step 3. on_io(name) is called in front of each system call of Python's; with `limit`
+    the kernel ends the process where a file would grow larger, in the middle of a write."""
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    calls = iter(range(10_000))
     if on_io:
-        sys.setprofile(lambda frame, event, arg: event == 'c_call' and is_io(arg) and on_io(next(calls), arg.__name__))
+        sys.setprofile(lambda frame, event, arg: event == 'c_call' and is_io(arg) and on_io(arg.__name__))
     (save or checkpoint.save)(folder, 'ckpt.pt', state_of(3))
     sys.setprofile(None)
 
 
-def die_at(point, number, name):
-    if number == point:
-        os.kill(os.getpid(), signal.SIGKILL)
+class DieAt:
+    """Dies by kill -9 in front of the point-th call of one of these names, or of any."""
+
+    def __init__(self, point, names):
+        self.left, self.names = point, names
+
+    def __call__(self, name):
+        self.left -= not self.names or name in self.names
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def check_after_death(folder):
@@ -123,17 +132,18 @@ def check_after_death(folder):
     return state['iter_num']
 
 
-def test_a_save_that_is_killed_in_front_of_any_system_call(saved):
+@pytest.mark.parametrize('names', [CHANGES, pytest.param(None, marks=campaign)])
+def test_a_save_that_is_killed_in_front_of_any_system_call(saved, names):
     found = []
     while True:
         folder = saved()
-        done = Run(None, hook=functools.partial(save_step_3, folder, None, functools.partial(die_at, len(found)))).wait()
+        done = Run(None, hook=functools.partial(save_step_3, folder, None, DieAt(len(found), names))).wait()
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.output
         found.append(check_after_death(folder))
     print(f"\nkilled in front of {len(found)} system calls: step 2 is there {found.count(2)}, 3 {found.count(3)} times")
-    assert len(found) > 20 and found == sorted(found) and set(found) == {2, 3}
+    assert len(found) > 15 and found == sorted(found) and set(found) == {2, 3}
 
 
 @pytest.mark.parametrize('pieces', [6, pytest.param(60, marks=campaign)])
@@ -244,7 +254,7 @@ def kill_again_and_again(out_dir, settings, kills, seed, interval, save=None):
 
 
 @pytest.mark.parametrize('kills, interval', [
-    (10, 1), pytest.param(200, 1, marks=campaign), pytest.param(100, 5, marks=campaign)])
+    (6, 1), pytest.param(200, 1, marks=campaign), pytest.param(100, 5, marks=campaign)])
 def test_killed_again_and_again_a_run_ends_where_it_would_have(text_folder, tmp_path, kills, interval):
     saves = ['--save_minutes=1e-9'] if interval == 1 else [f'--eval_interval={interval}', '--save_minutes=0']
     settings = [*LONG, '--eval_interval=25', f'--dataset={text_folder}', *saves]
@@ -346,7 +356,7 @@ def stop_again_and_again(how, to, out_dir, settings, stops, seed):
 
 
 @pytest.mark.parametrize('how, to, stops', [
-    ('direct', 'all', 3), ('two', 'one', 1), ('agent', 'agent', 2),
+    ('direct', 'all', 3), ('two', 'one', 1), ('agent', 'agent', 1),
     *[pytest.param(*case, marks=campaign) for case in [
         ('direct', 'all', 50), ('two', 'one', 50), ('agent', 'all', 50), ('agent', 'one', 50), ('agent', 'agent', 50),
         ('torchrun', 'all', 25), ('torchrun', 'agent', 25)]]])
@@ -356,6 +366,19 @@ def test_told_to_stop_again_and_again_a_run_ends_where_it_would_have(text_folder
     train(tmp_path / 'whole', *settings, f'--max_iters={n}', processes=1 if how == 'direct' else 2, limit=600)
     assert outcome(tmp_path / 'stopped') == outcome(tmp_path / 'whole')
     print(f"\n{figures}")
+
+
+def be_deaf():
+    runtime.STOP_SIGNALS = []
+
+
+def test_that_a_run_which_does_not_listen_loses_everything(text_folder, tmp_path):
+    run = Run('train.py', *LONG, f'--dataset={text_folder}', f'--out_dir={tmp_path}', hook=be_deaf)
+    wait_for(lambda: steps_logged(tmp_path) > 2)
+    run.kill(signal.SIGTERM)
+    assert run.wait().returncode == -signal.SIGTERM and not (tmp_path / 'preempted').exists()
+    with pytest.raises(FileNotFoundError):
+        checkpoint.read_latest(tmp_path)
 
 
 def hang_in_saves(grace):
@@ -464,7 +487,8 @@ FAILURES = [        # on which rank, where, at which call, what; words in the ou
 ]
 
 
-@pytest.mark.parametrize('rank, where, number, error, words', FAILURES)
+@pytest.mark.parametrize('rank, where, number, error, words', [
+    FAILURES[i] if i in (1, 3, 7, 8) else pytest.param(*FAILURES[i], marks=campaign) for i in range(len(FAILURES))])
 def test_an_error_in_one_process_ends_all(text_folder, tmp_path, rank, where, number, error, words):
     hook = functools.partial(failing, rank, where, number, error)
     began = time.monotonic()
@@ -540,7 +564,8 @@ def lines_with(out_dir, key):
     return [line for line in metrics(out_dir) if key in line]
 
 
-@pytest.mark.parametrize('kind', EVIL)
+@pytest.mark.parametrize('kind', [
+    kind if 'numbers' in kind or 'spike' in kind else pytest.param(kind, marks=campaign) for kind in EVIL])
 def test_one_bad_step_costs_its_own_update_and_no_more(text_folder, tmp_path, kind):
     hook = functools.partial(poison, kind, {5}, note=tmp_path, MEMORY=4, SIGMAS=30.0)
     out = train(tmp_path / 'out', *LONG, '--max_iters=8', f'--dataset={text_folder}', hook=hook)
@@ -587,7 +612,7 @@ def test_a_run_that_diverges_goes_back_and_past_the_data_that_did_it(text_folder
     assert same(before['model'], after['model']) and same(before['optimizer']['state'], after['optimizer']['state'])
     assert (before['progress']['data_offset'], after['progress']['data_offset']) == (0, 6)
     assert [line['iter'] for line in lines_with(tmp_path / 'out', 'lr')] == [*range(20)]
-    for cut in ('6', '9', '18'):        # resumed behind the rollback, it is the same run
+    for cut in ('6', '9', '18') if processes == 1 else ('6',):        # resumed behind the rollback, it is the same run
         train(tmp_path / 'cuts' / cut, '--init_from=resume', processes=processes, hook=evil)
         assert outcome(tmp_path / 'cuts' / cut) == outcome(tmp_path / 'out')
 
@@ -684,7 +709,7 @@ def save_within(folder, limits):
             print(error)
 
 
-@pytest.mark.parametrize('kilobytes', [36, pytest.param(40, marks=campaign), pytest.param(28, marks=campaign)])
+@pytest.mark.parametrize('kilobytes', [36, pytest.param(40, marks=campaign), pytest.param(44, marks=campaign)])
 def test_a_file_system_without_room(saved, tmp_path, kilobytes):
     """The same for real, where this user may mount one: two checkpoints fit into it, and a part of the third."""
     folder = tmp_path / 'small'
