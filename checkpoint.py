@@ -7,6 +7,7 @@ any two of these, every file that is there still verifies.
 """
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -84,7 +85,8 @@ def set_aside(out_dir):
     there = [name for name in FILES if (folder / name).exists()] + [path.name for path in folder.glob('shards-*')]
     if not any(name.endswith('.pt') for name in there):
         return None
-    aside = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
+    numbers = [int(path.name[8:]) for path in folder.glob('earlier-*') if path.name[8:].isdecimal()]
+    aside = folder / f'earlier-{1 + max(numbers, default=0)}'
     aside.mkdir()
     for name in there:
         os.replace(folder / name, aside / name)
@@ -126,10 +128,12 @@ def read(path):
     path = Path(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):     # a pipe would never end
-            raise OSError(f"{path} is no file")
+            raise ValueError(f"{path} is no file")
         open(path, 'rb').close()
     except OSError as error:
-        raise OSError(f"{path}: {error.strerror}" if error.strerror else str(error)) from None
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise FileNotFoundError(f"{path}: {error.strerror}") from None
+        raise OSError(f"{path} can't be read: {error.strerror or error}") from None
     try:
         with zipfile.ZipFile(path) as archive:
             _check_directory(archive.infolist(), path)
@@ -148,9 +152,11 @@ def read(path):
         raise ValueError(f"{path} holds something other than tensors and plain types, which might run code: not loaded"
                          ) from None
     except Exception as error:      # zipfile's, pickle's and torch's errors: the file is not what it should be
+        if getattr(error, 'errno', errno.EINVAL) not in (None, errno.EINVAL) or 'allocate memory' in str(error):
+            raise OSError(f"{path} can't be read: {getattr(error, 'strerror', None) or 'out of memory'}") from None
         raise ValueError(f"{path} is damaged or no checkpoint: {' '.join(str(error).split())[:160] or type(error).__name__}"
                          ) from None
-    if isinstance(state, dict) and 'shards' in state:
+    if _has(state, {'shards': dict}):
         import fsdp
         state['shards']['out_dir'] = str(path.parent)
         fsdp.verify(path.parent, state['shards'])
@@ -198,7 +204,8 @@ def _read_resumable(path):
 def begin(init_from, out_dir):
     """(what a run starts from, the state that it resumes or None) of the setting init_from. Raises OSError, ValueError.
 
-    auto: resume, if out_dir has a checkpoint that verifies, else from scratch; auto:SOURCE: else from SOURCE.
+    auto: resume, if out_dir has a checkpoint that verifies, else from scratch; auto:SOURCE: else from SOURCE. One that
+    cannot be read, as when a disk is away for a while, is an OSError: the run in it is not over.
     """
     start, _, otherwise = init_from.partition(':')
     if start == 'auto':
@@ -226,12 +233,13 @@ def _first_good(paths, doing, read=read):
         try:
             state = read(path)
         except (ValueError, OSError) as error:
-            problems.append(str(error))
+            problems.append(error)
         else:
             if problems:
-                print(f"{'; '.join(problems)}; {doing} {path} instead", flush=True)
+                print(f"{'; '.join(map(str, problems))}; {doing} {path} instead", flush=True)
             return state
-    raise ValueError('; '.join(problems))
+    kind = OSError if any(type(error) is OSError for error in problems) else ValueError
+    raise kind('; '.join(map(str, problems)))
 
 
 def settings(state):

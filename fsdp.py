@@ -185,13 +185,15 @@ def verify(out_dir, index):
         try:
             if files.sha256(folder / name) != digest:
                 raise ValueError(f"{folder / name} is damaged: it is not what was saved (its sha256 differs)")
+        except FileNotFoundError:
+            raise ValueError(f"{folder / name} is missing: the checkpoint is not whole") from None
         except OSError as error:
-            raise ValueError(f"{folder / name} can't be read ({error.strerror or error}): the checkpoint is not whole"
-                             ) from None
+            raise OSError(f"{folder / name} can't be read: {error.strerror or error}") from None
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes what a .metadata consists of, and nothing else that somebody may have put there."""
+class _Unpickler(pickle._Unpickler):
+    """Makes what a .metadata consists of, and nothing else that somebody may have put there. Python's: the one in C can be
+    made to allocate gigabytes by a few bytes."""
 
     KNOWN = {(kind.__module__, kind.__qualname__): kind for kind in (
         metadata.Metadata, metadata.MetadataIndex, metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata,

@@ -133,7 +133,7 @@ def check_shared(out_dir, iter_num):
         dist.all_gather_object(steps, iter_num)
         if len(set(steps)) > 1:
             raise ValueError(f"the processes find different checkpoints in out_dir={out_dir!r}, of the steps "
-                             f"{', '.join(map(str, sorted(set(steps))))}: it has to be a folder that all machines share")
+                             f"{', '.join(sorted(map(str, set(steps))))}: it has to be a folder that all machines share")
 
 
 @contextlib.contextmanager

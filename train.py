@@ -194,8 +194,9 @@ def save(name):
 def roll_back():
     """The run has diverged: on from its newest checkpoint, with other data than led here. ValueError where it can't."""
     global iter_num, best_val_loss, progress, guard
-    stored = guards.other_data(checkpoint.begin('auto', out_dir)[1], progress, iter_num)
-    processes.check_shared(out_dir, stored['iter_num'])     # all have read it before the master saves
+    stored = checkpoint.begin('auto', out_dir)[1]
+    processes.check_shared(out_dir, stored and stored['iter_num'])      # all have read it before the master saves
+    stored = guards.other_data(stored, progress, iter_num)
     iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
     optimizer.zero_grad(set_to_none=True)
     guard = guards.Guard(device, progress['guard'])
@@ -243,9 +244,8 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
     profiler = runtime.profiler(f'{out_dir}/profile') if profile and processes.IS_MASTER else None
     while True:     # evaluate, and save
         is_stopped, is_late = processes.anyone(bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at)
-        is_last = iter_num >= max_iters
-        is_due = progress['evaluated'] != iter_num and (
-            is_last or (eval_interval and not iter_num % eval_interval and not is_stopped))
+        is_last, is_round = iter_num >= max_iters, eval_interval and not (is_stopped or iter_num % eval_interval)
+        is_due = progress['evaluated'] != iter_num and (is_last or is_round)
         if is_pause := is_due or is_stopped or is_late:
             clock.pause()
             metrics.skipped(iter_num - 1, guard)
