@@ -123,7 +123,8 @@ if uncached:
 times = {name: [] for name in sides}
 alone, prefill = ({name: [] for name in sides} for _ in range(2))
 peak = bandwidth()
-with user_errors(), tqdm(total=rounds * len(sides), leave=False, disable=None, unit='run') as bar:
+with (user_errors(), runtime.memory_errors("take fewer --num_samples, or a smaller model"),
+      tqdm(total=rounds * len(sides), leave=False, disable=None, unit='run') as bar):
     for _ in range(rounds):
         for name, side in sides.items():
             bar.set_description(name)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import configurator
@@ -356,6 +356,25 @@ BODIES = st.lists(STATEMENTS, max_size=4)
 @given(words=LINES, body=BODIES)
 def test_fuzz(tmp_path, words, body):
     check_one(tmp_path / 'fuzz.py', words, body)
+
+
+@pytest.mark.parametrize('broken', [
+    lambda key, value, default, where: value,
+    lambda key, value, default, where: type(default)(value),
+    lambda key, value, default, where: {}[key],
+    lambda key, value, default, where: default,
+], ids=['takes all', 'coerces', 'traceback', 'ignores'])
+def test_fuzz_finds_a_broken_check(tmp_path, monkeypatch, broken):
+    monkeypatch.setattr(configurator, '_checked', broken)
+    look = settings(max_examples=400, phases=[Phase.generate], report_multiple_bugs=False, **FUZZ)(
+        given(words=LINES, body=BODIES, key=st.sampled_from([*SCRIPT]), text=TEXTS)(look_once))
+    with pytest.raises((AssertionError, KeyError, TypeError, ValueError)):
+        look(tmp_path / 'fuzz.py')
+
+
+def look_once(path, words, body, key, text):
+    check_one(path, words, body)
+    test_fuzz_one_key.hypothesis.inner_test(key, text)
 
 
 @pytest.mark.campaign

@@ -25,13 +25,15 @@ from conftest import ROOT, TINY, run, same
 import checkpoint
 import files
 import models
+import optimizer as optimizers
 import runtime
 import tokenizer
 from dataset import Dataset
 
 SERVER = r"""
 import json, os, runpy, signal, sys, tempfile, time, traceback
-import checkpoint, configurator, dataset, generate, lora, metrics, mixture, models, optimizer, runtime, torch
+import checkpoint, configurator, dataset, generate, lora, metrics, mixture, model, models, numpy.ma, optimizer
+import runtime, torch
 try:
     import resource
 except ImportError:
@@ -47,6 +49,8 @@ for line in sys.stdin:
             os.dup2(file.fileno(), number)
         os.chdir(asked['cwd'])
         os.environ.update(asked['env'])
+        if not asked['sample']:
+            generate.closing_sample = lambda *args: None
         if asked['memory']:
             used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + asked['memory'],) * 2)
@@ -77,7 +81,7 @@ class Forked:
     """forked('train.py', '--seed=1') -> what conftest.run gives, in a tenth of the time. There is no network.
 
     After `seconds` the script gets a SIGTERM, 20 seconds later a SIGKILL. memory: bytes that it may take; disk: bytes of a
-    file that it may write; 0: any number.
+    file that it may write; 0: any number. sample: whether a run of train.py ends with one, which takes most of its time.
     """
 
     def __init__(self, folder):
@@ -87,9 +91,9 @@ class Forked:
         self.server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        text=True, cwd=ROOT, env=environment)
 
-    def __call__(self, script, *words, cwd=ROOT, seconds=60, memory=0, disk=0, env=None):
+    def __call__(self, script, *words, cwd=ROOT, seconds=60, memory=0, disk=0, env=None, sample=False):
         asked = dict(words=[str(ROOT / script), *map(str, words)], cwd=str(cwd), seconds=seconds, memory=memory, disk=disk,
-                     env=env or {})
+                     env=env or {}, sample=sample)
         self.server.stdin.write(json.dumps(asked) + '\n')
         self.server.stdin.flush()
         return SimpleNamespace(**json.loads(self.server.stdout.readline()))
@@ -315,7 +319,7 @@ def test_a_download_is_what_was_expected_or_not_there(tmp_path, monkeypatch):
 
 def test_a_run_whose_tokenizer_cannot_be_downloaded_succeeded(copy, warm, tmp_path):
     folder = changed(copy('text'), 'meta.json', None)       # so its ids are GPT-2's
-    done = warm('train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path / "run2"}')
+    done = warm('train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path / "run2"}', sample=True)
     assert (tmp_path / 'run2' / 'ckpt.pt').exists() and done.returncode == 0 and 'TIKTOKEN_CACHE_DIR' in done.stdout
 
 
@@ -562,6 +566,36 @@ def test_resuming_another_run_than_asked_for(warm, trained, words, parts):
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     check(warm('train.py', '--init_from=resume', f'--out_dir={trained}', '--max_iters=9', *words), *parts)
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+@pytest.mark.parametrize('change', [
+    dict(batch_size='4'), dict(batch_size=4.0), dict(batch_size=True), dict(learning_rate=None), dict(decay_lr=1),
+    dict(dataset=3), dict(n_head=[2])])
+def test_resuming_with_settings_of_other_types(trained, change):
+    """What a checkpoint's config says is taken as it is, or not at all."""
+    config = {'batch_size': 12, 'learning_rate': 6e-4, 'decay_lr': True, 'dataset': 'x', 'n_head': 12, 'compile': 'auto'}
+    theirs = {'batch_size': 4, 'learning_rate': 1, 'compile': False, **change}
+    state = {**checkpoint.read(trained / 'ckpt.pt'), 'config': theirs}
+    with pytest.raises(ValueError, match=f'RUN is damaged: there, {min(change)} is'):
+        checkpoint.adopt(dict(config), {}, checkpoint.settings(state), 'RUN', set())
+    for key in change:
+        del theirs[key]
+    checkpoint.adopt(config, {}, checkpoint.settings(state), 'RUN', set())
+
+
+@pytest.mark.parametrize('change', [
+    dict(param_groups=3), dict(param_groups=[]), dict(param_groups=[{}]), dict(state=[]), dict(state={0: 3}),
+    dict(state={0: {}, 1: {'step': torch.ones(())}}), dict(state={0: {'exp_avg': 'x', 'exp_avg_sq': 'x', 'step': 1.0}}),
+    dict(state={0: {'exp_avg': torch.ones(1), 'exp_avg_sq': torch.ones(1), 'step': torch.ones(())}}),
+    dict(state={'0': {'momentum_buffer': torch.ones(3)}, 0: {'nope': torch.ones(3)}})], ids=lambda change: str(change)[:60])
+def test_resuming_with_moments_that_are_none(trained, change):
+    state = checkpoint.read(trained / 'ckpt.pt')
+    model = checkpoint.restore(state)[0]
+    own = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    optimizers.load(own, state['optimizer'])
+    with pytest.raises(ValueError, match="the checkpoint's optimizer state (is damaged|does not fit)") as caught:
+        optimizers.load(own, {**state['optimizer'], **change})
+    assert '\n' not in str(caught.value)
 
 
 def test_resuming_a_model_of_another_name(copy, warm):

@@ -152,7 +152,7 @@ def run_case(warm, folder, dataset, number, seconds=8):
     fields = FIELDS[words[0].removeprefix('--model=')]
     base = [word for word in TINY if '--dropout' not in word or 'dropout' in fields]
     done = warm('train.py', *base, '--max_iters=1', '--eval_iters=1', f'--dataset={dataset}', *line, cwd=place,
-                  seconds=seconds, memory=MEMORY)
+                  seconds=seconds, memory=MEMORY, sample=not number % 10)
     if done.returncode == -15 and seconds < 60:     # it was no further than its start: slow, or hanging?
         return run_case(warm, folder / 'slow', dataset, number, 60)
     verdict, config = verdict_of(done), place / 'out' / 'config.json'
@@ -656,7 +656,7 @@ def line_for(script, number):
     random = Random(f'{script} {number}')
     words = SCRIPTS[script].split()
     if script != 'data/prepare.py':
-        keys = {k: v for k, v in settings_of(script).items() if k not in ('compile', 'max_new_tokens')}     # minutes, rightly
+        keys = {k: v for k, v in settings_of(script).items() if k not in ('compile', 'max_new_tokens')}     # minutes
         return words + words_for(random, keys)
     for _ in range(random.randint(0, 3)):
         flag = random.choice(FLAGS)
