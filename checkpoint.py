@@ -3,7 +3,8 @@
 An out_dir holds ckpt.pt (the latest state of the run), ckpt.prev.pt (the one before), best.pt (the best weights) and
 sums.json, the sha256 of what each of them may be. The order of a save: the new file under a temporary name; its sum
 into sums.json, beside the old ones; ckpt.pt becomes ckpt.prev.pt; the new file becomes ckpt.pt. After a crash between
-any two of these, every file that is there still verifies.
+any two of these, every file that is there still verifies. (Where ckpt.pt was damaged, the new file is the only good one for
+a moment: it is looked for by its temporary name, too.)
 """
 import contextlib
 import dataclasses
@@ -29,9 +30,9 @@ import optimizer as optimizers
 import tokenizer
 import tokenizer_files
 
-SUMS = 'sums.json'
-FILES = ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', SUMS, 'config.json', 'metrics.jsonl', 'evaluation.json', 'tensorboard',
-         'health.jsonl', 'health.png', 'preempted')
+SUMS, FRESH = 'sums.json', '.ckpt.pt.new'
+FILES = (SUMS, 'ckpt.pt', 'ckpt.prev.pt', 'best.pt', FRESH, 'config.json', 'metrics.jsonl', 'evaluation.json',
+         'tensorboard', 'health.jsonl', 'health.png', 'preempted')
 # Where a run is, besides its step: the step of the last evaluation, evaluations since the best one, times, clipped
 # gradients, how many steps the data are ahead (guard.py), what the guard has seen.
 PROGRESS = dict(evaluated=-1, bad_evals=0, wall_seconds=0.0, train_seconds=0.0, wandb_id=None, clipped=0, data_offset=0,
@@ -65,24 +66,22 @@ def save(out_dir, name, state):
         if name == 'ckpt.pt' and (folder / name).exists():
             os.replace(folder / name, folder / 'ckpt.prev.pt')
         os.replace(fresh, folder / name)
-        if any(folder.glob('shards-*')):
-            import fsdp
-            fsdp.tidy(folder, {_shards(folder / file) for file in ('ckpt.pt', 'ckpt.prev.pt')})
     finally:
         fresh.unlink(missing_ok=True)
     files.sync_folder(folder)
-
-
-def _shards(path):
-    """The folder of the parts beside a checkpoint file, where it is one of FSDP's."""
-    with contextlib.suppress(Exception):    # not there, damaged, or all in one file
-        return torch.load(path, map_location='meta', weights_only=True)['shards']['folder']
+    if name == 'ckpt.pt' and any(folder.glob('shards-*')):
+        import fsdp
+        with contextlib.suppress(Exception):    # what can't be read now may be another time: nothing is removed
+            before = folder / 'ckpt.prev.pt'
+            kept = [state, torch.load(before, map_location='meta', weights_only=True)] if before.exists() else [state]
+            fsdp.tidy(folder, {content['shards']['folder'] for content in kept if 'shards' in content})
 
 
 def set_aside(out_dir):
     """Move an earlier run's files in out_dir to out_dir/earlier-N; returns that folder, or None where there was no run."""
     folder = Path(out_dir)
-    there = [name for name in FILES if (folder / name).exists()] + [path.name for path in folder.glob('shards-*')]
+    # parts first, then what refers to them: where this is interrupted, nothing passes for litter
+    there = [path.name for path in folder.glob('shards-*')] + [name for name in FILES[::-1] if (folder / name).exists()]
     if not any(name.endswith('.pt') for name in there):
         return None
     numbers = [int(path.name[8:]) for path in folder.glob('earlier-*') if path.name[8:].isdecimal()]
@@ -221,7 +220,7 @@ def begin(init_from, out_dir):
 
 def read_latest(out_dir):
     """The newest state in out_dir that verifies, saying what was passed over. Raises FileNotFoundError, ValueError."""
-    candidates = [p for p in (Path(out_dir) / 'ckpt.pt', Path(out_dir) / 'ckpt.prev.pt') if os.path.lexists(p)]
+    candidates = [p for name in ('ckpt.pt', FRESH, 'ckpt.prev.pt') if os.path.lexists(p := Path(out_dir, name))]
     if not candidates:
         raise FileNotFoundError(f"out_dir={str(out_dir)!r} has no ckpt.pt to resume from")
     return _first_good(candidates, 'resuming from', _read_resumable)

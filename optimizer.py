@@ -57,7 +57,7 @@ def build(groups, weight_decay, learning_rate, betas, device_type, lrs=None, *, 
         optimizer = (ShardedMuon if any(_is_sharded(p) for group in groups for p in group['params']) else Muon)(
             groups, lr=learning_rate, betas=betas, fused=fused, bfloat16=bfloat16)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        optimizer = AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
     if max_norm:
         if not limited:
             raise ValueError(f"max_norm={max_norm} limits nothing: this model has only tables and vectors")
@@ -84,12 +84,28 @@ def _unless(skip, tensor):
         torch.where(skip > 0, before, tensor, out=tensor)
 
 
+def _is_forbidden(optimizer, *kinds):
+    """Whether the flag is set that forbids a step; not asked, and false, where it lies on other kinds of devices."""
+    skip = getattr(optimizer, 'found_inf', None)
+    return skip is not None and skip.device.type in kinds and bool(skip.item())
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, whose kernel for MPS does not look at the flag."""
+
+    def step(self):
+        if not _is_forbidden(self, 'mps'):
+            super().step()
+
+
 class SGD(torch.optim.SGD):
     """torch's fused kernel on shards, which it refuses as they come; and with moments that begin as zeros, which is the
     same: torch's are whatever was in memory where the first step of all is skipped."""
 
     @torch.no_grad()
     def step(self):
+        if _is_forbidden(self, 'mps'):
+            return
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
             moments = [None] * len(params)
@@ -104,7 +120,7 @@ class SGD(torch.optim.SGD):
                       found_inf=getattr(self, 'found_inf', None))
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """AdamW; and for the groups with muon=True: momentum, made orthogonal, is the update (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon).
 

@@ -4,7 +4,9 @@ import ctypes
 import math
 import os
 import platform
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -82,28 +84,33 @@ class StopRequest:
     """SIGINT (Ctrl-C), SIGTERM or SIGUSR1, received, so that a loop can stop where nothing is lost; `signal` is its number.
 
     A second one ends at once, and so does a save that hangs, after GRACE seconds. What comes within two seconds is the same
-    one: torchrun and batch systems tell each process, and each other.
+    one: torchrun and batch systems tell each process, and each other. A thread hears of signals, since Python calls its
+    handlers only between two instructions of the main thread, and that may be waiting for another process.
     """
 
     def __init__(self):
-        self.signal, self.since = None, 0.0
+        self.signal = None
+        self._ears = socket.socketpair()
+        self._ears[1].setblocking(False)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _receive(self, number, frame):
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-            text = f"{signal.Signals(number).name}: saving after this step; once more ends without saving\n"
-            os.write(2, text.encode())      # print is not safe in a signal handler
-            timer = threading.Timer(GRACE, self._give_up)
-            timer.daemon = True
-            timer.start()
-        elif time.monotonic() - self.since > 2:
-            os._exit(128 + number)
-
-    def _give_up(self):
-        os.write(2, f"error: not saved within {GRACE} s of the signal: ending without\n".encode())
-        os._exit(128 + self.signal)
+    def _listen(self):
+        since = math.inf
+        while True:
+            left = None if self.signal is None else max(0.0, since + GRACE - time.monotonic())
+            if not select.select(self._ears[:1], [], [], left)[0]:
+                print(f"error: not saved within {GRACE} s of the signal: ending without", file=sys.stderr, flush=True)
+                os._exit(128 + self.signal)
+            for number in self._ears[0].recv(64):
+                if number in STOP_SIGNALS and self.signal is None:
+                    self.signal, since = number, time.monotonic()
+                    print(f"{signal.Signals(number).name}: saving after this step; once more ends without saving",
+                          file=sys.stderr, flush=True)
+                elif number in STOP_SIGNALS and time.monotonic() - since > 2:
+                    os._exit(128 + number)
 
     @property
     def exit_code(self):

@@ -127,3 +127,18 @@ def test_other_data_are_those_behind_the_divergence():
     assert before['progress'] == dict(evaluated=10, data_offset=10, diverged_at=17, rolled_back_to=10)
     again = guard.other_data(dict(iter_num=15, progress=before['progress']), before['progress'], 18)
     assert again['progress']['data_offset'] == 13
+
+
+@pytest.mark.parametrize('lrs, name', [(None, 'adamw'), (None, 'sgd')])
+def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkeypatch):
+    """As torch's for MPS: the flag is read in front of it."""
+    import optimizer as optimizers
+    optimizer, _, params = made(lrs, name)
+    monkeypatch.setattr(optimizers, '_is_forbidden', lambda own, *kinds: 'mps' in kinds and own.found_inf.item())
+    before = [p.detach().clone() for p in params]
+    for flag in (1.0, 0.0):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.found_inf = torch.tensor(flag)
+        optimizer.step()
+        assert all(map(torch.equal, before, params)) == bool(flag)

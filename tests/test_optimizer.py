@@ -82,7 +82,7 @@ def test_groups_by_role_and_width():
 def test_without_rates_of_their_own_it_is_nanogpts_adamw():
     model = small()
     opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', lrs=dict.fromkeys(LRS, 0.0))
-    assert type(opt) is torch.optim.AdamW and [g['weight_decay'] for g in opt.param_groups] == [0.1, 0.0]
+    assert type(opt) is optimizer.AdamW and [g['weight_decay'] for g in opt.param_groups] == [0.1, 0.0]
     assert {g['lr_ratio'] for g in opt.param_groups} == {1.0}
 
 
