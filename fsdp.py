@@ -100,8 +100,7 @@ def write(out_dir, step, model, optimizer):
         index['files'] = {file: digest for part in sums for file, digest in part.items()}
         _each(lambda: rank == 0 and _publish(fresh, folder / name, index['files']))
     except OSError:
-        if rank == 0:
-            shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
         raise
     return index
 

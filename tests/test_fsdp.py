@@ -562,6 +562,21 @@ def test_one_process_that_cannot_write_is_heard_by_all(together, tmp_path, name)
         assert left == ['shards-1'] and folder == 'shards-2'
 
 
+def write_apart(folder):
+    """What a process hears where each writes to a disk of its own, and what is left there."""
+    folder, run = folder / str(dist.get_rank()), Run('fsdp', ('bigram', dict(table='learned', rank=4)), SGD)
+    folder.mkdir()
+    run.step()
+    with pytest.raises(OSError) as caught:
+        fsdp.write(folder, 1, run.model, run.optimizer)
+    return str(caught.value), os.listdir(folder)
+
+
+def test_machines_that_share_no_disk_are_told_so(together, tmp_path):
+    for line, left in together(2, write_apart, tmp_path):
+        assert 'has no __1_0.distcp, which another process wrote: out_dir has to be on a disk' in line and left == []
+
+
 def test_what_no_checkpoint_refers_to_goes_and_nothing_else(tmp_path):
     stay, go = ['shards-7', 'shards-8-2', 'shards-mine', 'my-shards-3', 'x'], ['shards-6', 'shards-8', '.shards-9.new']
     for name in stay + go:
