@@ -235,7 +235,10 @@ def sha256(value):
 
 def learned(out_dir):
     """All of a run's last state that training changes, times left out."""
-    state = checkpoint._whole(checkpoint.read(Path(out_dir) / 'ckpt.pt'))
+    state = checkpoint.read(Path(out_dir) / 'ckpt.pt')
+    if shards := state.pop('shards', None):
+        import fsdp
+        state |= fsdp.whole(shards['out_dir'], shards)
     kept = {k: state[k] for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss')}
     times = ('wall_seconds', 'train_seconds', 'wandb_id')
     return kept | {'progress': {k: v for k, v in state['progress'].items() if k not in times}}

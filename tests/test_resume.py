@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import TINY
-from forked import around_saves, keep_each, outcome, run, train
+from forked import around_saves, keep_each, learned, outcome, run, train
 
 import checkpoint
 
@@ -153,10 +153,12 @@ def misses(folder, scratch, path, whole):
 @pytest.fixture(scope='module')
 def one_cut(text_folder, tmp_path_factory):
     """(what one step of a run left, the outcome of the whole run, the kinds of items in its state)."""
-    settings = [*TINY, '--dtype=float16', '--eval_interval=1', '--learning_rate=1', f'--dataset={text_folder}']
+    settings = [*TINY, '--dtype=float16', '--eval_interval=1', '--learning_rate=1', '--decay_lr=False',
+                f'--dataset={text_folder}']
     whole, folder = saved_each_step(tmp_path_factory.mktemp('cut'), settings, 1)
     states = [checkpoint.read(path) for path in sorted(folder.glob('[1-5]/ckpt.pt'))]
-    state = [state for state in states if state['progress']['bad_evals']][-1]       # so that there is one to forget
+    state = states[-1]
+    assert state['progress']['bad_evals'] > 1 < learned(folder / '6')['progress']['bad_evals']     # something to forget
     return folder / str(state['iter_num']), whole, items(state)
 
 
