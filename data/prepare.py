@@ -74,6 +74,8 @@ def arguments(words):
     training.add_argument('--byte_fallback', choices=('True', 'False'))
     words = ['--dedup' if word == '--dedup=True' else word for word in words if word != '--dedup=False']
     asked = parser.parse_intermixed_args(words)
+    if wrong := [key for key, value in vars(asked).items() if type(value) is list and key != 'sources']:
+        fail(f"--{wrong[0]} has no value; write --{wrong[0]}=VALUE")        # argparse takes it for -- alone
     for key, least in (('num_proc', 1), ('max_bytes', 1), ('shard_tokens', 0), ('train_bytes', 1), ('seed', 0)):
         if getattr(asked, key) is not None and getattr(asked, key) < least:
             fail(f"{key}={getattr(asked, key)} must be at least {least}")

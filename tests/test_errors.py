@@ -67,7 +67,7 @@ for line in sys.stdin:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code if type(code) is int else 1)
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        for after, number in ((asked['seconds'], signal.SIGTERM), (asked['seconds'] + 20, signal.SIGKILL)):
+        for after, number in ((asked['seconds'], signal.SIGTERM), (asked['seconds'] + 120, signal.SIGKILL)):
             if number not in sent and time.monotonic() - began > after:
                 sent.append(number)
                 os.kill(child, number)
@@ -80,7 +80,7 @@ for line in sys.stdin:
 class Forked:
     """forked('train.py', '--seed=1') -> what conftest.run gives, in a tenth of the time. There is no network.
 
-    After `seconds` the script gets a SIGTERM, 20 seconds later a SIGKILL. memory: bytes that it may take; disk: bytes of a
+    After `seconds` the script gets a SIGTERM, two minutes later a SIGKILL. memory: bytes that it may take; disk: bytes of a
     file that it may write; 0: any number. sample: whether a run of train.py ends with one, which takes most of its time.
     """
 
@@ -473,7 +473,7 @@ def said_and_passed_over(run, damage, capsys):
     assert len(said.splitlines()) == 1 and str(path) in said and f'resuming from {run / "ckpt.prev.pt"} instead' in said
 
     (run / 'ckpt.prev.pt').unlink()
-    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+    with pytest.raises(OSError if damage == 'not for us' else ValueError, match=re.escape(str(path))) as caught:
         checkpoint.read_latest(run)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
 

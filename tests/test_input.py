@@ -325,6 +325,7 @@ def test_large_numbers_that_are_right_elsewhere(warm, trained, text_folder, tmp_
     (['--shard_tokens=-5'], 'shard_tokens=-5 must be at least 0'),
     (['~nobody-of-this-name/x.txt'], 'there is no such user here'),
     (['--template={}'], '{}: No such file'),
+    (['--seed=--'], '--seed has no value; write --seed=VALUE'),
 ])
 def test_preparing_beyond_all_measure(warm, tmp_path, words, message):
     (tmp_path / 'text.txt').write_text('some text\n' * 99)
@@ -634,7 +635,7 @@ SCRIPTS = {     # script: what it is given anyway
     'bench_generation.py': '--n_layer=1 --n_embd=12 --n_head=2 --block_size=8 --max_new_tokens=2 --prefill_tokens=2 '
                            '--rounds=1 --device=cpu --dtypes=float32',
     'bench.py': '--steps=1 --warmup=1 --n_layer=1 --n_embd=12 --n_head=2 --block_size=8 --batch_size=1 --device=cpu',
-    'data/prepare.py': '{here}/made {here}/text.txt',
+    'data/prepare.py': '{here}/made {here}/text.txt --tokenizer=byte --num_proc=1',
 }
 FLAGS = ['--tokenizer', '--field', '--document', '--separator', '--template', '--split', '--seed', '--dedup', '--max_bytes',
          '--num_proc', '--shard_tokens', '--train_bytes', '--model_type', '--character_coverage', '--max_piece_length',
@@ -673,7 +674,7 @@ def run_lines(warm, folder, text_folder, trained, script, numbers):
         (place / 'text.txt').write_text('some text, line by line\n' * 200)
         words = [word.replace('{text}', str(text_folder)).replace('{run}', str(trained)).replace('{here}', str(place))
                  for word in line_for(script, number)]
-        done = warm(script, *words, cwd=place, seconds=30, memory=MEMORY)
+        done = warm(script, *words, cwd=place, seconds=120, memory=MEMORY)
         counts[verdict := verdict_of(done)] += 1
         if verdict not in ('accepted', 'refused'):
             wrong.append(f"{script} {words}: {verdict}\n{done.stderr[-1500:]}")
