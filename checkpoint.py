@@ -31,14 +31,18 @@ import tokenizer
 import tokenizer_files
 
 SUMS, FRESH = 'sums.json', '.ckpt.pt.new'
+RESUMABLE = 'ckpt.pt', FRESH, 'ckpt.prev.pt'
 FILES = (SUMS, 'ckpt.pt', 'ckpt.prev.pt', 'best.pt', FRESH, 'config.json', 'metrics.jsonl', 'evaluation.json',
          'tensorboard', 'health.jsonl', 'health.png', 'preempted')
 # Where a run is, besides its step: the step of the last evaluation, evaluations since the best one, times, clipped
 # gradients, how many steps the data are ahead (guard.py), what the guard has seen.
 PROGRESS = dict(evaluated=-1, bad_evals=0, wall_seconds=0.0, train_seconds=0.0, wandb_id=None, clipped=0, data_offset=0,
-                guard=None)
+                diverged_at=-1, rolled_back_to=-1, guard=None)
+# What the noise in the losses depends on, which the guard measures.
+NOISE = {'dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'document_boundaries', 'dropout'}
 NUMBER = int, float
 PROGRESS_KINDS = dict(evaluated=int, bad_evals=int, wall_seconds=NUMBER, train_seconds=NUMBER, clipped=int, data_offset=int,
+                      diverged_at=int, rolled_back_to=int,
                       wandb_id=(str, types.NoneType), guard=(list, types.NoneType))
 RESOLVED = dict(device='cpu', dtype='float32', compile=False, threads=1)
 RESOLVED_KINDS = dict(device=str, dtype=str, compile=(bool, str), threads=int)
@@ -151,7 +155,8 @@ def read(path):
         raise ValueError(f"{path} holds something other than tensors and plain types, which might run code: not loaded"
                          ) from None
     except Exception as error:      # zipfile's, pickle's and torch's errors: the file is not what it should be
-        if getattr(error, 'errno', errno.EINVAL) not in (None, errno.EINVAL) or 'allocate memory' in str(error):
+        if (getattr(error, 'errno', None) not in (None, errno.EINVAL) or isinstance(error, MemoryError)
+                or 'allocate memory' in str(error)):
             raise OSError(f"{path} can't be read: {getattr(error, 'strerror', None) or 'out of memory'}") from None
         raise ValueError(f"{path} is damaged or no checkpoint: {' '.join(str(error).split())[:160] or type(error).__name__}"
                          ) from None
@@ -220,7 +225,7 @@ def begin(init_from, out_dir):
 
 def read_latest(out_dir):
     """The newest state in out_dir that verifies, saying what was passed over. Raises FileNotFoundError, ValueError."""
-    candidates = [p for name in ('ckpt.pt', FRESH, 'ckpt.prev.pt') if os.path.lexists(p := Path(out_dir, name))]
+    candidates = [p for name in RESUMABLE if os.path.lexists(p := Path(out_dir, name))]
     if not candidates:
         raise FileNotFoundError(f"out_dir={str(out_dir)!r} has no ckpt.pt to resume from")
     return _first_good(candidates, 'resuming from', _read_resumable)
@@ -271,6 +276,8 @@ def adopt(config, given, kept, whose, free):
 
 def adopt_run(config, given, state, out_dir):
     """`adopt` what the run in out_dir, of which `state` is, had: of its model all, of its settings what isn't given."""
+    if any(config[key] != state['config'].get(key, config[key]) for key in NOISE & given.keys()):
+        state.get('progress', {}).pop('guard', None)        # what it has seen tells nothing about these losses
     kept = {'model': state.get('model_name', 'gpt')} | state['model_args']
     return (adopt(config, given, kept, out_dir, models.FREE) |
             adopt(config, given, settings(state), out_dir, config.keys()))
@@ -284,7 +291,8 @@ def model_config(values):
     name, init_from = values['model'], values['init_from']
     folder = values['out_dir'] if init_from == 'resume' or init_from.split(':')[0] == 'auto' else init_from
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # what is wrong is said later
-        name = json.loads(Path(folder, 'config.json').read_text())['model']
+        if folder == init_from or any(os.path.lexists(Path(folder, file)) for file in RESUMABLE):
+            name = json.loads(Path(folder, 'config.json').read_text())['model']
     Config = models.architecture(name).Config
     for key in ('bias', 'dropout'):
         if values.get(key) and key not in {field.name for field in dataclasses.fields(Config)}:
@@ -303,19 +311,22 @@ def take_up(state, model, optimizer, scaler):
         import fsdp
         fsdp.load(state, model, optimizer)
     else:
-        model.load_state_dict(_whole(state)['model'])
+        model.load_state_dict(_weights(state))
         if optimizer:
             optimizers.load(optimizer, state['optimizer'])
     scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
     return int(state['iter_num']), float(state['best_val_loss']), PROGRESS | state.get('progress', {})
 
 
-def _whole(state):
-    """The state with all its tensors, in place, those included that lie in parts beside the checkpoint."""
+def _weights(state):
+    """The weights in a checkpoint by the model's own names. What lies in parts beside it comes into `state`, all of it."""
     if shards := state.pop('shards', None):
         import fsdp
         state.update(fsdp.whole(shards['out_dir'], shards))
-    return state
+    weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
+    if 'model_name' not in state:       # nanoGPT's; on old torch versions it kept its causal mask among the weights
+        weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+    return weights
 
 
 def restore(state, settings=None, parallel='ddp'):
@@ -327,9 +338,7 @@ def restore(state, settings=None, parallel='ddp'):
     """
     Model = models.architecture(state.get('model_name', 'gpt'))
     is_apart = parallel == 'fsdp' and 'shards' in state
-    weights = {k.removeprefix('_orig_mod.'): v for k, v in (state if is_apart else _whole(state))['model'].items()}
-    if 'model_name' not in state:       # nanoGPT's; on old torch versions it kept its causal mask among the weights
-        weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+    weights = {} if is_apart else _weights(state)
     free = _free(Model.Config, settings)
     if 'batchnorm' in free and bool(free['batchnorm']) != bool(state['model_args']['batchnorm']):
         raise ValueError(f"batchnorm={free['batchnorm']!r}: the run has {state['model_args']['batchnorm']!r}, and with or "
@@ -343,7 +352,6 @@ def restore(state, settings=None, parallel='ddp'):
     except (TypeError, RuntimeError, AttributeError, ArithmeticError, LookupError) as error:
         raise ValueError(f"the checkpoint's weights and model_args are not a {Model.__name__}'s: "
                          f"{' '.join(str(error).split())[:200]}") from None
-    state['model'] = weights
     description = state.get('tokenizer')
     if not description and 'model_name' not in state:
         config = state.get('config')

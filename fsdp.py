@@ -182,10 +182,10 @@ def verify(out_dir, index):
         _names(index), sums['.metadata'], index['optimizer']['param_groups'][0]
     for name, digest in sums.items():
         try:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing: the checkpoint is not whole")
             if files.sha256(folder / name) != digest:
                 raise ValueError(f"{folder / name} is damaged: it is not what was saved (its sha256 differs)")
-        except FileNotFoundError:
-            raise ValueError(f"{folder / name} is missing: the checkpoint is not whole") from None
         except OSError as error:
             raise OSError(f"{folder / name} can't be read: {error.strerror or error}") from None
 

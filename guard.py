@@ -1,33 +1,35 @@
 """Updates that must not be made: of a loss or a gradient that is not a number, and of spikes of the loss.
 
-Whether a step is bad is decided on the device, from numbers that all processes share, and the optimizer leaves a bad
-step out there (`found_inf`): nothing waits. The host hears of it one step later. A bad batch costs its own update, no
-more. Several bad steps in a row mean that the weights are the matter: then the run goes back to its newest checkpoint, and
-on from there with other data, since the same would lead to the same (as PaLM's authors did by hand, Chowdhery et al. 2022,
-section 5.1).
+Whether a step is bad is decided on the device, from its loss, which all processes share, and those of the steps before. The
+optimizer leaves a bad step out there (`found_inf`): nothing waits. The host hears of it one step later. A bad batch costs
+its own update, no more. Several bad steps in a row mean that the weights are the matter: then the run goes back to its
+newest checkpoint, and on from there with other data, since the same would lead to the same (as PaLM's authors did by hand,
+Chowdhery et al. 2022, section 5.1).
 
-A spike is a loss more than SIGMAS standard deviations above the average, both over roughly the last MEMORY steps (OLMo's
-rule, of 128 steps; OLMo et al. 2024, arXiv 2501.00656). A loss that stays at a new level is soon taken for what it is: each
-skipped one widens the limit. What runs away faster than that, and what is not a number, ends in `has_diverged`.
+A spike is a loss more than some standard deviations above the average, both over roughly the last MEMORY steps (OLMo's
+rule, six of them and 128 steps; OLMo et al. 2024, arXiv 2501.00656). A loss that stays at a new level is soon taken for
+what it is: each skipped one widens the limit. What runs away faster than that, and what is not a number, ends in
+`has_diverged`.
 """
 import math
 
 import torch
 
-MEMORY, SIGMAS, IN_A_ROW = 128, 6.0, 5
+MEMORY, IN_A_ROW = 128, 5
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Guard:
-    """state: of an earlier guard, `state()`, to go on from; what is decided then is the same to the bit."""
+    """sigmas: how many standard deviations make a spike; 0: none do. state: of an earlier guard, `state()`, to go on from;
+    what is decided then is the same to the bit."""
 
-    def __init__(self, device, state=None):
-        self.seen, self.in_a_row, self.skipped, *average = state or (0, 0, 0, 0.0, 0.0)
-        self.average, self.variance = (torch.tensor(x, device=device) for x in average)
-        self.nothing, self.pending = torch.zeros((), device=device), None
+    def __init__(self, sigmas, state=None):
+        self.sigmas, self.pending = sigmas, None
+        self.seen, self.in_a_row, self.skipped, self.average, self.variance = state or (0, 0, 0, 0.0, 0.0)
 
     def state(self):
         """What a checkpoint keeps, as numbers."""
-        return [self.seen, self.in_a_row, self.skipped, self.average.item(), self.variance.item()]
+        return [self.seen, self.in_a_row, self.skipped, self.average, self.variance]
 
     @property
     def has_diverged(self):
@@ -35,39 +37,39 @@ class Guard:
 
     @torch.no_grad()
     def skip_if_bad(self, optimizer, scaler, loss, grad_norm=None):
-        """Have `optimizer` leave the coming update out if the step is bad; before scaler.step(optimizer).
+        """Have `optimizer` leave the coming update out if the step is bad; before scaler.step(optimizer), after `heard`.
 
         loss, grad_norm: tensors without dimensions, on the device, the same in all processes. float16's scaler looks at the
         gradients itself, whose overflow is an everyday thing there.
         """
-        above = loss - self.average
-        limit = SIGMAS * self.variance.sqrt() if self.seen >= MEMORY else math.inf
-        is_finite = loss.isfinite()
-        bad = ~is_finite | (above > limit)
+        limit = LARGEST
+        if self.sigmas and self.seen >= MEMORY:
+            limit = self.average + self.sigmas * math.sqrt(self.variance)
+        bad = ~(loss <= limit)      # NaN is nowhere below
         if grad_norm is not None and not scaler.is_enabled():
             bad |= ~grad_norm.isfinite()
-        self.seen += 1
-        weight = 1 / min(self.seen, MEMORY)     # a plain average at first
-        above = torch.where(is_finite, above.clamp(max=limit), self.nothing)
-        self.average += weight * above
-        self.variance += weight * (above * above * (1 - weight) - self.variance) * is_finite
         bad = bad.to(torch.float32)
         if scaler.is_enabled():
             for found in scaler._found_inf_per_device(optimizer).values():
                 torch.maximum(found, bad, out=found)
         else:
             optimizer.found_inf = bad
-        self.pending = _on_its_way(bad, loss)
+        self.pending = *_on_its_way(bad, loss), limit
 
     def heard(self):
         """The loss of the step before if that was bad, else None; asked again, None. It may have to wait for that step."""
         if self.pending is None:
             return None
-        wait, values = self.pending
+        wait, values, limit = self.pending
         self.pending = None
         wait()
         bad, loss = values.tolist()
         self.in_a_row, self.skipped = (self.in_a_row + 1, self.skipped + 1) if bad else (0, self.skipped)
+        self.seen += 1
+        if math.isfinite(loss):
+            above, weight = min(loss, limit) - self.average, 1 / min(self.seen, MEMORY)     # a plain average at first
+            self.average += weight * above
+            self.variance += weight * ((1 - weight) * above * above - self.variance)
         return loss if bad else None
 
     def check(self, val_loss):
@@ -96,7 +98,7 @@ def other_data(stored, progress, iter_num):
     if not stored:
         raise ValueError(f"the run diverged before step {iter_num}, and has no checkpoint yet to go back to: {advice}")
     step, before = int(stored['iter_num']), stored.get('progress', {})
-    if before.get('rolled_back_to') == step or iter_num <= before.get('diverged_at', -1):
+    if before.get('rolled_back_to', -1) == step or iter_num <= before.get('diverged_at', -1):
         raise ValueError(f"the run diverged before step {iter_num}, and had been rolled back from step "
                          f"{before['diverged_at']} to {before['rolled_back_to']} already, for other data; the checkpoint "
                          f"of step {step} is good: {advice}")

@@ -149,14 +149,12 @@ class Metrics:
         self.log(dict(iter=iter_num, tokens=iter_num * tokens_per_step, train_loss=losses['train'],
                       val_loss=losses['val'], val_bpb=val_bpb, train_seconds=train_seconds, wall_seconds=wall_seconds))
 
-    def stopped(self, out_dir, iter_num, is_saved):
+    def stopped(self, out_dir, iter_num):
         """A signal has ended the run: say how it goes on, and leave the file `preempted` for whoever started it."""
-        done = f"saved at step {iter_num}" if is_saved else (
-            f"stopped at step {iter_num}, not saved, since its last update was left out: the checkpoint before it stands")
-        self.say(f"{done}; to go on: python train.py --init_from=resume --out_dir={out_dir}")
+        self.say(f"saved at step {iter_num}; to go on: python train.py --init_from=resume --out_dir={out_dir}")
         if self.on:
             with files.replacing(self.path.with_name('preempted')) as file:
-                file.write(f"{done}\n".encode())
+                file.write(f"saved at step {iter_num}\n".encode())
 
     def skipped(self, step, guard):
         """If the guard hears now that the step's update was left out, print and log that."""
@@ -209,8 +207,8 @@ def _has_login(wandb):
         return False
 
 
-def plan(config, model, data, tokens_per_step, max_iters, iter_num):
-    """What a run with the settings `config` will do, as lines."""
+def plan(config, model, data, tokens_per_step, max_iters, iter_num, machine):
+    """What a run with the settings `config` will do, as lines. machine: (type of device, dtype, threads)."""
     c, windows = config, f"{config['batch_size']} x {config['block_size']}"
     if c['eval_only']:
         todo = f"evaluation: of each split {c['eval_iters']} x {windows} tokens, or all where that is less"
@@ -228,7 +226,7 @@ def plan(config, model, data, tokens_per_step, max_iters, iter_num):
     return '\n'.join([
         f"model: {c['model']}, {short(model.num_params())} parameters{part}, from {c['init_from']}",
         f"data: {c['dataset']}, {data.tokens['train']:,} tokens to train on{learned}, {data.tokens['val']:,} to "
-        "validate on", todo])
+        "validate on", todo, "machine: {} x {}, {}, {} threads".format(os.environ.get('WORLD_SIZE', 1), *machine)])
 
 
 def evaluation_table(name, model, losses, data):

@@ -4,7 +4,6 @@ Each of them leaves weights and moments as they are in a step in front of which 
 the parameters' device, was set to 1 (a GradScaler sets it too). Parameters may be sharded, as fsdp.py does it: each process
 has some of their first dimension's rows.
 """
-import contextlib
 import math
 
 import torch
@@ -73,15 +72,6 @@ def _is_sharded(p):
 def _local(p):
     """This process's rows of `p`, in the same memory; all where it is not sharded."""
     return p.to_local() if _is_sharded(p) else p
-
-
-@contextlib.contextmanager
-def _unless(skip, tensor):
-    """What the body does to `tensor` is undone, on the device, where the tensor `skip` holds 1; None: it holds."""
-    before = None if skip is None else tensor.clone()
-    yield
-    if skip is not None:
-        torch.where(skip > 0, before, tensor, out=tensor)
 
 
 def _is_forbidden(optimizer, *kinds):
@@ -162,8 +152,9 @@ class Muon(AdamW):
             momentum = start + (end - start) * min(1, state['step'].item() / steps)
             state['step'] += 1
             grad, average = _local(p.grad), _local(state['momentum_buffer'])
-            with _unless(skip, average):
-                average.lerp_(grad, 1 - momentum)
+            if skip is not None:        # a step from the average to itself
+                grad = torch.where(skip > 0, average, grad)
+            average.lerp_(grad, 1 - momentum)
             update = grad.lerp(average, momentum)     # Nesterov
             batches.setdefault(self._alike(p), []).append((p, update))
         for (rows, columns, *_), items in batches.items():
@@ -171,10 +162,11 @@ class Muon(AdamW):
             for (p, _), update in zip(items, self._orthogonal(items, rows, columns), strict=True):
                 p = _local(p)
                 update = update.reshape(p.shape).to(p.dtype)
-                with _unless(skip, p):
-                    if group['weight_decay']:
-                        p.addcmul_(p, update * p > 0, value=-group['lr'] * group['weight_decay'])
-                    p.add_(update, alpha=-size)
+                if skip is not None:
+                    update = update.masked_fill(skip > 0, 0)
+                if group['weight_decay']:
+                    p.addcmul_(p, update * p > 0, value=-group['lr'] * group['weight_decay'])
+                p.add_(update, alpha=-size)
 
     def _alike(self, p):
         """(rows, columns) of each of its matrices, and what else has to be the same in a batch."""

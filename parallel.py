@@ -79,6 +79,12 @@ def clip_gradients(model, most):
     return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 
 
+def say(text):
+    """Print, once for all processes."""
+    if IS_MASTER:
+        print(text, flush=True)
+
+
 def share(n):
     """The part of range(n) that is this process's; n is a multiple of WORLD_SIZE."""
     return range(n)[RANK * n // WORLD_SIZE:(RANK + 1) * n // WORLD_SIZE]

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def check_ranges(config, processes):
     check_at_least(1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval')
     check_at_least(0, config, 'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay grad_clip '
                               'warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown max_norm warmup_lr '
-                              'lora_rank')
+                              'lora_rank spike_sigmas')
     check_at_most(1, config, 'cooldown')
     check_at_most(1e30, config, 'learning_rate min_lr muon_lr embed_lr head_lr warmup_lr weight_decay max_norm')
     if config['gradient_accumulation_steps'] % processes:
@@ -102,15 +103,18 @@ class StopRequest:
         while True:
             left = None if self.signal is None else max(0.0, since + GRACE - time.monotonic())
             if not select.select(self._ears[:1], [], [], left)[0]:
-                print(f"error: not saved within {GRACE} s of the signal: ending without", file=sys.stderr, flush=True)
+                self._tell(f"error: not saved within {GRACE} s of the signal: ending without\n")
                 os._exit(128 + self.signal)
             for number in self._ears[0].recv(64):
                 if number in STOP_SIGNALS and self.signal is None:
                     self.signal, since = number, time.monotonic()
-                    print(f"{signal.Signals(number).name}: saving after this step; once more ends without saving",
-                          file=sys.stderr, flush=True)
+                    self._tell(f"{signal.Signals(number).name}: saving after this step; once more ends without saving\n")
                 elif number in STOP_SIGNALS and time.monotonic() - since > 2:
                     os._exit(128 + number)
+
+    def _tell(self, text):
+        with contextlib.suppress(OSError):      # nobody may be there to read it
+            os.write(2, text.encode())
 
     @property
     def exit_code(self):
@@ -334,7 +338,10 @@ def _seconds_of(try_step, device):
 
 
 def profiler(folder):
-    """A profiler that skips 5 steps, warms up for 5, and writes the next 5 as a trace into `folder`; call its step()."""
+    """A profiler that skips 5 steps, warms up for 5, and writes the next 5 as a trace into `folder`; call its step().
+    Without a folder it does nothing."""
+    if not folder:
+        return SimpleNamespace(step=lambda: None)
     return torch.profiler.profile(schedule=torch.profiler.schedule(wait=5, warmup=5, active=5, repeat=1),
                                   on_trace_ready=torch.profiler.tensorboard_trace_handler(folder), record_shapes=True)
 

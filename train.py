@@ -69,6 +69,7 @@ weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of its square's
 grad_clip = 1.0  # longest gradient; 0: no limit
+spike_sigmas = 6.0  # leave out updates whose loss is so many standard deviations above the average; 0: only those of NaN
 max_norm = 0.0  # longest row of a matrix, the weights into one unit, tables and tied heads left out; 0: no limit
 decay_lr = True  # down to min_lr after a linear warm-up; False: constant
 lr_schedule = 'cosine'  # how: cosine; step: all at once at lr_decay_iters
@@ -143,7 +144,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smalle
         max_norm=max_norm, lr_schedule=lr_schedule)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
-guard = guards.Guard(device, progress['guard'])
+guard, stop = guards.Guard(spike_sigmas, progress['guard']), None
 _start -= progress['wall_seconds']
 del stored      # its tensors are in the model and the optimizer now
 
@@ -167,9 +168,11 @@ def evaluate(split, limit=None):
         idx, targets, valid = data.eval_batch(split, min(i, n - 1), limit)     # as many for each: FSDP's meet in them
         with ctx:
             losses.append((model(*runtime.to_device(device, idx, targets))[1], valid if i < n else 0))
+        if stop and processes.anyone(bool(stop.signal)):
+            break
     model.train()
     loss, tokens = processes.total([sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)])
-    return loss / tokens
+    return loss / tokens if tokens else math.nan
 
 
 def state():
@@ -193,44 +196,41 @@ def save(name):
 
 def roll_back():
     """The run has diverged: on from its newest checkpoint, with other data than led here. ValueError where it can't."""
-    global iter_num, best_val_loss, progress, guard
+    global iter_num, progress, guard
     stored = checkpoint.begin('auto', out_dir)[1]
     processes.check_shared(out_dir, stored and stored['iter_num'])      # all have read it before the master saves
     stored = guards.other_data(stored, progress, iter_num)
-    iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
     optimizer.zero_grad(set_to_none=True)
-    guard = guards.Guard(device, progress['guard'])
+    iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)      # best.pt is still the best
+    guard = guards.Guard(spike_sigmas, progress['guard'])
     metrics.rewind(iter_num, progress)
     save('ckpt.pt')
     clock.go_on()
 
 
 # ---- what will be done -----------------------------------------------------------------------------------------------
-say = print if processes.IS_MASTER else lambda *args: None
 tokens_per_step = gradient_accumulation_steps * data.batch_tokens
 peak = runtime.peak_flops(device, dtype)
 if model.fit:
     max_iters, tokens_per_step = 1, data.epoch_tokens    # one pass, which counts
-say(plan(config, model, data, tokens_per_step, max_iters, iter_num))
-say(f"machine: {processes.WORLD_SIZE} x {device_type}, {dtype}, {threads} threads")
+processes.say(plan(config, model, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads)))
 advice = runtime.memory_advice(batch_size, gradient_accumulation_steps)
-is_over = init_from == 'resume' and (iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals'])
+is_over = progress['evaluated'] == iter_num and (iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals'])
 if eval_only or is_over:
     with processes.lost_peers(), runtime.memory_errors(advice):
         losses = {split: evaluate(split, eval_iters) for split in ('train', 'val') if eval_only}
-    say(evaluation_table(f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from, model, losses, data)
-        if eval_only else f"{out_dir} holds the end of this run, step {iter_num}" +
-        ("" if model.fit else ": give a larger --max_iters (or --early_stop) to go on"))
+    name = f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from
+    processes.say(evaluation_table(name, model, losses, data) if eval_only else f"{name}: this run is at its end" + (
+        "" if model.fit else "; to go on, give a larger --max_iters (or --early_stop)"))
     del wrapped
     processes.stop()
     sys.exit()
-with processes.lost_peers(), user_errors():
+with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
     lock = processes.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)     # held while this runs
     if compile and not model.fit:
         processes.exchange_gradients(wrapped, False)
-        with runtime.memory_errors(advice):
-            compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), compile, config['compile'] is True,
-                                            device, len(micros) * (max_iters - iter_num), processes)
+        compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), compile, config['compile'] is True, device,
+                                        len(micros) * (max_iters - iter_num), processes)
     facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
                  compile=compile, processes=processes.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
     metrics = Metrics(out_dir, processes.IS_MASTER, max_iters, iter_num, progress['evaluated'])
@@ -241,14 +241,15 @@ with processes.lost_peers(), user_errors():
 stop = runtime.StopRequest()
 with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
-    profiler = runtime.profiler(f'{out_dir}/profile') if profile and processes.IS_MASTER else None
+    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile')
     while True:     # evaluate, and save
         is_stopped, is_late = processes.anyone(bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at)
-        is_last, is_round = iter_num >= max_iters, eval_interval and not (is_stopped or iter_num % eval_interval)
-        is_due = progress['evaluated'] != iter_num and (is_last or is_round)
+        is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
+        is_due = (is_last or is_round) and progress['evaluated'] != iter_num and not is_stopped
         if is_pause := is_due or is_stopped or is_late:
             clock.pause()
             metrics.skipped(iter_num - 1, guard)
+            is_stopped = is_stopped and (is_last or not guard.in_a_row)     # a bad step may be the first of many
             with ctx:
                 model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
         if guard.has_diverged:
@@ -257,26 +258,26 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         if is_due:
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
             is_best = losses['val'] < best_val_loss     # over the same windows each time
-            best_val_loss = min(losses['val'], best_val_loss)
-            progress |= dict(evaluated=iter_num, bad_evals=0 if is_best else progress['bad_evals'] + 1)
-            is_last = is_last or 0 < early_stop <= progress['bad_evals']
+            best, bad_evals = min(best_val_loss, losses['val']), 0 if is_best else progress['bad_evals'] + 1
+            is_last = is_last or 0 < early_stop <= bad_evals
             losses['val'] = evaluate('val') if is_last else losses['val']
+            if processes.anyone(bool(stop.signal)):     # it may have been cut off: the run that goes on evaluates again
+                clock.go_on()
+                continue
+            best_val_loss, progress = best, progress | dict(evaluated=iter_num, bad_evals=bad_evals)
             metrics.evaluation(iter_num, tokens_per_step, losses, data, clock.total, time.perf_counter() - _start)
             metrics.histograms(iter_num, watcher.draw(iter_num))
             guard.check(losses['val'])
+            is_last = is_last and not guard.has_diverged
             if is_best and iter_num > 0:
                 save('best.pt')
-        if guard.has_diverged:
-            continue
         if is_pause:
-            may_save = is_last or not guard.in_a_row        # a bad step may be the first of many
-            if may_save and (iter_num > 0 or not is_due):
+            if (is_last or not guard.in_a_row) and (iter_num > 0 or not is_due):
                 save('ckpt.pt')
             clock.go_on()
-        if is_last:
-            break
         if is_stopped:
-            metrics.stopped(out_dir, iter_num, may_save)
+            metrics.stopped(out_dir, iter_num)
+        if is_stopped or is_last:
             break
         if model.fit:
             model.fit(data.epoch())
@@ -316,8 +317,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
                         mfu=peak and model.estimate_mfu(tokens_per_step / took, peak * processes.WORLD_SIZE))
             line |= watcher.after_step(line)
         metrics.step(line if is_logged else None, max_iters - iter_num)
-        if profiler:
-            profiler.step()
+        profiler.step()
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
 metrics.close()

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import guard
-from guard import IN_A_ROW, MEMORY, SIGMAS, Guard
+from guard import IN_A_ROW, MEMORY, Guard
 from optimizer import build
+
+SIGMAS = 6.0
 
 
 def made(lrs=None, name='adamw', scaler=None):
@@ -40,7 +42,7 @@ def everything(optimizer, params):
     (2.0, math.nan, torch.tensor(math.nan)), (2.0, 1.0, torch.tensor(math.inf))])
 def test_a_bad_step_changes_nothing(lrs, name, loss, gradient, grad_norm):
     optimizer, scaler, params = made(lrs, name)
-    watch = Guard('cpu')
+    watch = Guard(SIGMAS)
     assert step(watch, optimizer, scaler, params, 2.0) is None
     before = everything(optimizer, params)
     assert step(watch, optimizer, scaler, params, loss, gradient, grad_norm) == pytest.approx(loss, nan_ok=True)
@@ -52,7 +54,7 @@ def test_a_bad_step_changes_nothing(lrs, name, loss, gradient, grad_norm):
 def test_without_the_guard_the_weights_are_lost():
     """The check above fails where the flag does not reach the optimizer."""
     optimizer, scaler, params = made()
-    watch = Guard('cpu')
+    watch = Guard(SIGMAS)
     watch.skip_if_bad(optimizer, scaler, torch.tensor(math.nan))
     del optimizer.found_inf
     for p in params:
@@ -64,7 +66,7 @@ def test_without_the_guard_the_weights_are_lost():
 def test_float16_is_skipped_through_its_scaler():
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
     optimizer, scaler, params = made(scaler=scaler)
-    watch = Guard('cpu')
+    watch = Guard(SIGMAS)
     step(watch, optimizer, scaler, params, 2.0)
     before = everything(optimizer, params)
     assert math.isnan(step(watch, optimizer, scaler, params, math.nan))        # with gradients that are fine
@@ -85,19 +87,20 @@ def judged(watch, values):
 
 
 def test_a_spike_is_more_than_noise():
-    watch = Guard('cpu')
+    watch = Guard(SIGMAS)
     assert judged(watch, losses(MEMORY) + losses(400, seed=1)) == {}
     assert judged(watch, [3 + 0.1 * (SIGMAS - 2)]) == {}
     assert list(judged(watch, [3 + 0.1 * (SIGMAS + 2)])) == [0]
+    assert judged(Guard(0.0, watch.state()), [100.0, math.inf]).keys() == {1}   # without sigmas
 
 
 def test_a_loss_that_falls_or_wanders_is_no_spike():
     falling = [3 + 4 * math.exp(-i / 60) + noise for i, noise in enumerate(losses(1000, 0.05))]
-    assert judged(Guard('cpu'), falling) == {}
+    assert judged(Guard(SIGMAS), falling) == {}
 
 
 def test_a_new_level_is_accepted_and_a_runaway_is_not():
-    watch = Guard('cpu')
+    watch = Guard(SIGMAS)
     judged(watch, losses(400))
     assert 0 < len(judged(watch, [value + 0.8 for value in losses(60)])) < IN_A_ROW and not watch.has_diverged
     judged(watch, [10.0 ** i for i in range(1, 10)])
@@ -105,11 +108,11 @@ def test_a_new_level_is_accepted_and_a_runaway_is_not():
 
 
 def test_a_guard_goes_on_from_its_state():
-    one, values = Guard('cpu'), [*losses(300), 9.0, math.nan]
+    one, values = Guard(SIGMAS), [*losses(300), 9.0, math.nan]
     judged(one, values[:200])
-    two = Guard('cpu', one.state())
+    two = Guard(SIGMAS, one.state())
     assert judged(one, values[200:]).keys() == judged(two, values[200:]).keys() == {100, 101}
-    assert one.state() == two.state() != Guard('cpu').state()
+    assert one.state() == two.state() != Guard(SIGMAS).state()
 
 
 @pytest.mark.parametrize('stored, at, message', [
