@@ -182,8 +182,8 @@ def test_what_matters_is_missed_and_what_informs_is_not(one_cut, tmp_path, kind)
 @pytest.mark.campaign
 def test_a_run_goes_on_with_its_settings(one_cut, tmp_path):
     """Those that it misses are all but: the default here (eot, gelu, bias); what another place says (the shape: model_args,
-    model_args.dropout: config); what one more step at a constant rate does not show (warmup_lr, eval_interval); what changes
-    no number."""
+    model_args.dropout: config); what one more step at a constant rate does not show (warmup_lr, eval_interval); what
+    changes no number."""
     folder, whole, found = one_cut
     no_number = 'profile deterministic gradient_checkpointing wandb_run_name wandb_project wandb_log save_minutes ' \
                 'always_save_checkpoint init_from out_dir'
