@@ -329,15 +329,15 @@ def _weights(state):
     return weights
 
 
-def restore(state, settings=None, parallel='ddp'):
+def restore(state, settings=None, in_parts=False):
     """(model, tokenizer description or None) of a checkpoint's content, on the CPU. nanoGPT's checkpoints work too.
     Of a run with lora_rank it is the model as it trains; the model's `template` is the chat template of the run's data.
 
-    settings: train.py's; of them it takes the Config fields that may change (models.FREE), such as dropout. parallel:
-    'fsdp' leaves weights that lie in parts beside the checkpoint to `take_up`.
+    settings: train.py's; of them it takes the Config fields that may change (models.FREE), such as dropout. in_parts:
+    leave weights that lie in parts beside the checkpoint to `take_up`.
     """
     Model = models.architecture(state.get('model_name', 'gpt'))
-    is_apart = parallel == 'fsdp' and 'shards' in state
+    is_apart = in_parts and 'shards' in state
     weights = {} if is_apart else _weights(state)
     free = _free(Model.Config, settings)
     if 'batchnorm' in free and bool(free['batchnorm']) != bool(state['model_args']['batchnorm']):
@@ -392,7 +392,8 @@ def open_model(source, settings=None):
     folder, names = path.parent if is_weights else path, huggingface.OPENAI
     if not (folder / 'config.json').exists() and source not in names:
         what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}")
+        raise FileNotFoundError(f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}, and for "
+                                "train.py scratch, resume, auto")
     name, fields, weights = huggingface.read(source)
     Model = models.architecture(name)
     most = (1 << 20) + 8 * sum(weight.numel() for weight in weights.values() if weight is not None)

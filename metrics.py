@@ -151,7 +151,10 @@ class Metrics:
 
     def stopped(self, out_dir, iter_num):
         """A signal has ended the run: say how it goes on, and leave the file `preempted` for whoever started it."""
-        self.say(f"saved at step {iter_num}; to go on: python train.py --init_from=resume --out_dir={out_dir}")
+        command = f"python train.py --init_from=resume --out_dir={out_dir}"
+        if os.environ.get('WORLD_SIZE', '1') != '1':
+            command = "the same command with --init_from=auto"
+        self.say(f"saved at step {iter_num}; to go on: {command}")
         if self.on:
             with files.replacing(self.path.with_name('preempted')) as file:
                 file.write(f"saved at step {iter_num}\n".encode())

@@ -14,6 +14,7 @@ RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZ
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
 LOCAL_WORLD_SIZE = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 IS_MASTER = RANK == 0
+IS_LAUNCHED = 'RANK' in os.environ      # by torchrun
 TIMEOUT = 600    # seconds that one may wait for another: a killed process is seen at once, a cut cable is not
 
 
@@ -27,10 +28,7 @@ def start(backend, device, kind='ddp'):
         raise ValueError(f"backend={backend!r} is unknown: take auto, nccl or gloo")
     if kind not in ('ddp', 'fsdp'):
         raise ValueError(f"parallel={kind!r} is unknown: take ddp or fsdp")
-    if WORLD_SIZE == 1 and 'RANK' not in os.environ:
-        if kind == 'fsdp':
-            raise ValueError("parallel='fsdp' is for processes that torchrun starts: torchrun --standalone "
-                             "--nproc_per_node=N train.py …")
+    if not IS_LAUNCHED:
         return device
     type_ = device.split(':')[0]
     if type_ == 'mps':
@@ -40,7 +38,7 @@ def start(backend, device, kind='ddp'):
             raise ValueError(f"{LOCAL_WORLD_SIZE} processes on {torch.cuda.device_count()} GPU(s): one each is the most")
         device = f'cuda:{LOCAL_RANK}'
         torch.cuda.set_device(device)
-    elif os.environ.get('OMP_NUM_THREADS') == '1':      # torchrun's default, which leaves cores idle
+    elif os.environ.get('OMP_NUM_THREADS') == '1' and LOCAL_WORLD_SIZE > 1:     # torchrun's default leaves cores idle
         del os.environ['OMP_NUM_THREADS']
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE))
     use_nccl, limit = type_ == 'cuda' and backend != 'gloo', datetime.timedelta(seconds=TIMEOUT)
@@ -58,7 +56,7 @@ def wrap(model, device, kind='ddp'):
 
     That is `model` itself; DDP around it, which averages gradients over processes; or, with 'fsdp', `model` in parts.
     """
-    if kind == 'fsdp':
+    if kind == 'fsdp' and IS_LAUNCHED:
         import fsdp
         return fsdp.shard(model, device)
     model.to(device)
@@ -152,8 +150,9 @@ def lost_peers():
         if WORLD_SIZE == 1 or not (isinstance(error, dist.DistError) or 'gloo' in what.lower()):
             mistakes.tell_torchrun(what[:600])
             raise
-        print(f"error: process {RANK} lost another one, which says why above or below, or was killed; to go on from the "
-              f"last checkpoint, start again with --init_from=auto ({what[-120:]})", file=sys.stderr, flush=True)
+        print(f"error: process {RANK} lost another one, which says why above or below, or was killed "
+              f"({what.split('. ')[0][:200]}); unless torchrun starts all of them again, the same command with "
+              "--init_from=auto goes on from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(1)
 
 

@@ -83,7 +83,7 @@ device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = 'auto'  # True, False, or auto: where the run is long enough to pay for it
 backend = 'auto'  # between processes: auto, nccl, gloo
-parallel = 'ddp'  # each process has the whole model; fsdp: each has a part of it
+parallel = 'ddp'  # of several processes each has the whole model; fsdp: each has a part of it
 attention = 'auto'  # auto (fastest here), sdpa, plain
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
 deterministic = False  # bit-identical repeats on CUDA too; slower
@@ -120,7 +120,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smalle
         prepare_if_small(dataset)
     runtime.seed_everything(seed, 1)
     if stored:
-        model, trained_on = checkpoint.restore(stored, config, parallel)
+        model, trained_on = checkpoint.restore(stored, config, processes.IS_LAUNCHED and parallel == 'fsdp')
     elif init_from != 'scratch':
         model, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
         kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
@@ -325,6 +325,6 @@ del wrapped
 processes.stop()
 if is_stopped:
     sys.exit(stop.exit_code)
-if processes.IS_MASTER and data.tokenizer and parallel == 'ddp':
+if processes.IS_MASTER and data.tokenizer and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
         generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)

@@ -4,7 +4,8 @@
 #   NODES=2 NODE_RANK=0 HEAD=10.0.0.1 OUT_DIR=/shared/out bash cluster/node.sh config/x.py      # on 10.0.0.1
 #   NODES=2 NODE_RANK=1 HEAD=10.0.0.1 OUT_DIR=/shared/out bash cluster/node.sh config/x.py      # on the other
 #
-# The arguments are train.py's; all processes share --gradient_accumulation_steps, a multiple of their number. SIGTERM and SIGUSR2 to this script save at the next step and end the run on all nodes.
+# The arguments are train.py's; all processes share --gradient_accumulation_steps, a multiple of their number. SIGTERM and
+# SIGUSR2 to this script save at the next step and end the run on all nodes.
 # Exit code: 0 the run is finished; 75 (EX_TEMPFAIL) it was ended by a signal, saved, and goes on by the same command;
 # anything else an error, after which the same command goes on from the last checkpoint as well.
 set -u

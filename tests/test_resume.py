@@ -74,6 +74,8 @@ INFORMS = {     # by the beginning of its name
     'progress.wall_seconds': "is a time",
     'progress.train_seconds': "is a time",
     'progress.wandb_id': "belongs to wandb, which this run does without",
+    'progress.diverged_at': "decides where a second divergence ends the run: tests/test_guard.py",
+    'progress.rolled_back_to': "likewise",
     'optimizer.param_groups.*': "holds options, and those of the run that goes on win: they come from its config",
 }
 MATTERS = [     # the others, settings apart
