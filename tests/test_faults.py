@@ -398,6 +398,30 @@ def test_a_save_that_hangs_after_a_signal_is_given_up(text_folder, tmp_path):
     assert 'error: not saved within 0.5 s of the signal: ending without' in done.output
 
 
+def slow_evaluations():
+    """Each batch of an evaluation takes its time, and SIGTERM comes in the first one behind step 0."""
+    import dataset
+    usual, seen = dataset.Dataset.eval_batch, []
+
+    def eval_batch(self, *args):
+        seen.append(args)
+        if len(seen) == 5:      # 2 batches of 2 splits are step 0's
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2 if len(seen) > 4 else 0)
+        return usual(self, *args)
+    dataset.Dataset.eval_batch = eval_batch
+
+
+def test_a_signal_in_a_long_evaluation_loses_nothing_and_the_run_that_goes_on_evaluates(text_folder, tmp_path):
+    settings = [*TINY, f'--dataset={text_folder}', '--max_iters=3', '--lr_decay_iters=3', '--eval_interval=0']
+    done = Run('train.py', *settings, '--eval_interval=3', f'--out_dir={tmp_path / "cut"}', hook=slow_evaluations).wait()
+    assert done.returncode == 128 + signal.SIGTERM and 'saved at step 3' in done.output
+    assert checkpoint.read_latest(tmp_path / 'cut')['progress']['evaluated'] == 0
+    train(tmp_path / 'cut', '--init_from=resume')
+    train(tmp_path / 'whole', *settings, '--eval_interval=3')
+    assert outcome(tmp_path / 'cut') == outcome(tmp_path / 'whole')
+
+
 def test_a_second_signal_ends_at_once(text_folder, tmp_path):
     run = Run('train.py', *LONG, f'--dataset={text_folder}', f'--out_dir={tmp_path}',
               hook=functools.partial(hang_in_saves, 60))

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import checkpoint
 import guard
 from guard import IN_A_ROW, MEMORY, Guard
 from optimizer import build
@@ -145,3 +146,12 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkey
         optimizer.found_inf = torch.tensor(flag)
         optimizer.step()
         assert all(map(torch.equal, before, params)) == bool(flag)
+
+
+@pytest.mark.parametrize('change, is_kept', [({}, True), ({'max_iters': 9}, True), ({'dataset': 'another'}, False),
+                                             ({'batch_size': 2}, False)])
+def test_other_data_begin_a_new_average(trained, change, is_kept):
+    """Else a run that goes on with harder text would be taken for one that diverges."""
+    state = checkpoint.read(trained / 'ckpt.pt')
+    checkpoint.adopt_run(state['config'] | change, dict.fromkeys(change, 'command line'), state, 'out')
+    assert (state['progress'].get('guard') is not None) == is_kept
