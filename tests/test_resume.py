@@ -84,6 +84,7 @@ MATTERS = [     # the others, settings apart
     'optimizer.param_groups.*.params', 'optimizer.param_groups.*.muon',
     'scaler.scale', 'scaler._growth_tracker', 'scaler.growth_factor', 'scaler.backoff_factor', 'scaler.growth_interval',
     'progress.evaluated', 'progress.bad_evals', 'progress.clipped', 'progress.data_offset',
+    'progress.diverged_at', 'progress.rolled_back_to',
     *(f'progress.guard.{i}' for i in range(5))]
 LONG = {'*', 'model_name', 'scaler.growth_factor', 'scaler.backoff_factor', 'scaler.growth_interval',
         'optimizer.param_groups.*.muon', 'progress.guard.1', 'progress.guard.2', 'progress.guard.4'}    # the campaign's
