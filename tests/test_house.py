@@ -10,7 +10,8 @@ SCRIPTS = {'train', 'sample', 'bench', 'bench_generation', 'plot', 'compare', 'e
 KNOWS = {       # module: the project's modules that it may import
     'configfile': set(), 'confighelp': set(), 'mistakes': set(), 'runtime': {'mistakes'}, 'files': set(),
     'tokenizer': set(), 'layers': set(),
-    'optimizer': set(), 'guard': set(), 'parallel': {'fsdp', 'mistakes'}, 'batchnorm': set(), 'chat': set(), 'lora': set(), 'prompts': set(),
+    'optimizer': set(), 'guard': set(), 'parallel': {'fsdp', 'mistakes'}, 'batchnorm': set(), 'chat': set(), 'lora': set(),
+    'prompts': set(),
     'attention': {'layers'}, 'ngrams': {'layers'},
     'configurator': {'configfile', 'confighelp'},
     'generate': {'tokenizer', 'layers'},
