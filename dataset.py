@@ -3,6 +3,7 @@
 A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside it says which, by which tokenizer, and
 for each split its tokens, bytes of text and sha256. Windows are block_size tokens and the token after each.
 """
+import difflib
 import re
 import subprocess
 import sys
@@ -37,9 +38,11 @@ class Dataset:
         for split, n in self.tokens.items():
             path = self.shards[split].name
             if not self.shards[split].paths:
-                script = self.folder / 'prepare.py'
+                script, folders = self.folder / 'prepare.py', [folder.name for folder in ROOT.iterdir() if folder.is_dir()]
+                near = difflib.get_close_matches(name, folders, n=1)
                 raise FileNotFoundError(f"{path} is missing: " + (f"run `python {script}` first" if script.is_file() else
-                                        "dataset= takes a folder in data/, or a path, with train.bin and val.bin"))
+                                        "dataset= takes a folder in data/, or a path, with train.bin and val.bin" +
+                                        (f"; the nearest is {near[0]!r}" if near else '')))
             if n < 2:
                 raise ValueError(f"{path} holds {n} token(s): too few to learn from; prepare it again")
             if split == 'train' and n <= block_size:
