@@ -85,8 +85,8 @@ class StopRequest:
     """SIGINT (Ctrl-C), SIGTERM or SIGUSR1, received, so that a loop can stop where nothing is lost; `signal` is its number.
 
     A second one ends at once, and so does a save that hangs, after GRACE seconds. What comes within two seconds is the same
-    one: torchrun and batch systems tell each process, and each other. A thread hears of signals, since Python calls its
-    handlers only between two instructions of the main thread, and that may be waiting for another process.
+    one: torchrun and batch systems tell each process, and each other. A thread listens, too, since Python calls handlers
+    only between two instructions of the main thread, and that may be waiting for another process.
     """
 
     def __init__(self):
@@ -94,20 +94,23 @@ class StopRequest:
         self._ears = socket.socketpair()
         self._ears[1].setblocking(False)
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, self._note)
         signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, daemon=True).start()
+
+    def _note(self, number, frame):
+        self.signal = self.signal or number
 
     def _listen(self):
         since = math.inf
         while True:
-            left = None if self.signal is None else max(0.0, since + GRACE - time.monotonic())
+            left = None if since == math.inf else max(0.0, since + GRACE - time.monotonic())
             if not select.select(self._ears[:1], [], [], left)[0]:
                 self._tell(f"error: not saved within {GRACE} s of the signal: ending without\n")
                 os._exit(128 + self.signal)
             for number in self._ears[0].recv(64):
-                if number in STOP_SIGNALS and self.signal is None:
-                    self.signal, since = number, time.monotonic()
+                if number in STOP_SIGNALS and since == math.inf:
+                    self.signal, since = self.signal or number, time.monotonic()
                     self._tell(f"{signal.Signals(number).name}: saving after this step; once more ends without saving\n")
                 elif number in STOP_SIGNALS and time.monotonic() - since > 2:
                     os._exit(128 + number)

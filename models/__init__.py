@@ -55,7 +55,7 @@ def make(Model, config, most=None):
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         is_beyond = re.search('[Oo]verflow|Memory|allocate memory', f'{type(error)} {error}')
         size = math.inf if is_beyond else 0     # else a model that can't be made without values
-    if size > memory:
+    if size > memory and torch.get_default_device().type != 'meta':
         raise ValueError(f"a {Model.__name__} of these sizes has {size / 1e9:,.1f} GB of weights, and this machine has "
                          f"{memory / 1e9:,.1f} GB of memory: take a smaller model")
     if most and size > most:
