@@ -39,7 +39,7 @@ class Dataset:
             path = self.shards[split].name
             if not self.shards[split].paths:
                 script, folders = self.folder / 'prepare.py', [folder.name for folder in ROOT.iterdir() if folder.is_dir()]
-                near = difflib.get_close_matches(name, folders, n=1)
+                near = difflib.get_close_matches(str(name), folders, n=1)
                 raise FileNotFoundError(f"{path} is missing: " + (f"run `python {script}` first" if script.is_file() else
                                         "dataset= takes a folder in data/, or a path, with train.bin and val.bin" +
                                         (f"; the nearest is {near[0]!r}" if near else '')))
