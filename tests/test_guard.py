@@ -12,6 +12,13 @@ from optimizer import build
 SIGMAS = 6.0
 
 
+@pytest.fixture(autouse=True, params=['cpu', 'gpu'])
+def path(request, monkeypatch):
+    """As on a CPU, whose numbers are at hand; and as on a GPU, where they are not."""
+    if request.param == 'gpu':
+        monkeypatch.setattr(guard, 'READ_AT_ONCE', ())
+
+
 def made(lrs=None, name='adamw', scaler=None):
     torch.manual_seed(0)
     weight, vector = (torch.nn.Parameter(torch.randn(*size)) for size in ((4, 4), (4,)))
