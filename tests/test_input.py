@@ -282,7 +282,7 @@ def test_numbers_beyond_all_measure(warm, text_folder, tmp_path, word, message):
 
 
 @pytest.mark.parametrize('word', [
-    '--eval_iters=9223372036854775807', '--seed=9223372036854775807', '--eval_interval=2147483648', '--learning_rate=1e30',
+    '--eval_iters=9223372036854775807', '--seed=9223372036854775807', '--eval_interval=2147483648', '--min_lr=5e-324',
     '--warmup_iters=9223372036854775807', '--early_stop=4611686018427387904'])
 @pytest.mark.campaign
 def test_large_numbers_that_are_right(warm, text_folder, tmp_path, word):
