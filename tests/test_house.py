@@ -26,7 +26,7 @@ KNOWS = {       # module: the project's modules that it may import
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
     'fsdp': {'files', 'optimizer'},
-    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora',
+    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'guard', 'huggingface', 'lora',
                    'optimizer', 'fsdp'},
 }
 
