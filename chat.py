@@ -139,10 +139,8 @@ def encode(tokenizer, parts):
     tokens become these tokens."""
     ids, learned = [], []
     for text, is_learned in parts:
-        if isinstance(text, Marker):
-            new = tokenizer.encode(text)
-        else:
-            new = tokenizer.encode_ordinary(text)
+        encode_text = tokenizer.encode if isinstance(text, Marker) else tokenizer.encode_ordinary
+        new = encode_text(text)
         ids += map(int, new)
         learned += [is_learned] * len(new)
     return ids, learned

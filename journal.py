@@ -215,6 +215,9 @@ class Output:
         if not n:
             raise ValueError("there is no text in the sources: every document is empty")
         for (split, facts), share in zip(self.done['splits'].items(), shares):
+            if facts['tokens'] < 2 and self.masked:
+                raise ValueError(f"none of the {n:,} conversation(s) fell to {split}, whose share is "
+                                 f"{share}: add conversations, or use another --split or --seed")
             if facts['tokens'] < 2:
                 raise ValueError(f"none of the {n:,} document(s) fell to {split}, whose share is {share}: take smaller "
                                  "ones (--document=paragraph or line), another --split or --seed, or make them one text, "

@@ -213,10 +213,8 @@ def _jq(file, program):
         return f"jq -c '{program}'"
     stem = file.name.removesuffix(f'.{file.packed}')
     beginning, _, ending = stem.rpartition('.')
-    if ending.lower() == 'json':
-        lines = f'{beginning}.jsonl'
-    else:       # it may be .jsonl itself
-        lines = f'{beginning}-rows.jsonl'
+    # What ends in .jsonl already needs another name.
+    lines = f'{beginning}.jsonl' if ending.lower() == 'json' else f'{beginning}-rows.jsonl'
     name = shlex.quote(file.name)
     command = f"jq -c '{program}' {name}"
     if file.packed:

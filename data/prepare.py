@@ -2,7 +2,8 @@
 
     python data/prepare.py mine book.txt
     python data/prepare.py mine texts/ 'more/**/*.md' dump.jsonl.zst pages.parquet --document=paragraph
-    python data/prepare.py mine chats.jsonl --field=prompt,answer
+    python data/prepare.py mine chats.jsonl --skip_bad_rows
+    python data/prepare.py mine questions.parquet --field=question,answer
     python data/prepare.py mine HuggingFaceFW/fineweb-edu:sample/10BT --shard_tokens=100_000_000
     zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
 
