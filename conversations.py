@@ -89,8 +89,11 @@ def reader(row, field=None, template=None):
         fields = field.split(',')
         if len(fields) == 1 and not isinstance(row, list) and not _holds_messages(row, field):
             return None
-        if row and isinstance(row, dict):
-            _check_middle(row, fields)
+        # Rows may lack the fields between the first and the last, but one of the first rows has to
+        # have them: otherwise a misspelled name would silently be left out everywhere.
+        if row and isinstance(row, dict) and (missing := _missing(row, fields[1:-1])):
+            raise ValueError(f"the first rows have no field {missing[0]!r}, only {', '.join(row)}: "
+                             f'if the name is right, add "{missing[0]}": null to the first one')
         return Conversations(fields, template)
     if isinstance(row, list):
         return Conversations(['messages'], template)
@@ -103,17 +106,15 @@ def reader(row, field=None, template=None):
 
 
 def tells_how_to_read(row, field=None):
-    """Whether rows like this one can be read, as texts or as conversations."""
+    """Whether a row has what others like it are read by: text, a conversation, or the fields."""
     if isinstance(row, list):
         return any(map(is_message, row))
     if field is None:
         return 'text' in row or _recognized(row) is not None
-    try:
-        for name in field.split(','):
-            value(row, name)
-    except ValueError:
-        return False
-    return True
+    names = field.split(',')
+    if len(names) == 1:
+        return _value_or_none(row, field) is not None
+    return not _missing(row, names)
 
 
 def _recognized(row):
@@ -137,15 +138,15 @@ def _value_or_none(row, field):
         return None
 
 
-def _check_middle(row, fields):
-    """Later rows may lack the fields between the first and the last. The first row must have them:
-    otherwise a misspelled name would silently be left out everywhere."""
-    for name in fields[1:-1]:
+def _missing(row, names):
+    """Those of these fields that a row does not have."""
+    missing = []
+    for name in names:
         try:
             value(row, name)
         except ValueError:
-            raise ValueError(f"the first row has no field {name!r}, only {', '.join(row)}: if the "
-                             f'name is right, add "{name}": null to that row') from None
+            missing.append(name)
+    return missing
 
 
 class Conversations:

@@ -6,6 +6,7 @@ A text file's byte order mark is no part of its text; everything else is, CR LF 
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -28,7 +29,7 @@ from textfiles import fetched, reading
 PIECE, LARGE = 1 << 20, 1 << 22     # bytes of a piece, about; of the largest text that is not encoded in parts
 MOST = 1 << 28      # bytes of a row, which has to be in memory whole; a small file may unpack to any number of them
 ROWS = 'jsonl', 'parquet'
-FIRST = 100     # rows at the beginning of a file, of which one has to tell how all are read
+FIRST = 100     # rows at the beginning of a file, among which one has to show how all are read
 SEPARATORS = {'file': None, 'paragraph': r'\n(?:[ \t]*\r?\n)+', 'line': r'\n'}     # behind a document and its last \r
 ENDS = {'file': '', 'paragraph': ' \t\r\n', 'line': '\r\n'}   # what is at its end and no part of it
 BLANK_LINES = re.compile(rb'(?:[ \t]*\r?\n)+')
@@ -187,30 +188,29 @@ class Files:
                 file.path.unlink(missing_ok=True)
 
     def _telling_row(self, found, field, folder):
-        """The first row of these files, which decides how all are read, or {}. Where bad rows are
-        skipped, it is the first one that can be read."""
+        """The row that decides how all are read: the first one that fits, or else the first; or {}."""
         first = {}
         for file in found:
-            for row in self._first_rows(file, folder):
-                if not self.skip_bad_rows or conversations.tells_how_to_read(row, field):
-                    return row
-                first = first or row
+            row = self._first_row(file, field, folder)
+            if conversations.tells_how_to_read(row, field):
+                return row
+            first = first or row
         return first
 
-    def _first_rows(self, file, folder):
-        """The first rows of a file. Those of a file of the Hub are kept: a command that was stopped
-        needs them again when the file is gone."""
+    def _first_row(self, file, field, folder):
+        """As _first_row below. Of a file of the Hub, it is kept: a command that was stopped needs it
+        again when the file is gone."""
         if not file.origin:
-            return _first_rows(file, self.skip_bad_rows)
+            return _first_row(file, field)
         kept = files.workplace(folder) / 'row.json'
-        key = [*file.origin, self.skip_bad_rows]
+        key = [*file.origin, field]
         if kept.is_file():
-            known, rows = json.loads(kept.read_text(encoding='utf-8'))
+            known, row = json.loads(kept.read_text(encoding='utf-8'))
             if known == key:
-                return rows
-        rows = _first_rows(fetched(file), self.skip_bad_rows)
-        kept.write_text(json.dumps([key, rows], default=str), encoding='utf-8')
-        return rows
+                return row
+        row = _first_row(fetched(file), field)
+        kept.write_text(json.dumps([key, row], default=str), encoding='utf-8')
+        return row
 
     def _chunks(self, file, stream, head):
         if file.kind == 'parquet':
@@ -397,24 +397,28 @@ def _fetch_into(future, file):
         future.set_exception(error)
 
 
-def _first_rows(file, skip_bad_rows):
-    """[the first row of a file], or where bad rows are skipped, the first good ones; perhaps []."""
+def _first_row(file, field):
+    """The first row of a file by which rows can be read, or else the first one, or {}."""
+    first = {}
+    for row in itertools.islice(_good_rows(file), FIRST):
+        if conversations.tells_how_to_read(row, field):
+            return row
+        first = first or row
+    return first
+
+
+def _good_rows(file):
+    """The rows at the beginning of a file. Those that can't be parsed are reported when all are read."""
     if file.kind == 'parquet':
         with _parquet_file(file) as found:
-            n = FIRST if skip_bad_rows else 1
-            return next(found.iter_batches(n)).to_pylist() if found.metadata.num_rows else []
+            for batch in found.iter_batches(1):
+                yield from batch.to_pylist()
+        return
     with reading(file) as (_, stream):
         chunk = next(_cut(file, stream, stream.read(PIECE + 1), re.compile(b'\n'), None), None)
-    found = []
-    for number, line in _rows(chunk) if chunk else ():
-        try:
-            found.append(_parsed(line))
-        except ValueError as error:
-            if not skip_bad_rows:
-                raise ValueError(f"{_place(chunk, number)}: {error}") from None
-        if len(found) == (FIRST if skip_bad_rows else 1):
-            break
-    return found
+    for _, line in _rows(chunk) if chunk else ():
+        with contextlib.suppress(ValueError):
+            yield _parsed(line)
 
 
 def _parquet(file, fields, optional=()):

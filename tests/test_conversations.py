@@ -98,7 +98,7 @@ def test_a_field_that_later_rows_lack_is_empty_there():
     parts, _ = reader.parts({'q': '2+2?', 'a': '4'})
     assert ''.join(text for text, _ in parts) == f'### User:\n2+2?\n\n### Assistant:\n4{END}'
     with pytest.raises(
-        ValueError, match='the first row has no field \'cc\', only q, c, a: .* add "cc": null'
+        ValueError, match='the first rows have no field \'cc\', only q, c, a: .* add "cc": null'
     ):
         conversations.reader({'q': 'Add.', 'c': '2, 2', 'a': '4'}, 'q,cc,a')
 
@@ -638,15 +638,24 @@ def test_skipping_is_another_command(tmp_path):
     assert one.fingerprint != other.fingerprint
 
 
-def test_a_first_row_that_can_not_be_used_does_not_say_how_the_others_are_read(tmp_path, capsys):
-    for first in ('{"broken', {'error': 'timeout'}, '[]', '[1, 2]'):
-        rows = write_lines(
-            tmp_path / 'rows.jsonl', [first, *(ROWS['sharegpt'](i) for i in range(12))]
-        )
+def test_a_first_row_that_can_not_be_used_does_not_decide_how_the_others_are_read(tmp_path, capsys):
+    for first in ('{"broken', {'error': 'timeout'}, '[]', '[1, 2]', {'conversations': None}):
+        good = [ROWS['sharegpt'](i) for i in range(12)]
+        rows = write_lines(tmp_path / 'rows.jsonl', [first, *good])
         for options in ([], ['--field=conversations']):
             prepare(tmp_path / 'out', rows, '--skip_bad_rows', *options)
             assert '1 row(s) skipped by --skip_bad_rows:\n' in capsys.readouterr().out
             assert texts(tmp_path / 'out') == EXPECTED
+            error = failure(capsys, tmp_path / 'out', rows, *options)
+            assert f'{rows}, line 1: ' in error
+
+
+def test_a_field_that_only_later_rows_have_is_read(tmp_path):
+    rows = [{'q': f'q{i}', 'a': f'a{i}'} for i in range(12)]
+    rows[5]['hint'] = ''
+    rows = write_lines(tmp_path / 'rows.jsonl', rows)
+    prepare(tmp_path / 'out', rows, '--field=q,hint,a')
+    assert texts(tmp_path / 'out') == EXPECTED
 
 
 def test_where_no_row_can_be_used_the_first_reason_is_told(tmp_path, capsys):

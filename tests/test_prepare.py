@@ -600,7 +600,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': '
     (['other.jsonl'], r"other\.jsonl, line 1: there is no field 'text', only body, id: --field=NAME says which"),
     (['other.jsonl', '--field=body.x'], r"no field 'body\.x'"),
     (['other.jsonl', '--field=a,,c'], 'must be a name, or names with commas between'),
-    (['other.jsonl', '--field=body,b,c'], "the first row has no field 'b', only body, id"),
+    (['other.jsonl', '--field=body,b,c'], "the first rows have no field 'b', only body, id"),
     (['null.jsonl'], 'no text in the sources'),
     (['deep.jsonl'], r"deep\.jsonl, line 10000: its 'text' is not text but 5"),
     (['broken.txt.gz'], r'broken\.txt\.gz is damaged'),
