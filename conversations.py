@@ -221,7 +221,7 @@ class Conversations:
         whose = f"{name}, the {role}'s,"
         for key in CALL_KEYS:
             if message.get(key) not in EMPTY:
-                raise ValueError(f"{whose} has {key!r}, which a template can't write: put the "
+                raise ValueError(f"{whose} has {key!r}, which a template can't write: move the "
                                  "calls into its content as text, or use --skip_bad_rows to leave "
                                  "such rows out")
         content_key = _key_of(message, CONTENT_KEYS, name)

@@ -277,7 +277,7 @@ def test_plain_text_beside_a_conversation_is_prepared_and_the_other_way_named(ca
         (
             {'messages': [ASK, {**ANSWER, 'content': None, 'tool_calls': [{'id': 'a'}]}]},
             None,
-            "message 2, the assistant's, has 'tool_calls', which a template can't write: put the "
+            "message 2, the assistant's, has 'tool_calls', which a template can't write: move the "
             "calls into its content as text, or use --skip_bad_rows",
         ),
         (
