@@ -152,11 +152,12 @@ class Guard:
         if not math.isfinite(val_loss):
             now.not_finite = NOT_FINITE_IN_A_ROW
             return
+        if not now.seen:    # Rates that are high at first may raise the loss above that of untrained
+            return          # weights for long, and bring it down as they decay.
         gap = val_loss - now.lowest_val
         is_far_above = gap > FAR and now.average - now.lowest_average > FAR
         now.lowest_val = min(val_loss, now.lowest_val)
-        if now.seen:
-            now.lowest_average = min(now.average, now.lowest_average)
+        now.lowest_average = min(now.average, now.lowest_average)
         if not is_far_above:
             now.low_since_jump = math.inf
             now.evals_since_low = 0

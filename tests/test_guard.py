@@ -162,7 +162,8 @@ def test_losses_that_stay_nan_count_as_divergence():
 def evaluated(watch, pairs, every=500):
     """The step at which evaluations every so many steps, [(average loss, val loss)], end the run, or None."""
     for i, (average, val) in enumerate(pairs):
-        watch.now.seen, watch.now.average = i * every, average
+        watch.now.seen = i * every
+        watch.now.average = average
         watch.evaluated(i * every, val)
         try:
             watch.check_far_above(i * every, 'out')
@@ -185,9 +186,10 @@ HIGH = 2.7 + FAR + 1
     (GOOD + [(0.01, HIGH)] * 50, 500, False),
     (GOOD + [(2.7 + FAR, 2.7 + FAR)] * 50, 500, False),
     ([(4.0, 4.0)] * 50, 500, False),
+    ([(4.0, 4.0)] + [(9.0, 9.0)] * 50, 500, False),
 ], ids=['it stays there', 'not for long', 'not for many steps', 'it recovers', 'it overfits',
         'it memorises by position', 'it is not far',
-        'it never learns'])
+        'it never learns', 'it was never better'])
 def test_only_losses_that_stay_far_above_the_lowest_end_a_run(pairs, every, is_over):
     assert (evaluated(Guard(SIGMAS), pairs, every) is not None) == is_over
 
@@ -202,6 +204,7 @@ def test_a_guard_goes_on_from_its_state():
     one, values = Guard(SIGMAS), [*losses(300), 9.0, math.nan]
     judged(one, values[:200])
     one.evaluated(200, 3.0)
+    assert one.now.lowest_val == 3.0
     two = Guard(SIGMAS, one.state())
     assert judged(one, values[200:]).keys() == judged(two, values[200:]).keys() == {100, 101}
     assert one.state() == two.state() != Guard(SIGMAS).state()
