@@ -145,9 +145,9 @@ SETTINGS = [
     ('--learnin_rate=1', "command line: there is no setting 'learnin_rate'; the nearest is 'learning_rate'"),
     ('--learning-rate=1', 'written --key=value, with _ in the key'),
     ('--batch_size', '--batch_size has no value; write --batch_size=VALUE'),
-    ('--batch_size=4.0', 'batch_size takes a whole number, not 4.0'),
+    ('--batch_size=4.5', 'batch_size takes a whole number, not 4.5'),
     ('--learning_rate=fast', "learning_rate takes a number, not 'fast'"),
-    ('--bias=1', 'bias takes True or False, not 1'),
+    ('--bias=2', 'bias takes True or False, not 2'),
     ('--n_expert=8', "there is no setting 'n_expert'"),
     ('--gelu=relu', "gelu='relu' is unknown: take exact or tanh"),
     ('config/nope.py', "there is no config file 'config/nope.py'"),
@@ -785,7 +785,7 @@ def test_benching_generation(warm, word, message):
 
 @pytest.mark.parametrize('word, message', [
     ('--steps=0', 'steps=0'),
-    ('--profile=1', 'profile takes True or False, not 1'),
+    ('--profile=2', 'profile takes True or False, not 2'),
     ('nope.py', "there is no config file 'nope.py'"),
     ("--versus='unclosed", 'versus'),
 ])

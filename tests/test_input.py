@@ -64,13 +64,19 @@ KNOWN = {'model': ZOO, 'device': ['cpu', 'cuda', 'cuda:0', 'mps', 'meta', 'cpu:0
          'attention_kind': ['mha', 'gqa', 'mqa', 'sliding', 'banded', 'differential', 'mla', 'gated', 'sinks', 'alibi']}
 ODD = ['', 'auto', 'None', '[]', '()', '{}', "'8'", '1e999', '0x10', '1_0', '1j', '9' * 5000, '(' * 2000, '-' * 3000 + '1',
        '\ufeff1', '1\n', 'nan', 'inf', '-inf', 'True', 'False', '4.0', '1if 1', '\\d', '\x1b[2J', 'lambda: 1', '10**9', '½']
-PROGRAMS = ['import math', 'max_iters = max_iters', 'batch_size *= 2', 'block_size = batch_size // 2', '_x = 1', 'x',
-            'del seed', 'seed = None', 'seed = b"x"', 'bias = ...', 'raise SystemExit',
-            'exit()', '1 / 0', 'raise BaseException("no")', 'def f(): f()\nf()', 'globals().clear()',
-            'n_layer = n_head = True', 'while 0: pass', 'out_dir = device', 'import numpy\nn_head = numpy.int64(2)',
-            'n_embd = 1.6e1', 'class seed: pass', 'seed = [1] * 3', 'print("hello")', 'dataset = "\\0"',
-            'dataset = "\\ud800"', 'out_dir = "\\ud800"', 'out_dir = "a\\0b"', 'wandb_project = "\\ud800"',
-            'model = "\\0"', 'seed = -True', 'from nowhere import *', 'return', 'await x']
+PROGRAMS = [
+    'import math', 'max_iters = max_iters', 'batch_size *= 2', 'block_size = batch_size // 2', '_x = 1', 'x',
+    'del seed', 'seed = None', 'seed = b"x"', 'bias = ...', 'raise SystemExit',
+    'exit()', '1 / 0', 'raise BaseException("no")', 'def f(): f()\nf()', 'globals().clear()',
+    'n_layer = n_head = True', 'while 0: pass', 'out_dir = device', 'import numpy\nn_head = numpy.int64(2)',
+    'n_embd = 1.6e1', 'class seed: pass', 'seed = [1] * 3', 'print("hello")', 'dataset = "\\0"',
+    'dataset = "\\ud800"', 'out_dir = "\\ud800"', 'out_dir = "a\\0b"', 'wandb_project = "\\ud800"',
+    'model = "\\0"', 'seed = -True', 'from nowhere import *', 'return', 'await x',
+    'max_iters = 1e0', 'bias = 1', 'lr = 1e-3\nlearning_rate = lr', 'lr = 1e-3', 'vocab_size = 65',
+    'for i in range(2): seed = i', 'from pathlib import Path\nwandb_project = Path("a")', 'from math import *',
+    'from config.names import *', 'from config.nope import *', 'import torch\ndtype = torch.float32',
+    'import torch\ndevice = torch.device("cpu")']
+SAME_NUMBER = {(int, float), (float, int), (int, bool)}     # 1 for 1.0, 1e3 for 1000, 1 for True
 LEFT_OUT = {'profile', 'wandb_log', 'vocab_size'}       # seconds of start-up each, and a login
 
 
@@ -135,7 +141,8 @@ def coercion(words, config):
         if type(value) is str:
             is_same = text == value or text in (repr(value), f'"{value}"')
         else:
-            is_same = type(ast.literal_eval(text)) in (type(value), int) and ast.literal_eval(text) == value
+            literal = ast.literal_eval(text)
+            is_same = literal == value and (type(literal) is type(value) or (type(literal), type(value)) in SAME_NUMBER)
         if not is_same or type(SETTINGS.get(key, value)) not in (type(value), str):
             return f"{key}={text!r} became {value!r}"
 
@@ -203,7 +210,8 @@ def test_the_judge_of_a_case(done, verdict):
 
 
 @pytest.mark.parametrize('word, kept', [
-    ('--batch_size=4', 4), ('--learning_rate=1', 1.0), ('--compile=False', False), ('--out_dir=1', '1')])
+    ('--batch_size=4', 4), ('--batch_size=4e0', 4), ('--learning_rate=1', 1.0), ('--bias=0', False),
+    ('--compile=False', False), ('--out_dir=1', '1')])
 def test_the_judge_of_what_was_kept(word, kept):
     key = word[2:].split('=')[0]
     assert coercion([word], {key: kept}) is None
