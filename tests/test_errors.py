@@ -237,7 +237,7 @@ def test_mps_where_there_is_none():
     (lambda: tokenizer.load({'kind': 'char'}), 'its kind must be char (with chars)'),
     (lambda: tokenizer.load('char'), 'unknown tokenizer char'),
     (lambda: tokenizer.load({'kind': 'tiktoken', 'name': 'gpt5'}), "tiktoken has no encoding 'gpt5': take one of gpt2"),
-    (lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {0: 'ab'}})), 'something other than single characters'),
+    (lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})), 'meta.pkl says vocab_size=0'),
     (lambda: tokenizer.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
 ])
 def test_values_that_a_module_does_not_know(call, message):
@@ -674,7 +674,7 @@ def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
 
 @pytest.mark.parametrize('init_from, message', [
     ('gpt2', 'cannot download config.json of openai-community/gpt2: no answer, and'),
-    ('gpt3', "'gpt3' does not exist; the names that need no folder are gpt2, gpt2-medium"),
+    ('gpt3', "'gpt3' does not exist; the nearest is 'gpt2'; the names that need no folder are gpt2, gpt2-medium"),
     ('', 'no Hugging Face model'),
     ('resumee', "'resumee' does not exist"),
     ('train.py', 'train.py is damaged or no checkpoint'),

@@ -364,6 +364,7 @@ PICKLES = {     # what `pickle.loads` would run, as bytes in which %s is a file'
     'a partial': b'cfunctools\npartial\n(cposix\nsystem\n' + COMMAND + b'tR)R.',
     'a program': b"csubprocess\ncall\n((S'touch'\nS'%s'\nltR.",
     'a key': b'}(cposix\nsystem\n(' + COMMAND + b"tRS'value'\nu.",
+    'behind a NumPy type': b"cnumpy\ndtype\n(S'i8'\ntRcposix\nsystem\n(" + COMMAND + b'tR0.',
     'protocol 5 in a frame': b'\x80\x05\x95\x1e\0\0\0\0\0\0\0\x8c\x05posix\x8c\x06system\x93' + COMMAND + b'\x85R.',
 }
 
@@ -427,14 +428,29 @@ def test_the_checks_are_what_holds_code_back(payload, tmp_path, monkeypatch):
     b'\x80\x04\x8e' + (1 << 60).to_bytes(8, 'little') + b'x.',  # bytes without an end
     b'\x80\x05\x96' + (1 << 60).to_bytes(8, 'little') + b'x.',
     b'\x80\x02\x8b\xff\xff\xff\x7fx.', b"I" + b'9' * 100_000 + b'\n.',
-    pickle.dumps({'itos': dict(enumerate(['a', 'bc']))}), pickle.dumps({'itos': 'abc'})[:-3], pickle.dumps({'itos': 7}),
-    pickle.dumps({'itos': {0: 'a', 2: 'b'}}), pickle.dumps({'itos': {0: 1}}),
+    pickle.dumps({'itos': 'abc'})[:-3], pickle.dumps({'itos': 7}), pickle.dumps({'itos': {0: 'a', 2: 'b'}}),
 ], ids=lambda content: repr(content[:12]))
 def test_a_meta_pkl_that_is_none(content):
     tracemalloc.start()
     assert 'meta.pkl' in said(lambda: tokenizer.describe_meta_pkl(content))
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize('content', [
+    b"cnumpy\nfromfile\n(S'/etc/passwd'\ntR.",
+    b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O'\ntRC\x0812345678tR.",       # an address as an object
+    b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'V8'\ntRC\x0812345678tR.",
+    b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'i8'\ntRC\x02abtR.",           # less than a number
+    b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'i8'\ntRC\x1012345678abcdefghtR.",
+    b"cnumpy.core.multiarray\nscalar\n(S'i8'\nC\x0812345678tR.",                        # not a type
+    b"cnumpy.core.multiarray\nscalar\n(N}S'__doc__'\nS'changed'\nstb.",                 # attributes of the stand-ins
+    b"cnumpy\ndtype\n(N}S'__init__'\nS'changed'\nstb.",
+], ids=lambda content: repr(content[:12]))
+def test_a_meta_pkl_has_no_more_of_numpy_than_plain_numbers(content):
+    before = [{**vars(stand_in)} for stand_in in (tokenizer._NumpyType, tokenizer._NumpyScalar)]
+    assert 'meta.pkl' in said(lambda: tokenizer.describe_meta_pkl(content))
+    assert before == [vars(stand_in) for stand_in in (tokenizer._NumpyType, tokenizer._NumpyScalar)]
 
 
 def test_an_old_optimizer_state_runs_no_code(payload, trained, tmp_path):
