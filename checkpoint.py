@@ -235,7 +235,10 @@ def read_latest(out_dir):
 
 
 def _nearest_run(folder, names=()):
-    """The folder beside `folder`, or the one of `names`, that holds a model and is called nearly like it; or None."""
+    """The folder with a model beside `folder`, or the one of `names`, whose name is nearly the same.
+
+    None where there is none.
+    """
     folder, there = Path(folder), list(names)
     with contextlib.suppress(OSError, ValueError):      # what can't be listed has no names
         for other in folder.parent.iterdir():
@@ -447,8 +450,9 @@ def dataset_of(out_dir):
 
 def no_tokenizer(source, model):
     """What to say where text is asked of a model whose source has no tokenizer."""
-    return (f"{source} does not say which tokenizer its {model.config.vocab_size} ids belong to, so it can't read or write "
-            "text: a run has the one of its dataset, which meta.json names, or meta.pkl in itos, a character for each id")
+    return (f"{source} does not say which tokenizer its {model.config.vocab_size} ids belong to, so it "
+            "can't read or write text: a run gets its tokenizer from the dataset's meta.json (tokenizer) "
+            "or meta.pkl (itos, one character per id)")
 
 
 def load_model(source, device='cpu'):

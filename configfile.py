@@ -1,7 +1,7 @@
 """A config file: Python that is run over a script's settings, and what it assigned.
 
-A config file may import others: `from config.NAME import *` runs config/NAME.py, of the current folder or else of this
-repository, over the same settings, so that it sees the device too.
+A config file may import others: `from config.NAME import *` runs config/NAME.py, of the current
+folder or else of this repository, over the same settings, so that it sees the device too.
 """
 import ast
 import contextlib
@@ -18,7 +18,7 @@ class ConfigFileError(ValueError):
 
 
 class _Recorder(dict):
-    """A namespace for exec that remembers what was assigned, also where the value stayed the same."""
+    """A namespace for exec that remembers what was assigned, even if the value stayed the same."""
 
     def __init__(self, values):
         super().__init__(values)
@@ -90,9 +90,10 @@ def _imports_configs(importer):
 
 
 def run(path, namespace):
-    """Run the config file at `path`. Returns ({name: value} of what it assigns, the names in it that may be its own).
+    """Run the config file at `path` over a copy of `namespace`.
 
-    Raises ValueError, which names the file and the line.
+    Returns ({name: value} of what it assigns, the names in it that may be its own). Raises
+    ValueError, which names the file and the line.
     """
     before = {**namespace, '__file__': path}
     namespace = _Recorder(before)
@@ -116,7 +117,8 @@ def run(path, namespace):
 def _own_names(tree):
     """The names that a file reads, and those that its loops, with statements and imports bind.
 
-    One of these that is not a setting is a helper. A name that is assigned and never read again was meant for a setting.
+    One of these that is not a setting is a helper. A name that is assigned and never read again was
+    meant for a setting.
     """
     names = set()
     for node in ast.walk(tree):
@@ -138,8 +140,10 @@ def _names_in(target):
 
 
 def _imported(node):
-    """The names that an import statement binds. Of `from MODULE import *` those of the standard library's modules, which
-    has pi and e and knows of no settings."""
+    """The names that an import statement binds.
+
+    Of `from MODULE import *` only those of the standard library, such as math's pi and e.
+    """
     names = {alias.asname or alias.name for alias in node.names}
     if '*' in names and (node.module or '').partition('.')[0] in sys.stdlib_module_names:
         module = sys.modules.get(node.module)       # None: the statement was not reached
@@ -148,5 +152,7 @@ def _imported(node):
 
 
 def _line_in(path, error):
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    """The line of the file at which an exception passed through it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
     return lines[-1] if lines else 1

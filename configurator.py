@@ -2,13 +2,15 @@
 
     python train.py config/train_gpt2.py --batch_size=8 --compile False learning_rate=1e-4
 
-A setting is a global of type bool, int, float or str. A config file is Python, run over those globals; what it assigns
-is checked like the command line: the key must exist, the type must fit. The command line is applied before the files,
-so that a file sees the wished device, and again after them, so that it wins. Settings whose default is 'auto' also take
-their real type; whoever resolves them checks the value.
+A setting is a global of type bool, int, float or str. A config file is Python, run over those
+globals; what it assigns is checked like the command line: the key must exist, the type must fit.
+The command line is applied before the files, so that a file sees the wished device, and again
+after them, so that it wins. Settings whose default is 'auto' also accept their real type; whoever
+resolves them checks the value.
 
-A file may have names of its own: modules, functions, what begins with _, and what it reads again, such as a number from
-which settings are computed. A name that it only assigns, or that is nearly a setting's, is a mistake.
+A file may have names of its own: modules, functions, names that begin with _, and names that it
+reads again, such as a number from which settings are computed. A name that it only assigns, or that
+is nearly a setting's, is a mistake.
 """
 import ast
 import dataclasses
@@ -25,24 +27,28 @@ import configfile
 import confighelp
 
 PLAIN = (bool, int, float, str)
-# How alike a name and a setting are (difflib's ratio) where it is a misspelling, even if the file reads it again, as in
-# `max_iter = 100; lr_decay_iters = max_iter`. These are above: max_iter, n_layers, devices, beta. Below: layer, betas,
-# num_layers, d_model, batch, max_steps.
+# A name that is so much like a setting (difflib's ratio) is that setting misspelt, even if the file
+# reads it again, as in `max_iter = 100; lr_decay_iters = max_iter`. Above this are max_iter,
+# n_layers, devices, beta; below it layer, betas, num_layers, d_model, batch, max_steps.
 MISSPELT = 0.85
 
 
 def configure(settings, argv, resolve_device=None, config_class=None):
-    """Override `settings`, a script's `globals()`, in place from `argv` (without the script's name).
+    """Override `settings`, a script's `globals()`, in place from `argv` (without its name).
 
-    resolve_device(str) -> str turns 'auto' into a device before a file is read. config_class(values) -> dataclass gives
-    the chosen model's Config once the files are read: its fields are settings too, except vocab_size, which the data
-    decides. Returns (config, given): every setting's final value; and for those that were set, where ("command line"
-    or the file). Raises ValueError or FileNotFoundError with one line for the user; exits after --help.
+    resolve_device(str) -> str turns 'auto' into a device before a file is read.
+    config_class(values) -> dataclass gives the chosen model's Config once the files are read: its
+    fields are settings too, except vocab_size, which the data decides.
+
+    Returns (config, given): every setting's final value; and for those that were set, where
+    ("command line" or the file). Raises ValueError or FileNotFoundError with one line for the user;
+    exits after --help.
     """
     files, wishes, wants_help = parse(argv)
     defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in PLAIN}
-    values, given = dict(defaults), {}
-    later = []      # (key, value, where, is_own) of names that are perhaps fields of a model that is not known yet
+    values = dict(defaults)
+    given = {}
+    later = []      # (key, value, where, is_own): perhaps fields of a model that is not known yet
 
     def assign(key, value, where, is_own=False):
         if key not in defaults:
@@ -101,8 +107,8 @@ def parse(argv):
                 raise ValueError(f"command line: {word} has no value; write {word}=VALUE")
             wishes[word[2:]] = text
         elif word.startswith('-'):
-            raise ValueError(f"command line: {_show(word)} is not a setting; they are written --key=value, with _ in "
-                             "the key")
+            raise ValueError(f"command line: {_show(word)} is not a setting; they are written "
+                             "--key=value, with _ in the key")
         elif os.path.isfile(word):
             files.append(word)
         else:
@@ -113,7 +119,7 @@ def parse(argv):
 
 
 def _nearest_file(word):
-    """The config file that is called nearly like `word`: beside it, in config/ or in the repository's. None: none is."""
+    """The config file with nearly this name: in its folder, in config/ or in the repository; or None."""
     folder, name = os.path.split(word)
     files = {}      # by their names; the first folder counts
     for place in (folder, 'config', configfile.ROOT / 'config'):
@@ -130,12 +136,16 @@ def _is_helper(key, settings):
 
 
 def _refuse(key, value, where, settings):
-    """ValueError for a key that is not a setting. vocab_size in a file, which nanoGPT ignores too, is a line."""
+    """ValueError for a key that is not a setting.
+
+    vocab_size in a file, which nanoGPT ignores too, is only told.
+    """
     if key == 'vocab_size':
         if where == 'command line':
             raise ValueError(f"{where}: there is no setting 'vocab_size': the dataset decides it")
         if os.environ.get('RANK', '0') == '0':
-            print(f"{where}: vocab_size={_show(value)} is ignored: the dataset decides it", flush=True)
+            notice = f"{where}: vocab_size={_show(value)} is ignored: the dataset decides it"
+            print(notice, flush=True)
         return
     near, = difflib.get_close_matches(key.lower(), settings, n=1, cutoff=0)
     hint = "names of the file's own begin with _"
@@ -145,7 +155,7 @@ def _refuse(key, value, where, settings):
 
 
 def _from_text(key, text, default, where):
-    """The value that the command line's `text` stands for: as it is for strings, a Python literal otherwise."""
+    """The value that the command line's `text` stands for: a Python literal; for a str itself."""
     if type(default) is str and default != 'auto':
         return text
     try:
@@ -158,7 +168,10 @@ def _from_text(key, text, default, where):
 
 
 def _checked(key, given, default, where):
-    """The value `given`, as the default's type where it is the same in that, such as 1e6 as a whole number."""
+    """The value `given` in the default's type. ValueError where it is another value there.
+
+    1e6 is a whole number, 1 is a float, and as a bool it is True.
+    """
     value = _plain(given)
     if type(default) is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
@@ -167,16 +180,23 @@ def _checked(key, given, default, where):
     elif type(default) is bool and type(value) is int and value in (0, 1):
         value = bool(value)
     fits = type(value) is type(default) or (default in ('auto', None) and type(value) in PLAIN)
-    if not fits or (type(value) is float and not math.isfinite(value)) or (type(value) is int and abs(value) >= 2 ** 63):
-        kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', type(None): 'a plain value'}
-        kind = 'auto or a plain value' if default == 'auto' else kinds[type(default)]
+    if type(value) is float:
+        fits = fits and math.isfinite(value)
+    if type(value) is int:
+        fits = fits and abs(value) < 2 ** 63
+    if not fits:
+        kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}
+        kind = kinds.get(type(default), 'a plain value')
+        if default == 'auto':
+            kind = 'auto or a plain value'
         raise ValueError(f"{where}: {key} takes {kind}, not {_show(given)}")
     return value
 
 
 def _plain(value):
-    """NumPy's numbers and texts, paths, and torch's devices and dtypes as the plain values that they stand for."""
-    numpy, torch = sys.modules.get('numpy'), sys.modules.get('torch')       # a file that uses them has imported them
+    """The plain value of a NumPy scalar, a path, or a device or dtype of torch."""
+    numpy = sys.modules.get('numpy')        # a file that uses it has imported it
+    torch = sys.modules.get('torch')
     if numpy and isinstance(value, numpy.generic):
         return value.item()
     if torch and isinstance(value, (torch.device, torch.dtype)):

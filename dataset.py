@@ -104,8 +104,8 @@ class Dataset:
             wide = wider_dtype(shards.read(start, min(LOOKED_AT, end - start)), self.tokenizer)
             if wide:
                 raise ValueError(
-                    f"{path} seems to hold {wide} ids: read as {self.dtype}, each one is followed by zeros. To convert it: "
-                    f"python -c \"import numpy; p = '{path}'; "
+                    f"{path} seems to hold {wide} ids: read as {self.dtype}, each one is followed by zeros. "
+                    f"To convert it: python -c \"import numpy; p = '{path.as_posix()}'; "
                     f"numpy.fromfile(p, '{wide}').astype('{self.dtype}').tofile(p)\"")
 
     def _read(self, split, spans):

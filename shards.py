@@ -56,8 +56,8 @@ class Shards:
 def wider_dtype(ids, tokenizer=None):
     """int64 or int32, if the ids at a bin's beginning seem to have been written as that; else None.
 
-    An id that was written in 8 bytes and is read in 2 is followed by three zeros; one in 4 bytes, by one.
-    tokenizer: the description of the one that made them.
+    An id that was written in 8 bytes and is read in 2 is followed by three zeros; one in 4 bytes,
+    by one. tokenizer: the description of the one that made them.
     """
     is_char = (tokenizer or {}).get('kind') == 'char'
     for wide in ('int64', 'int32'):
@@ -66,18 +66,22 @@ def wider_dtype(ids, tokenizer=None):
             continue
         columns = ids.reshape(-1, per_id)
         first = columns[:, 0]
-        if columns[:, 1:].any() or first.min() == first.max():      # 1, 0, 1, 0, … is a pattern to learn, 1, 1, … is none
+        if columns[:, 1:].any():
             continue
-        if per_id == 2 and is_char and first.min() > 0:     # a character on each line: only the line ends are 0
+        if first.min() == first.max():      # 1, 0, 1, 0, …: as int32 it would be the same id for ever
+            continue
+        if per_id == 2 and is_char and first.min() > 0:     # lines of one character; line ends are 0
             continue
         return wide
     return None
 
 
 def read_meta(folder):
-    """(tokenizer description or None, vocab_size, dtype, meta) by meta.json or nanoGPT's meta.pkl; without either, GPT-2's.
+    """(tokenizer description or None, vocab_size, dtype, meta) by meta.json or nanoGPT's meta.pkl;
+    without either, GPT-2's.
 
-    meta is what meta.json holds; where there is no tokenizer, its `no_tokenizer` says why. Raises ValueError.
+    meta is what meta.json holds; where there is no tokenizer, its `no_tokenizer` says why.
+    Raises ValueError.
     """
     if (folder / 'meta.json').is_file():
         try:

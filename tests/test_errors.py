@@ -612,6 +612,25 @@ def test_resuming_where_there_is_no_run(warm, tmp_path, name):
     check(done, f"out_dir='{out_dir}' has no ckpt.pt to resume from")
 
 
+@pytest.mark.parametrize('script, words, near', [
+    ('sample.py', '--out_dir={folder}/out-shakespear', '{folder}/out-shakespeare'),
+    ('sample.py', '--init_from={folder}/exportd', '{folder}/exported'),
+    ('sample.py', '--init_from=gpt2-x1', 'gpt2-xl'),
+    ('train.py', '--init_from={folder}/out-shakespeer', '{folder}/out-shakespeare'),
+    ('train.py', '--init_from=scrach', 'scratch'),
+    ('train.py', '--init_from=resume --out_dir={folder}/out-shakespear', '{folder}/out-shakespeare'),
+    ('train.py', '--init_from=resume --out_dir={folder}/out-shakespears', '{folder}/out-shakespeare'),
+])
+def test_a_run_that_is_nearly_another(warm, text_folder, tmp_path, script, words, near):
+    """Named is the nearest folder that holds a model."""
+    for name in ('out-shakespeare/ckpt.pt', 'exported/config.json', 'out-shakespears/text.txt'):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    data = [f'--dataset={text_folder}', *TINY] if script == 'train.py' else []
+    done = warm(script, *words.format(folder=tmp_path).split(), *data, cwd=tmp_path)
+    check(done, f"; the nearest is '{near.format(folder=tmp_path)}'")
+
+
 def test_a_damaged_checkpoint_and_the_scripts(copy, warm):
     run = copy('run')
     changed(run, 'ckpt.pt', flipped(0.5)((run / 'ckpt.pt').read_bytes()))
