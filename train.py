@@ -338,6 +338,6 @@ del wrapped
 processes.stop()
 if is_stopped:
     sys.exit(stop.exit_code)
-if processes.IS_MASTER and data.tokenizer and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
+if processes.IS_MASTER and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
         generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)
