@@ -144,7 +144,8 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smalle
         max_norm=max_norm, lr_schedule=lr_schedule)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
-guard, stop = guards.Guard(spike_sigmas, progress['guard']), None
+guessing = math.log(model.config.vocab_size)
+guard, stop = guards.Guard(spike_sigmas, guessing, progress['guard']), None
 _start -= progress['wall_seconds']
 del stored      # its tensors are in the model and the optimizer now
 
@@ -213,7 +214,7 @@ def roll_back():
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
     optimizer.zero_grad(set_to_none=True)
     iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)      # best.pt is still the best
-    guard = guards.Guard(spike_sigmas, progress['guard'])
+    guard = guards.Guard(spike_sigmas, guessing, progress['guard'])
     metrics.rewind(iter_num, progress)
     save('ckpt.pt')
     clock.go_on()

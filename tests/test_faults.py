@@ -700,16 +700,17 @@ def diverge(step, factor):
 
 
 def test_losses_that_stay_far_above_the_lowest_end_a_run_which_has_saved_all(text_folder, tmp_path):
-    settings = [*TINY, '--max_iters=200', '--decay_lr=False', f'--dataset={text_folder}']
-    hook = functools.partial(diverge, 8, 100.0)
-    done = run('train.py', *settings, '--learning_rate=1e-5', f'--out_dir={tmp_path}', hook=hook)
+    settings = [*TINY, '--max_iters=300', '--learning_rate=3e-2', '--lr_schedule=step', '--lr_decay_iters=90',
+                f'--dataset={text_folder}']
+    hook = functools.partial(diverge, 100, 100.0)
+    done = run('train.py', *settings, '--min_lr=1e-5', f'--out_dir={tmp_path}', hook=hook)
     line, = [line for line in done.output.splitlines() if line.startswith('error: ')]
     assert done.returncode == 2 and 'the run diverged: for ' in line and 'Traceback' not in done.output
     state = checkpoint.read_latest(tmp_path)
-    assert 9 < state['iter_num'] < 200 and f"ckpt.pt has the state of step {state['iter_num']}" in line
+    assert 100 < state['iter_num'] < 300 and f"ckpt.pt has the state of step {state['iter_num']}" in line
     assert (tmp_path / 'best.pt').exists()
     # and a run that recovers from the same goes on
-    done = run('train.py', *settings, '--learning_rate=3e-2', f'--out_dir={tmp_path}', hook=hook)
+    done = run('train.py', *settings, '--min_lr=3e-2', f'--out_dir={tmp_path}', hook=hook)
     assert done.returncode == 0, done.output
 
 
