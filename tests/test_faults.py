@@ -780,40 +780,56 @@ def conversations(folder, n=400):
     return folder
 
 
-def rough_runs(tmp_path):
-    """{name: command-line words}"""
-    texts = {'greeting': GREETING, 'abc': 'abcdefghijklmnopqrstuvwxyz\n', 'one': 'a' * 99 + '\n'}
-    data = {name: memorised(tmp_path / name, text) for name, text in texts.items()}
-    code = write_text(tmp_path / 'code', '\n'.join(path.read_text() for path in sorted(ROOT.glob('*.py'))))
-    chats = conversations(tmp_path / 'chats')
-    train(tmp_path / 'base', *SMALL, '--max_iters=500', f'--dataset={code}')
-    long = [*SMALL, '--max_iters=3000', '--eval_interval=100']
-    runs = {f'memorises {name}': [*long, f'--dataset={folder}'] for name, folder in data.items()}
-    runs |= {f'rate {lr}': [*long, f'--dataset={code}', f'--learning_rate={lr}'] for lr in ('0.03', '0.1', '0.3', '1')}
-    runs |= {
-        'SGD, rate 3': [*long, f'--dataset={code}', '--optimizer=sgd', '--learning_rate=3'],
-        'Muon, rate 0.3': [*long, '--model=modern', f'--dataset={code}', '--muon_lr=0.3', '--embed_lr=1'],
-        'float16': [*long, '--dtype=float16', f'--dataset={code}', '--learning_rate=0.03'],
-        'float16 memorises': [*long, '--dtype=float16', f"--dataset={data['abc']}"],
-        'few targets': [*long, f'--dataset={chats}', '--batch_size=1'],
-        'few targets, high rate': [*long, f'--dataset={chats}', '--batch_size=1', '--learning_rate=0.1'],
-        'LoRA': [*long, f'--dataset={code}', f"--init_from={tmp_path / 'base'}", '--lora_rank=2', '--learning_rate=0.1'],
+ROUGH = [*SMALL, '--max_iters=3000', '--eval_interval=100']
+FEW_TARGETS = [*ROUGH, '--dataset={chats}', '--batch_size=1', '--eval_iters=50']
+ROUGH_RUNS = {      # {folder} stands for a dataset or a run of `rough_folders`
+    'memorises 28 characters': [*ROUGH, '--dataset={greeting}'],
+    'memorises the alphabet': [*ROUGH, '--dataset={alphabet}'],
+    'memorises one letter': [*ROUGH, '--dataset={letter}'],
+    'rate 0.03': [*ROUGH, '--dataset={code}', '--learning_rate=0.03'],
+    'rate 0.1': [*ROUGH, '--dataset={code}', '--learning_rate=0.1'],
+    'rate 0.3': [*ROUGH, '--dataset={code}', '--learning_rate=0.3'],
+    'rate 1': [*ROUGH, '--dataset={code}', '--learning_rate=1'],
+    'SGD, rate 3': [*ROUGH, '--dataset={code}', '--optimizer=sgd', '--learning_rate=3'],
+    'SGD, rate 3, decaying': [*ROUGH, '--dataset={code}', '--optimizer=sgd', '--learning_rate=3',
+                              '--lr_decay_iters=3000', '--min_lr=0.01'],
+    'Muon, rate 0.3': [*ROUGH, '--model=modern', '--dataset={code}', '--muon_lr=0.3', '--embed_lr=1'],
+    'float16': [*ROUGH, '--dtype=float16', '--dataset={code}', '--learning_rate=0.03'],
+    'float16 memorises': [*ROUGH, '--dtype=float16', '--dataset={alphabet}'],
+    'few targets': FEW_TARGETS,
+    'few targets, rate 0.1': [*FEW_TARGETS, '--learning_rate=0.1'],
+    'LoRA': [*ROUGH, '--dataset={code}', '--init_from={base}', '--lora_rank=2', '--learning_rate=0.1'],
+}
+
+
+@pytest.fixture(scope='module')
+def rough_folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('rough')
+    code = '\n'.join(path.read_text() for path in sorted(ROOT.glob('*.py')))
+    folders = {
+        'greeting': memorised(folder / 'greeting', GREETING),
+        'alphabet': memorised(folder / 'alphabet', 'abcdefghijklmnopqrstuvwxyz\n'),
+        'letter': memorised(folder / 'letter', 'a' * 99 + '\n'),
+        'code': write_text(folder / 'code', code),
+        'chats': conversations(folder / 'chats'),
+        'base': folder / 'base',
     }
-    return runs
+    train(folder / 'base', *SMALL, '--max_iters=500', f"--dataset={folders['code']}")
+    return folders
 
 
 @campaign
-def test_no_run_that_recovers_is_ended(tmp_path):
-    """And none ends worse than without the guard by more than the noise between two such runs."""
-    for name, words in rough_runs(tmp_path).items():
-        ends = {}
-        for sigmas in (6.0, 0.0):
-            out_dir = tmp_path / f'{name} {sigmas}'
-            train(out_dir, *words, f'--spike_sigmas={sigmas}', limit=600)
-            best = min(line['val_loss'] for line in lines_with(out_dir, 'val_loss'))
-            ends[sigmas] = (len(lines_with(out_dir, 'skipped')), lines_with(out_dir, 'val_loss')[-1]['val_loss'], best)
-        print(f"{name}: skipped, last and lowest validation loss with the guard {ends[6.0]}, without {ends[0.0]}",
-              flush=True)
+@pytest.mark.parametrize('name', ROUGH_RUNS)
+def test_no_run_that_recovers_is_ended(rough_folders, tmp_path, name):
+    """Prints where it ends with the guard and without: `python -m pytest -n 0 -s -m campaign -k recovers_is_ended`."""
+    words = [word.format(**rough_folders) for word in ROUGH_RUNS[name]]
+    for sigmas in (6.0, 0.0):
+        out_dir = tmp_path / str(sigmas)
+        train(out_dir, *words, f'--spike_sigmas={sigmas}', limit=600)
+        losses = [line['val_loss'] for line in lines_with(out_dir, 'val_loss')]
+        skipped = len(lines_with(out_dir, 'skipped'))
+        print(f"{name}, spike_sigmas={sigmas}: {skipped} updates skipped, validation loss {losses[-1]:.4f} at the end, "
+              f"{min(losses):.4f} at its lowest", flush=True)
 
 
 @campaign
