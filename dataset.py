@@ -3,6 +3,7 @@
 A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside it says which, by which tokenizer, and
 for each split its tokens, bytes of text and sha256. Windows are block_size tokens and the token after each.
 """
+import contextlib
 import difflib
 import re
 import subprocess
@@ -339,6 +340,15 @@ def prepare_if_small(name):
     if float(size[1]) >= 100:
         raise FileNotFoundError(f"data/{name} is not prepared, and it is large: run `python data/{name}/prepare.py` first")
     print(f"data/{name} is not prepared yet: running data/{name}/prepare.py", flush=True)
-    done = subprocess.run([sys.executable, str(script)])
-    if done.returncode:
-        raise SystemExit(done.returncode)   # it has said why
+    with subprocess.Popen([sys.executable, str(script)]) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:       # Ctrl-C on a terminal reaches the script too, which cleans up and says so
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.terminate()         # it was not told
+            code = process.wait()
+            if code <= 0:
+                raise
+    if code:
+        raise SystemExit(code)          # it has said why

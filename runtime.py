@@ -98,6 +98,13 @@ class StopRequest:
         signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, daemon=True).start()
 
+    def release(self):
+        """Give the signals back what they do by default: end the process, SIGINT as KeyboardInterrupt."""
+        signal.set_wakeup_fd(-1)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def _note(self, number, frame):
         self.signal = self.signal or number
 
@@ -186,7 +193,7 @@ def cpu_has_bfloat16():
         probes = (getattr(torch.cpu, name, None) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
         return any(probe() for probe in probes if probe)
     try:
-        with open('/proc/cpuinfo') as cpuinfo:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as cpuinfo:
             return ' bf16' in cpuinfo.read()
     except OSError:
         return False

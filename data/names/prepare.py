@@ -14,6 +14,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 from bins import write_bins
 from files import download
 from mistakes import user_errors
@@ -25,7 +30,8 @@ SHA256 = '0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d'
 
 if __name__ == '__main__':
     with user_errors():
-        names = download(URL, HERE / 'names.txt', SHA256, mirrored_as='names/names.txt').read_text().split('\n')
+        path = download(URL, HERE / 'names.txt', SHA256, mirrored_as='names/names.txt')
+        names = path.read_text(encoding='utf-8').split('\n')
         tokenizer = CharTokenizer.of('\n'.join(names))
         random.Random(42).shuffle(names)
         cuts = 0, int(0.8 * len(names)), int(0.9 * len(names)), len(names)

@@ -16,6 +16,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 import bins
 import hub
 import sources
