@@ -3,15 +3,17 @@
 A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside it says which, by which tokenizer, and
 for each split its tokens, bytes of text and sha256. Windows are block_size tokens and the token after each.
 """
-import contextlib
 import difflib
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
+import mistakes
 from shards import Shards, read_meta
 
 ROOT = Path(__file__).resolve().parent / 'data'
@@ -340,15 +342,27 @@ def prepare_if_small(name):
     if float(size[1]) >= 100:
         raise FileNotFoundError(f"data/{name} is not prepared, and it is large: run `python data/{name}/prepare.py` first")
     print(f"data/{name} is not prepared yet: running data/{name}/prepare.py", flush=True)
-    with subprocess.Popen([sys.executable, str(script)]) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:       # Ctrl-C on a terminal reaches the script too, which cleans up and says so
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.terminate()         # it was not told
-            code = process.wait()
-            if code <= 0:
-                raise
+    code = _run(script)
     if code:
-        raise SystemExit(code)          # it has said why
+        raise SystemExit(code)      # it has said why
+
+
+def _run(script):
+    """Run a script of the project to its end; returns its exit code.
+
+    A terminal sends Ctrl-C to the script too, which cleans up and says so. KeyboardInterrupt where it was not told.
+    """
+    interrupts = []     # when: an exception in the wait could lose the exit code
+    with mistakes.no_interrupt():
+        process = subprocess.Popen([sys.executable, str(script)])
+        before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(time.monotonic()))
+    try:
+        while process.poll() is None:
+            time.sleep(0.05)
+            if interrupts and time.monotonic() > interrupts[0] + 5:
+                process.terminate()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts and process.returncode != mistakes.STOPPED:
+        raise KeyboardInterrupt
+    return process.returncode

@@ -5,7 +5,6 @@ Every script calls `begin_script` before its other imports, so this module impor
 import atexit
 import codecs
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -25,6 +24,8 @@ def begin_script():
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:   # else nohup or the like has it ignored
         signal.signal(signal.SIGINT, _stop_at_once)
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])     # see no_interrupt
     sys.excepthook = _end
     sys.unraisablehook = _end_where_nobody_catches
     codecs.register_error(REPLACED, _replaced)
@@ -53,6 +54,7 @@ def tell_torchrun(line):
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not path:
         return
+    import json  # 5 ms, in which Ctrl-C would still be a traceback
     with contextlib.suppress(OSError), open(path, 'w', encoding='utf-8') as file:
         json.dump({'message': line, 'timestamp': int(time.time())}, file)
 
@@ -83,6 +85,20 @@ def _stop_at_once(number, frame):
     """The handler of SIGINT during imports. There is nothing to clean up, and an exception could be caught there."""
     _say_stopped()
     os._exit(STOPPED)
+
+
+@contextlib.contextmanager
+def no_interrupt():
+    """Ctrl-C waits for the end of this. It never reaches the processes that are started in it, unless they are scripts of
+    the project: those it reaches in begin_script."""
+    if not hasattr(signal, 'pthread_sigmask'):      # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _say_stopped():

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -314,7 +315,9 @@ def compile_model(model, try_step, wish, insist, device, steps, processes):
                 print("compiling, which takes a minute", flush=True)
             for part in parts:
                 part.compile()
-            try_step()
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Error detected in')     # the traceback of a step that Ctrl-C ends
+                try_step()
         except Exception as error:      # the compiler's ways to fail are many and undocumented
             if isinstance(error, torch.OutOfMemoryError):
                 raise
