@@ -42,13 +42,17 @@ def typed():
 
 
 def stops(value, tokenizer):
-    """The texts that end a sample, [str], of the setting `stop`: those of a list as they are; a single text is divided at
-    each `|` that is not inside a mark such as <|im_end|>, unless all of it is a special token of the tokenizer. Raises
-    ValueError where it could mean two things."""
+    """The texts that end a sample, [str], of the setting `stop`.
+
+    Those of a list are used as they are. A single text is divided at each `|` that is not inside a mark such as <|im_end|>,
+    unless all of it is one token, or nothing but bars. Raises ValueError where it could mean two things.
+    """
     if isinstance(value, list):
         return [text for text in value if text]
-    if not value.strip('|') or special_id(tokenizer, value) is not None:
-        return [value] if value else []
+    if not value:
+        return []
+    if not value.strip('|') or len(_ids(tokenizer, value)) == 1:
+        return [value]
     texts = ['']
     for part in re.split(rf'({MARK}|\|)', value):
         if part == '|':
@@ -64,14 +68,18 @@ def stops(value, tokenizer):
 
 def special_id(tokenizer, text):
     """The id of the special token that `text` spells, or None."""
-    try:
-        ids = list(tokenizer.encode(text))
-        plain = list(tokenizer.encode_ordinary(text))
-    except ValueError:      # it has a character that the tokenizer lacks
-        return None
-    if len(ids) == 1 and ids != plain:
+    ids = _ids(tokenizer, text)
+    if len(ids) == 1 and ids != list(tokenizer.encode_ordinary(text)):
         return ids[0]
     return None
+
+
+def _ids(tokenizer, text):
+    """The ids of `text`, none where it has a character that the tokenizer lacks."""
+    try:
+        return list(tokenizer.encode(text))
+    except ValueError:
+        return []
 
 
 def _standard_input():

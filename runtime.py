@@ -100,10 +100,11 @@ class StopRequest:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def release(self):
-        """Give the signals back what they do by default: end the process, SIGINT as KeyboardInterrupt."""
+        """Once nothing is left to save: SIGINT and SIGTERM end the process, as by default, and SIGUSR1 does nothing."""
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _note(self, number, frame):

@@ -328,7 +328,7 @@ del wrapped
 processes.stop()
 if is_stopped:
     sys.exit(stop.exit_code)
-stop.release()      # all is saved: a signal ends what follows
+stop.release()      # all is saved: Ctrl-C ends the sample
 if processes.IS_MASTER and data.tokenizer and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
         generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)

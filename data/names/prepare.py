@@ -7,6 +7,7 @@ Downloads names.txt (sha256 below; NANOGPT_MIRROR may hold it as names/names.txt
 42: the first 80 % train, the next 10 % validate, the last 10 % are for a test, which nothing here reads: 182,625, 22,655
 and 22,866 letters and line ends to predict. A line end stands before and behind each name; each is a window of its own.
 """
+import argparse
 import random
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ if __name__ == '__main__':
 
 from bins import write_bins
 from files import download
-from mistakes import user_errors
+from mistakes import fail, user_errors
 from tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0.2
@@ -29,6 +30,9 @@ URL = 'https://raw.githubusercontent.com/karpathy/makemore/master/names.txt'
 SHA256 = '0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d'
 
 if __name__ == '__main__':
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.error = fail
+    options.parse_args()
     with user_errors():
         path = download(URL, HERE / 'names.txt', SHA256, mirrored_as='names/names.txt')
         names = path.read_text(encoding='utf-8').split('\n')
