@@ -22,8 +22,8 @@ def parse(words):
     if len(found) == 1 or folder_of(words).is_dir():        # which may have a comma in its name
         return [(words, 1)]
     if not all(found):
-        raise ValueError(f"dataset={words!r}: a mixture is NAME:WEIGHT,NAME:WEIGHT, a weight behind each name; a name in it "
-                         "has no comma")
+        raise ValueError(f"dataset={words!r}: a mixture is NAME:WEIGHT,NAME:WEIGHT, a weight behind each name; a "
+                         "name in it has no comma")
     if max(len(match[2]) for match in found) > 20:
         raise ValueError(f"dataset={words[:60]}… has a weight of more than 20 digits: take fewer")
     weights = [fractions.Fraction(match[2]) for match in found]
