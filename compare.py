@@ -92,6 +92,7 @@ with user_errors():
     folders = [word for word in sys.argv[1:] if os.path.isdir(word) or ('=' not in word and word[:1] != '-')]
     configure(globals(), [word for word in sys.argv[1:] if word not in folders])
     labels = divided(names, ',') or [folder.rstrip('/') for folder in folders]
+    labels = [label.encode(errors='replace').decode() for label in labels]      # a folder's name may be no text
     if len(set(labels)) != len(folders) or not folders:
         raise ValueError("give the out_dir of at least one run" if not folders else
                          f"{len(folders)} runs, {len(set(labels))} names: names= takes one for each, with commas between")

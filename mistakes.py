@@ -165,6 +165,6 @@ def _finish_output():
             print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(2)
     for encoding in sorted(_lacking):
-        hint = '' if encoding == 'utf-8' else '; PYTHONIOENCODING=utf-8 prints it'
+        hint = '' if codecs.lookup(encoding).name == 'utf-8' else '; PYTHONIOENCODING=utf-8 prints it'
         with contextlib.suppress(OSError):
             print(f"? stands for text that standard output can't show, as it is {encoding}{hint}", file=sys.stderr)

@@ -123,6 +123,7 @@ with user_errors():
     configure(globals(), [word for word in sys.argv[1:] if word not in folders])
     wanted = list(dict.fromkeys(name.strip() for name in y.split(',') if name.strip())) or ['loss']
     labels = divided(names, ',') or [folder.rstrip('/') for folder in folders]
+    labels = [label.encode(errors='replace').decode() for label in labels]      # a folder's name may be no text
     if len(set(labels)) != len(folders) or not folders:
         raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and as many names")
     path = Path(out or Path(folders[0] if len(folders) == 1 else '', f"{'-'.join(wanted)}.png".replace('/', '-')))

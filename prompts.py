@@ -1,4 +1,5 @@
 """What sample.py reads: the texts it continues, the lines that somebody types, the texts that end a sample."""
+import codecs
 import re
 import sys
 from pathlib import Path
@@ -92,9 +93,10 @@ def _standard_input():
 def _decoded(text, what, encoding):
     """`text`, where all of it could be decoded. Raises ValueError."""
     if found := re.search('[\ud800-\udfff]', text):
+        encoding = encoding or 'utf-8'      # a text in memory has none
         before = len(text[:found.start()].encode(encoding, 'surrogateescape'))
         advice = "`iconv -f ITS_ENCODING -t UTF-8` converts it"
-        if encoding.lower().replace('-', '') != 'utf8':
+        if codecs.lookup(encoding).name != 'utf-8':
             advice = "PYTHONIOENCODING=utf-8 reads UTF-8"
         raise ValueError(f"{what} is not {encoding} text at byte {before:,}: {advice}")
     return text
