@@ -29,9 +29,10 @@ import files
 import journal
 import mistakes
 import tokenizer as tokenizers
-from journal import SPLITS
+from journal import SKIPPED, SPLITS, Remark
+from mistakes import one_line
 
-VERSION = 1         # of how documents become bins here: what another one has begun is begun anew
+VERSION = 2         # of how documents become bins here: what another one has begun is begun anew
 TELL_SECONDS = 10       # between two lines about how far it is
 ROW = np.dtype([('split', 'u1'), ('documents', 'u1'), ('tokens', 'u4'), ('bytes', 'u4'), ('digest', 'V16')])
 
@@ -55,9 +56,11 @@ def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False,
                         add up to the source's; where it has a number `file`, pieces(n) begins with the first of file n
         read(piece)     in a worker: an iterator of (split or None, document)
         facts           perhaps: more of meta.json
-    A document is a text, or a list of (text, is_learned), or a Part of one. None lets the sha256 of the seed and the
-    document choose, so that copies stay on one side. Behind each document stands the tokenizer's eot, or where that has
-    none the text `end`: by default a newline, unless the document ends with one.
+    A document is a text, or a list of (text, is_learned), or a Part of one. In its place may stand
+    a journal.Remark, which is reported at the end. None lets the sha256 of the seed and the
+    document choose, so that copies stay on one side. Behind each document stands the tokenizer's
+    eot, or where that has none the text `end`: by default a newline, unless the document ends with
+    one.
 
     split: the shares of train, val and perhaps test. dedup: take each document once (Parts apart), which needs 100 bytes of
     memory for each. shard_tokens: put so many tokens in a file. num_proc: processes that encode, by default one per core.
@@ -108,7 +111,8 @@ def check_split(split):
 # ---- what the workers do ---------------------------------------------------------------------------------------------
 
 class _Encoder:
-    """A piece of the source -> (ids, learned or None, table of ROWs), documents one after the other."""
+    """A piece of the source -> (ids, learned or None, table of ROWs, Remarks), documents one after
+    the other."""
 
     def __init__(self, tokenizer, source, shares, seed, dtype, end, masked):
         self.tokenizer, self.source, self.dtype, self.masked = tokenizer, source, dtype, masked
@@ -119,8 +123,11 @@ class _Encoder:
         self.limits = [int(share * 2 ** 64) for share in self.sums[1:-1]]
 
     def __call__(self, piece):
-        ids, learned, table = [], [], []
+        ids, learned, table, remarks = [], [], [], []
         for split, document in self.source.read(piece):
+            if isinstance(document, Remark):
+                remarks.append(document)
+                continue
             for (*row, text_bytes, digest), new, are_learned, ends in self._rows(split, document):
                 row_ids = [np.asarray(new, self.dtype), self.eot] if ends and self.eot is not None else [
                     np.asarray(new, self.dtype)]
@@ -130,8 +137,9 @@ class _Encoder:
                     are_learned = np.ones(n, 'u1') if are_learned is True else np.asarray(are_learned, 'u1')
                     learned += [are_learned, are_learned[-1:]] if len(are_learned) < n else [are_learned]
                 table.append((*row, n, text_bytes, digest))
-        return (np.concatenate([np.empty(0, self.dtype), *ids]),
-                np.concatenate([np.empty(0, 'u1'), *learned]) if self.masked else None, np.array(table, ROW))
+        all_ids = np.concatenate([np.empty(0, self.dtype), *ids])
+        all_learned = np.concatenate([np.empty(0, 'u1'), *learned]) if self.masked else None
+        return all_ids, all_learned, np.array(table, ROW), remarks
 
     def _rows(self, split, document):
         """((split, documents in it, bytes of text, digest or nothing), ids, True or whether each is learned, whether the
@@ -269,6 +277,18 @@ def _tell(folder, meta, done, dedup):
     size, seconds = sum(of['bytes'] for of in meta['splits'].values()) / 1e6, max(done['seconds'], 1e-3)
     print(f"{folder}: {size:,.1f} MB in {seconds:,.1f} s, {size / seconds:,.2f} MB/s"
           + (f"; {done['dropped']:,} duplicate(s) dropped" if dedup else ''), flush=True)
+    _tell_remarks(done['remarks'])
+
+
+def _tell_remarks(remarks):
+    for about, (n, details) in remarks.items():
+        if about != SKIPPED:
+            print(one_line(f"{n:,} {about}; the first is {details[0]}"), flush=True)
+    if SKIPPED in remarks:
+        n, details = remarks[SKIPPED]
+        print(f"{n:,} {SKIPPED}{':' if n == len(details) else ', of which the first are:'}")
+        for detail in details:
+            print(f"    {one_line(detail)}", flush=True)
 
 
 # ---- texts that fit into memory --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,28 @@ import files
 
 SAVE_SECONDS = 5        # between two journals
 SPLITS = 'train', 'val', 'test'
+
+
+SKIPPED = "row(s) skipped by --skip_bad_rows"
+SHOWN = 5       # remarks of a kind that are kept word for word; the others are counted
+
+
+class Remark(NamedTuple):
+    """In place of a document: what to report at the end. Those about the same thing are counted."""
+    about: str          # SKIPPED, or what the report says after the count
+    detail: str         # file and line, and what was wrong there
+
+
+def count_remarks(remarks, before):
+    """{about: [how many, the first SHOWN details]} of these remarks and of the counts `before`,
+    which are not changed."""
+    counts = {about: [n, list(details)] for about, (n, details) in before.items()}
+    for about, detail in remarks:
+        count = counts.setdefault(about, [0, []])
+        count[0] += 1
+        if len(count[1]) < SHOWN:
+            count[1].append(detail)
+    return counts
 
 
 class Stream:
@@ -108,7 +131,7 @@ class Output:
 
     def add(self, piece, encoded):
         """Append a piece, which `encoded` returns; returns its size in bytes. Whatever stops this, `done` stays true."""
-        ids, learned, table = encoded()
+        ids, learned, table, remarks = encoded()
         kept, dropped = np.ones(len(table), bool), 0
         if self.digests:
             new = []
@@ -134,7 +157,9 @@ class Output:
         size = int(table['bytes'].sum()) if size is None else size
         self.done = {**self.done, 'splits': splits, 'file': file, 'size': self.done['size'] + size,
                      'pieces': self.done['pieces'] + 1 if file == self.done['file'] else 1,
-                     'dropped': self.done['dropped'] + dropped, 'kept': self.digests.n if self.digests else 0}
+                     'dropped': self.done['dropped'] + dropped,
+                     'kept': self.digests.n if self.digests else 0,
+                     'remarks': count_remarks(remarks, self.done['remarks'])}
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
         return size
@@ -184,9 +209,15 @@ class Output:
     def finish(self, shares, meta):
         """All pieces are added: write the meta.json beside them. Raises ValueError where a split has got nothing."""
         n = sum(facts['documents'] for facts in self.done['splits'].values())
+        if not n and SKIPPED in self.done['remarks']:
+            n_skipped, first = self.done['remarks'][SKIPPED]
+            raise ValueError(f"none of the {n_skipped:,} row(s) can be used: {first[0]}")
         if not n:
             raise ValueError("there is no text in the sources: every document is empty")
         for (split, facts), share in zip(self.done['splits'].items(), shares):
+            if facts['tokens'] < 2 and self.masked:
+                raise ValueError(f"none of the {n:,} conversation(s) fell to {split}, whose share is "
+                                 f"{share}: add conversations, or use another --split or --seed")
             if facts['tokens'] < 2:
                 raise ValueError(f"none of the {n:,} document(s) fell to {split}, whose share is {share}: take smaller "
                                  "ones (--document=paragraph or line), another --split or --seed, or make them one text, "
@@ -209,7 +240,8 @@ class Output:
         return found | ({'learned': facts['learned']} if self.masked else {})
 
 
-_NOTHING = {'identity': None, 'file': 0, 'pieces': 0, 'size': 0, 'dropped': 0, 'kept': 0, 'seconds': 0.0, 'splits': {}}
+_NOTHING = {'identity': None, 'file': 0, 'pieces': 0, 'size': 0, 'dropped': 0, 'kept': 0,
+            'seconds': 0.0, 'remarks': {}, 'splits': {}}
 
 
 def load(folder):

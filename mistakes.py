@@ -39,14 +39,19 @@ def begin_script():
 
 def fail(message):
     """End the script on a user's mistake: one line on stderr, exit code 2."""
-    line = ' '.join(str(message).split())
-    line = ''.join(c if c.isprintable() else '\ufffd' for c in line)    # file names may hold anything
-    if len(line) > 480:
-        line = f"{line[:370]} … {line[-90:]}"
+    line = one_line(message)
     with contextlib.suppress(OSError):
         print(f"error: {line}", file=sys.stderr, flush=True)
     tell_torchrun(line)
     raise SystemExit(2)
+
+
+def one_line(message):
+    """A message as one printable line of moderate length."""
+    line = ' '.join(str(message).split())
+    # File names and rows may hold anything.
+    line = ''.join(c if c.isprintable() else '\ufffd' for c in line)
+    return line if len(line) <= 480 else f"{line[:370]} … {line[-90:]}"
 
 
 def tell_torchrun(line):

@@ -6,6 +6,7 @@ A text file's byte order mark is no part of its text; everything else is, CR LF 
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -18,15 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+import conversations
 import files
 import textfiles
 from bins import Part
-from chat import Template
+from journal import SKIPPED, Remark
 from textfiles import fetched, reading
 
 PIECE, LARGE = 1 << 20, 1 << 22     # bytes of a piece, about; of the largest text that is not encoded in parts
 MOST = 1 << 28      # bytes of a row, which has to be in memory whole; a small file may unpack to any number of them
 ROWS = 'jsonl', 'parquet'
+FIRST = 100     # rows at the beginning of a file, among which one has to show how all are read
 SEPARATORS = {'file': None, 'paragraph': r'\n(?:[ \t]*\r?\n)+', 'line': r'\n'}     # behind a document and its last \r
 ENDS = {'file': '', 'paragraph': ' \t\r\n', 'line': '\r\n'}   # what is at its end and no part of it
 BLANK_LINES = re.compile(rb'(?:[ \t]*\r?\n)+')
@@ -54,12 +57,15 @@ class Piece(NamedTuple):
     chunks: list
 
 
-def open(words, field=None, document='file', template=None, folder=None, max_bytes=None):
+def open(words, field=None, document='file', template=None, folder=None, max_bytes=None,
+         skip_bad_rows=False):
     """The source that the words stand for: files, folders, globs, `-`, owner/name[@revision][:folder or glob] on the Hub.
     Raises ValueError or OSError.
 
-    field: of rows, 'text' where it is None; a.b is b in a; two with a comma are what a user asks and an assistant answers,
-    and one that holds messages is a conversation. document: what is one in a text: the file, a paragraph, a line.
+    field: of rows; a.b is b in a. Names with commas between are those of a conversation, and so is
+    one that holds messages; None: 'text', or what conversations.FORMS recognizes. skip_bad_rows:
+    leave out rows that can't be used and report them, in place of an error.
+    document: what is one in a text: the file, a paragraph, a line.
     template: a chat template, chat.DEFAULT where it is None. folder: where the bins will be; standard input is copied into
     its files.workplace, and the bins there are no source. max_bytes: take only the beginning, about so much of the
     files' size.
@@ -73,13 +79,14 @@ def open(words, field=None, document='file', template=None, folder=None, max_byt
         found.setdefault(file.path.resolve(), file)
     if twice := len(named) - len(found):
         print(f"{twice:,} file(s) that the sources name more than once are taken once", flush=True)
-    return Files(list(found.values()), field, document, template, folder, max_bytes)
+    return Files(list(found.values()), field, document, template, folder, max_bytes,
+                 skip_bad_rows)
 
 
 class Files:
     """The documents in files, as bins.prepare takes them; `texts` are those of a vocabulary."""
 
-    def __init__(self, found, field, document, template, folder, max_bytes):
+    def __init__(self, found, field, document, template, folder, max_bytes, skip_bad_rows):
         if not found:
             raise ValueError("there is no file to read")
         if max_bytes:
@@ -87,21 +94,30 @@ class Files:
             found = found[:bisect_left(ends, max_bytes) + 1]
         self.files, self.max_bytes, self.size = found, max_bytes or sys.maxsize, sum(file.size for file in found)
         self.size = min(self.size, self.max_bytes)
-        self.document, self.fields, self.template = document, (field or 'text').split(','), None
-        if len(self.fields) > 2 or not all(self.fields):
-            raise ValueError(f"field={field!r} must be a name, or two with a comma: of what is asked, what is answered")
-        if rows := [file for file in found if file.kind in ROWS]:
-            first = next((row for file in rows if (row := self._first_row(file, folder))), {})
-            is_chat = field is None and 'text' not in first and 'messages' in first
-            if is_chat:
-                self.fields = ['messages']
-            if is_chat or len(self.fields) == 2 or _is_conversation(first, self.fields[0]):
-                self.template = Template(template)
+        self.document = document
+        self.skip_bad_rows = skip_bad_rows
+        self.fields = (field or 'text').split(',')
+        self.conversations = None       # a conversations.Conversations, where rows are no texts
+        if not all(self.fields):
+            raise ValueError(f"field={field!r} must be a name, or names with commas between: of "
+                             "what is asked, and last of what is answered")
+        rows = [file for file in found if file.kind in ROWS]
+        if rows:
+            first = self._telling_row(rows, field, folder)
+            self.conversations = conversations.reader(first, field, template)
         elif field:
             raise ValueError(f"field={field!r} is of rows, which .jsonl and .parquet files have: {found[0].name} is text")
-        if template and not self.template:
-            raise ValueError("a template is for rows with messages, or for --field=ASKED,ANSWERED; there are no such rows")
-        self.facts = {'masked': True, 'template': self.template.description} if self.template else {}
+        elif skip_bad_rows:
+            raise ValueError("skip_bad_rows is for rows, which .jsonl and .parquet files have: "
+                             f"{found[0].name} is text")
+        self.facts = {}
+        if self.conversations:
+            self.fields = self.conversations.fields
+            self.facts = {'masked': True, 'template': self.conversations.template.description}
+        elif template:
+            raise ValueError("a template is for conversations, and there are none in the sources: "
+                             "of rows, --field=NAME says which field holds the messages, "
+                             "--field=ASKED,ANSWERED which ones a question and its answer")
         if commits := sorted({f'{file.origin[0]}@{file.origin[1]}' for file in found if file.origin}):
             self.facts['hub'] = commits
         # One text alone is divided by position; this is its length in characters.
@@ -109,7 +125,7 @@ class Files:
         if is_alone and max_bytes:
             raise ValueError("max_bytes takes the first of many documents, and this is one text: divide it by --document")
         self.length = _length(fetched(found[0])) if is_alone else None
-        self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes,
+        self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes, skip_bad_rows,
                                        [[file.name, file.size, file.changed] for file in found]])
 
     def texts(self, most=None):
@@ -117,6 +133,8 @@ class Files:
         share = min(1, most / max(1, self.size)) if most else 1
         for i, piece in enumerate(self.pieces()):
             for _, document in self.read(piece) if int((i + 1) * share) > int(i * share) or i == 0 else ():
+                if isinstance(document, Remark):
+                    continue
                 yield (document if isinstance(document, str) else document.text if isinstance(document, Part) else
                        ''.join(text for text, _ in document))
 
@@ -169,18 +187,35 @@ class Files:
             if file.origin:
                 file.path.unlink(missing_ok=True)
 
-    def _first_row(self, file, folder):
-        """The first row of a file; of one of the Hub, kept for a command that was stopped when the file is gone again."""
-        kept = file.origin and files.workplace(folder) / 'row.json'
-        if kept and kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))[0] == list(file.origin):
-            return known[1]
-        row = _first_row(fetched(file))
-        if kept:
-            kept.write_text(json.dumps([file.origin, row], default=str), encoding='utf-8')
+    def _telling_row(self, found, field, folder):
+        """The row that decides how all are read: the first one that fits, or else the first; or {}."""
+        first = {}
+        for file in found:
+            row = self._first_row(file, field, folder)
+            if conversations.tells_how_to_read(row, field):
+                return row
+            first = first or row
+        return first
+
+    def _first_row(self, file, field, folder):
+        """As _first_row below. Of a file of the Hub, it is kept: a command that was stopped needs it
+        again when the file is gone."""
+        if not file.origin:
+            return _first_row(file, field)
+        kept = files.workplace(folder) / 'row.json'
+        key = [*file.origin, field]
+        if kept.is_file():
+            known, row = json.loads(kept.read_text(encoding='utf-8'))
+            if known == key:
+                return row
+        row = _first_row(fetched(file), field)
+        kept.write_text(json.dumps([key, row], default=str), encoding='utf-8')
         return row
 
     def _chunks(self, file, stream, head):
         if file.kind == 'parquet':
+            if self.conversations:
+                return _parquet(file, self.conversations.required, self.conversations.optional)
             return _parquet(file, self.fields)
         separator = SEPARATORS['line' if file.kind == 'jsonl' else self.document]
         return _cut(file, stream, head, separator and re.compile(separator.encode()), self.length)
@@ -189,8 +224,8 @@ class Files:
         """(None, document) of each document; a worker calls this."""
         for chunk in piece.chunks:
             if chunk.kind in ROWS:
-                for line, row in _rows(chunk):
-                    yield None, self._document(chunk, line, row)
+                for number, row in _rows(chunk):
+                    yield from self._read_row(chunk, number, row)
             elif chunk.key is not None:
                 text = _text(chunk).rstrip(ENDS[self.document] if chunk.is_last else '')
                 yield None, Part(text, chunk.key, chunk.is_last, chunk.place)
@@ -201,22 +236,37 @@ class Files:
                     if document.strip():
                         yield None, document.rstrip(ENDS[self.document])
 
-    def _document(self, chunk, line, row):
-        """What a row says: a text, or the parts of a conversation."""
+    def _read_row(self, chunk, number, row):
+        """(None, document) of a row, and (None, Remark) of what there is to report of it."""
+        where = _place(chunk, number)
         try:
-            if not self.template:
-                text = _value(row, self.fields[0])
-                if text is None:        # as large datasets have here and there: an empty document, which is passed over
-                    return ''
-                if not isinstance(text, str):
-                    raise ValueError(f"its {self.fields[0]!r} is no text but {json.dumps(text, default=str)[:40]}")
-                return text
-            if len(self.fields) == 2:
-                return self.template.parts({field: _value(row, field) for field in self.fields}, self.fields)
-            return self.template.parts({'messages': _value(row, self.fields[0])})
+            document, unused = self._document(_parsed(row))
         except ValueError as error:
-            where = f"{chunk.name}, {'row' if chunk.kind == 'parquet' else 'line'} {line}"
-            raise ValueError(f"{where}: {error}") from None
+            if self.skip_bad_rows:
+                yield None, Remark(SKIPPED, f"{where}: {error}")
+                return
+            advice = ''
+            # What is wrong with the first row is mostly wrong with all: nothing would be left.
+            if number > 1 and '--skip_bad_rows' not in str(error):
+                advice = "; --skip_bad_rows leaves such rows out"
+            raise ValueError(f"{where}: {error}{advice}") from None
+        yield None, document
+        for about in unused:
+            yield None, Remark(about, where)
+
+    def _document(self, row):
+        """(the text of a row or the parts of its conversation, [what it has that is not used])."""
+        if self.conversations:
+            return self.conversations.parts(row)
+        if not isinstance(row, dict):
+            raise ValueError(f"not a row but {str(row)[:40]}: a row is {{…}}")
+        text = conversations.value(row, self.fields[0])
+        if text is None:    # as large datasets have here and there: an empty document
+            return '', []
+        if not isinstance(text, str):
+            raise ValueError(f"its {self.fields[0]!r} is not text but "
+                             f"{json.dumps(text, default=str)[:40]}")
+        return text, []
 
 
 def _cut(file, stream, head, separator, length):
@@ -299,23 +349,36 @@ def _text(chunk):
 
 
 def _rows(chunk):
-    """(number, row) of each row."""
+    """(number, row) of each row; of JSONL it is the line."""
     if chunk.kind == 'parquet':
         yield from enumerate(chunk.data, chunk.line)
         return
-    for number, line in enumerate(_text(chunk).split('\n'), chunk.line):
+    for number, line in enumerate(chunk.data.split(b'\n'), chunk.line):
         if line.strip():
-            yield number, _row(line, f"{chunk.name}, line {number}")
+            yield number, line
 
 
-def _row(line, where):
+def _place(chunk, number):
+    unit = 'row' if chunk.kind == 'parquet' else 'line'
+    return f"{chunk.name}, {unit} {number}"
+
+
+def _parsed(row):
+    """A row: of JSONL an object, or a list. Raises ValueError."""
+    if not isinstance(row, bytes):
+        return row
     try:
-        row = json.loads(line)
+        line = row.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start:,} of the line: `iconv -f ITS_ENCODING "
+                         "-t UTF-8` converts the file") from None
+    try:
+        found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}): {line[:40]}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is no row: {{…}} is one, this is {line[:40]}")
-    return _mended(row) if SURROGATE.search(line) else row
+        raise ValueError(f"not JSON ({error}): {line[:40]}") from None
+    if not isinstance(found, (dict, list)):
+        raise ValueError(f"not a row but {line[:40]}: a row is {{…}}")
+    return _mended(found) if SURROGATE.search(line) else found
 
 
 def _mended(value):
@@ -327,23 +390,6 @@ def _mended(value):
     return [_mended(item) for item in value] if isinstance(value, list) else value
 
 
-def _value(row, field):
-    """A field of a row; a.b is b in a."""
-    value = row
-    for key in [field] if field in row else field.split('.'):
-        if not isinstance(value, dict) or key not in value:
-            there = ', '.join(map(str, row)) or 'none'
-            raise ValueError(f"there is no field {field!r}, only {there}: --field says which")
-        value = value[key]
-    return value
-
-
-def _is_conversation(row, field):
-    with contextlib.suppress(ValueError):
-        return isinstance(_value(row, field), list)
-    return False
-
-
 def _fetch_into(future, file):
     try:
         future.set_result(fetched(file))
@@ -351,24 +397,44 @@ def _fetch_into(future, file):
         future.set_exception(error)
 
 
-def _first_row(file):
-    """The first row of a file, or {}."""
+def _first_row(file, field):
+    """The first row of a file by which rows can be read, or else the first one, or {}."""
+    first = {}
+    for row in itertools.islice(_good_rows(file), FIRST):
+        if conversations.tells_how_to_read(row, field):
+            return row
+        first = first or row
+    return first
+
+
+def _good_rows(file):
+    """The rows at the beginning of a file. Those that can't be parsed are reported when all are read."""
     if file.kind == 'parquet':
         with _parquet_file(file) as found:
-            return next(found.iter_batches(1)).to_pylist()[0] if found.metadata.num_rows else {}
+            for batch in found.iter_batches(1):
+                yield from batch.to_pylist()
+        return
     with reading(file) as (_, stream):
         chunk = next(_cut(file, stream, stream.read(PIECE + 1), re.compile(b'\n'), None), None)
-    return next((row for _, row in _rows(chunk)), {}) if chunk else {}
+    for _, line in _rows(chunk) if chunk else ():
+        with contextlib.suppress(ValueError):
+            yield _parsed(line)
 
 
-def _parquet(file, fields):
-    """The Chunks of a parquet file. A chunk's offset is the same share of the file's bytes as it is of its rows."""
+def _parquet(file, fields, optional=()):
+    """The Chunks of a parquet file, with the columns of these fields, and of those optional ones
+    that it has. A chunk's offset is the same share of the file's bytes as it is of its rows."""
     with _parquet_file(file) as found:
         names = found.schema_arrow.names
         columns = [field if field in names else field.split('.')[0] for field in fields]
         for column in columns:
             if column not in names:
-                raise ValueError(f"{file.name} has no column {column!r}, only {', '.join(names)}: --field says which")
+                raise ValueError(f"{file.name} has no column {column!r}, only {', '.join(names)}: "
+                                 f"{conversations.WHICH_FIELD}")
+        for field in optional:
+            column = field if field in names else field.split('.')[0]
+            if column in names and column not in columns:
+                columns.append(column)
         n, line = found.metadata.num_rows, 1
         for i in range(found.num_row_groups):
             group = found.metadata.row_group(i)

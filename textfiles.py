@@ -11,12 +11,14 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import conversations
 import files
 import hub
 
@@ -172,9 +174,53 @@ def _what_is_wrong(file):
         codecs.getincrementaldecoder('utf-8')().decode(head, final=len(head) < SNIFF)
     except UnicodeDecodeError as error:
         return f"is not UTF-8 at byte {error.start:,}: `iconv -f ITS_ENCODING -t UTF-8` converts it"
-    if file.kind == 'jsonl' and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
-        return "is one JSON array: `jq -c '.[]'` makes lines of it, a row on each"
-    return ''
+    return _what_is_wrong_with_lines(file, head) if file.kind == 'jsonl' else ''
+
+
+def _what_is_wrong_with_lines(file, head):
+    """Why JSONL can't be read line by line, judged by its beginning, or ''. A line may well be an
+    array, of messages; but the file as a whole may not."""
+    text = head.decode(errors='ignore').removeprefix('\ufeff').lstrip()
+    if not text.startswith('['):
+        return ''
+    line, _, others = text.partition('\n')
+    has_messages = _begins_with_message(line if line.strip() != '[' else text)
+    try:
+        json.loads(line)
+        if has_messages or others.strip():
+            return ''
+    except ValueError:
+        is_cut_off = len(head) == SNIFF and '\n' not in text
+        if has_messages and is_cut_off:
+            return ''
+    program = '.' if has_messages else '.[]'
+    return (f"is one JSON array: `{_jq(file, program)}` writes its rows as lines, which can be "
+            "prepared")
+
+
+def _begins_with_message(text):
+    """Whether the first item of an array is a message, as far as the text goes."""
+    text = text[1:].lstrip()
+    try:
+        return conversations.is_message(json.JSONDecoder().raw_decode(text)[0])
+    except ValueError:      # it is longer
+        return re.match(r'\{\s*"(role|from|content|value)"\s*:', text) is not None
+
+
+def _jq(file, program):
+    """The command that writes a file's JSON as lines, into a file of another name."""
+    if file.name == 'standard input':
+        return f"jq -c '{program}'"
+    stem = file.name.removesuffix(f'.{file.packed}')
+    beginning, _, ending = stem.rpartition('.')
+    # What ends in .jsonl already needs another name.
+    lines = f'{beginning}.jsonl' if ending.lower() == 'json' else f'{beginning}-rows.jsonl'
+    name = shlex.quote(file.name)
+    command = f"jq -c '{program}' {name}"
+    if file.packed:
+        unpack = 'gzip' if file.packed == 'gz' else 'zstd'
+        command = f"{unpack} -dc {name} | jq -c '{program}'"
+    return f"{command} > {shlex.quote(lines)}"
 
 
 @contextlib.contextmanager

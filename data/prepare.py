@@ -2,7 +2,8 @@
 
     python data/prepare.py mine book.txt
     python data/prepare.py mine texts/ 'more/**/*.md' dump.jsonl.zst pages.parquet --document=paragraph
-    python data/prepare.py mine chats.jsonl --field=prompt,answer
+    python data/prepare.py mine chats.jsonl --skip_bad_rows
+    python data/prepare.py mine questions.parquet --field=question,answer
     python data/prepare.py mine HuggingFaceFW/fineweb-edu:sample/10BT --shard_tokens=100_000_000
     zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
 
@@ -15,8 +16,10 @@ DOCUMENTS go to train, val or test as a whole, by the sha256 of the seed and the
 one above 4 MB goes by its first 4 MB. Behind each stands the tokenizer's end-of-text token, or --separator. One text file
 alone is divided by position: the first nine tenths train.
 
-CONVERSATIONS, rows with "messages" or --field=ASKED,ANSWERED, are written in a chat template, and only the answers are
-learned.
+CONVERSATIONS are rows with "messages" or "conversations" (OpenAI's, ShareGPT's), with "prompt" and
+"completion", with "instruction", "input" and "output"; rows that are a list of messages; and what
+--field=MESSAGES or --field=ASKED,ANSWERED names. They are written in a chat template, and only the
+answers are learned, except for those with "weight": 0.
 
 A run that was stopped goes on when it gets the same command; the bins are the same for any --num_proc. Old bins stay until
 the new ones are whole.
@@ -58,7 +61,9 @@ def arguments(words):
     add('--tokenizer', default='gpt2', metavar='NAME', help="char, byte, gpt2, cl100k_base, o200k_base, a "
         "sentencepiece model, a tokenizer.json, a name on the Hugging Face Hub, train:bpe:VOCAB, "
         "train:sentencepiece:VOCAB; default: gpt2")
-    add('--field', help="of a row: which is its text (a.b: b in a), or ASKED,ANSWERED; default: text, or messages")
+    add('--field', metavar='NAME[,NAME…]', help="of a row: which is its text or its messages (a.b: "
+        "b in a); of several, the last is what is answered, the others what is asked; default: "
+        "text, or those of a conversation")
     add('--document', default='file', choices=sources.SEPARATORS, help="what is one in a text; default: file")
     add('--separator', metavar='TEXT', help="behind each document, where the tokenizer has no end-of-text token; default: "
         "a newline, unless the document ends with one; of a shell's: --separator=$'\\n\\n'")
@@ -67,6 +72,8 @@ def arguments(words):
     add('--seed', type=int, default=1337, help="of the split; default: 1337")
     add('--dedup', action='store_true', help="take each document once, which needs 100 bytes of memory for each; those "
         "above 4 MB stay as they are")
+    add('--skip_bad_rows', action='store_true', help="leave out rows that can't be used, such as "
+        "invalid JSON, and report them at the end; default: the first one is an error")
     add('--max_bytes', type=int, metavar='N', help="take only the beginning, about so much of the sources' size")
     add('--num_proc', type=int, help="processes that encode; default: one per core")
     add('--shard_tokens', type=int, default=0, metavar='N', help="write files of N tokens each: train-00000.bin, …")
@@ -77,7 +84,9 @@ def arguments(words):
     training.add_argument('--character_coverage', type=float, metavar='SHARE')
     training.add_argument('--max_piece_length', type=int, metavar='N')
     training.add_argument('--byte_fallback', choices=('True', 'False'))
-    words = ['--dedup' if word == '--dedup=True' else word for word in words if word != '--dedup=False']
+    for flag in ('--dedup', '--skip_bad_rows'):
+        words = [word for word in words if word != f'{flag}=False']
+        words = [flag if word == f'{flag}=True' else word for word in words]
     asked = parser.parse_intermixed_args(words)
     if wrong := [key for key, value in vars(asked).items() if type(value) is list and key != 'sources']:
         fail(f"--{wrong[0]} has no value; write --{wrong[0]}=VALUE")        # argparse takes it for -- alone
@@ -108,7 +117,7 @@ def template_of(path):
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def tokenizer_for(asked, source, folder):
@@ -158,7 +167,9 @@ def main(words):
 def make(asked, shares, folder, template):
     """Prepare what was asked for; returns the meta."""
     try:
-        source = sources.open(asked.sources, asked.field, asked.document, template, folder, asked.max_bytes)
+        source = sources.open(
+            asked.sources, asked.field, asked.document, template, folder, asked.max_bytes,
+            skip_bad_rows=asked.skip_bad_rows)
         own = tokenizer_for(asked, source, folder)
         if asked.separator is not None and getattr(own, 'eot', None) is not None:
             raise ValueError(f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out")

@@ -22,12 +22,14 @@ KNOWS = {       # module: the project's modules that it may import
     'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
     'shards': {'tokenizer'}, 'dataset': {'shards', 'mistakes'}, 'mixture': {'dataset'},
+    'conversations': {'chat'},
     'journal': {'files'}, 'bins': {'files', 'tokenizer', 'chat', 'journal', 'mistakes'},
-    'textfiles': {'files', 'hub'}, 'sources': {'bins', 'chat', 'files', 'textfiles'},
+    'textfiles': {'conversations', 'files', 'hub'},
+    'sources': {'bins', 'conversations', 'files', 'journal', 'textfiles'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
     'fsdp': {'files', 'optimizer'},
-    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora',
+    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'guard', 'huggingface', 'lora',
                    'optimizer', 'fsdp'},
 }
 
