@@ -8,6 +8,10 @@
 The sides take turns, so that a machine whose speed drifts is fair to all; a token's time is the median of the rounds. A
 token has to read the weights of every product, and the keys and values so far: over the measured bandwidth, its limit.
 """
+from mistakes import begin_script
+
+begin_script()      # before the imports, which take seconds
+
 import copy
 import dataclasses
 import functools

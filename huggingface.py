@@ -209,7 +209,7 @@ def _weights(path):
             return dict(found)
         if path.suffix != '.json':
             return safetensors.torch.load_file(path)
-        names = sorted(set(json.loads(path.read_text())['weight_map'].values()))
+        names = sorted(set(json.loads(path.read_text(encoding='utf-8'))['weight_map'].values()))
         if wrong := [name for name in names if not name.endswith(('.safetensors', '.bin')) or '..' in Path(name).parts
                      or Path(name).is_absolute()]:
             raise ValueError(f"it names {wrong[0]!r}, which is no file of weights in this folder")

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +98,14 @@ class StopRequest:
             signal.signal(number, self._note)
         signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, daemon=True).start()
+
+    def release(self):
+        """Once nothing is left to save: SIGINT and SIGTERM end the process, as by default, and SIGUSR1 does nothing."""
+        signal.set_wakeup_fd(-1)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _note(self, number, frame):
         self.signal = self.signal or number
@@ -186,7 +195,7 @@ def cpu_has_bfloat16():
         probes = (getattr(torch.cpu, name, None) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
         return any(probe() for probe in probes if probe)
     try:
-        with open('/proc/cpuinfo') as cpuinfo:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as cpuinfo:
             return ' bf16' in cpuinfo.read()
     except OSError:
         return False
@@ -307,7 +316,9 @@ def compile_model(model, try_step, wish, insist, device, steps, processes):
                 print("compiling, which takes a minute", flush=True)
             for part in parts:
                 part.compile()
-            try_step()
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Error detected in')     # the traceback of a step that Ctrl-C ends
+                try_step()
         except Exception as error:      # the compiler's ways to fail are many and undocumented
             if isinstance(error, torch.OutOfMemoryError):
                 raise

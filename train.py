@@ -7,7 +7,10 @@
 """
 import time
 
+from mistakes import begin_script
+
 _start = time.perf_counter()    # before the imports: they are part of what a user waits for
+begin_script()      # also before them: Ctrl-C is one line from here on
 
 import dataclasses
 import math
@@ -229,7 +232,7 @@ processes.say(plan(config, model, data, tokens_per_step, max_iters, iter_num, (d
 advice = runtime.memory_advice(batch_size, gradient_accumulation_steps)
 is_over = progress['evaluated'] == iter_num and (iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals'])
 if eval_only or is_over:
-    with processes.lost_peers(), runtime.memory_errors(advice):
+    with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         losses = {split: evaluate(split, eval_iters) for split in ('train', 'val') if eval_only}
     name = f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from
     processes.say(evaluation_table(name, model, losses, data) if eval_only else f"{name}: this run is at its end" + (
@@ -339,6 +342,7 @@ del wrapped
 processes.stop()
 if is_stopped:
     sys.exit(stop.exit_code)
+stop.release()      # all is saved: Ctrl-C ends the sample
 if processes.IS_MASTER and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
         generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)

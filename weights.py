@@ -126,8 +126,8 @@ def _library(weight, cache):
     flags = (f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC '      # and sums in any order
              '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno').split()
     flags += ['-mprefer-vector-width=512'] * (platform.machine().lower() in ('x86_64', 'amd64'))
-    about = [source.read_text(), platform.machine(), platform.processor(), *flags]
-    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+    about = [source.read_text(encoding='utf-8'), platform.machine(), platform.processor(), *flags]
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
         about += [line for line in file if line.startswith(('flags', 'Features', 'model name'))]
     try:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'

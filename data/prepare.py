@@ -35,6 +35,11 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 import bins
 import files
 import sources

@@ -90,5 +90,5 @@ def _memory():
     most = 1 << 62
     with contextlib.suppress(OSError, ValueError, AttributeError):      # Windows; no limit: 'max'
         most = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-        most = min(most, int(Path('/sys/fs/cgroup/memory.max').read_text()))
+        most = min(most, int(Path('/sys/fs/cgroup/memory.max').read_text(encoding='utf-8')))
     return most

@@ -48,6 +48,9 @@ for line in sys.stdin:
             os.dup2(file.fileno(), number)
         os.chdir(asked['cwd'])
         os.environ.update(asked['env'])
+        if 'PYTHONIOENCODING' in asked['env']:
+            sys.stdout.reconfigure(encoding=asked['env']['PYTHONIOENCODING'], errors='strict')
+            sys.stderr.reconfigure(encoding=asked['env']['PYTHONIOENCODING'])
         if not asked['sample']:
             generate.closing_sample = lambda *args: None
         if asked['memory']:
