@@ -102,9 +102,11 @@ runtime.check_ranges(config, processes.WORLD_SIZE)
 # ---- the machine -----------------------------------------------------------------------------------------------------
 with processes.lost_peers(), user_errors():
     runtime.be_deterministic(deterministic)
-    device = processes.start(backend, runtime.resolve_device(device), parallel)
+    recorded = stored.get('resolved', {}) if stored else {}     # what 'auto' meant before
+    device = runtime.resolve_device(device, recorded.get('device'))
+    device = processes.start(backend, device, parallel)
     device_type = device.split(':')[0]
-    before = stored['resolved'] if (stored or {}).get('resolved', {}).get('device') == device_type else {}    # of 'auto'
+    before = recorded if recorded.get('device') == device_type else {}
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
@@ -118,7 +120,7 @@ ctx = runtime.autocast(device, dtype)
 with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
     with processes.master_first():
         prepare_if_small(dataset)
-    runtime.seed_everything(seed, 1)
+    runtime.seed_everything(seed, 1, device=device)
     if stored:
         model, trained_on = checkpoint.restore(stored, config, processes.IS_LAUNCHED and parallel == 'fsdp')
     elif init_from != 'scratch':
@@ -152,7 +154,7 @@ del stored      # its tensors are in the model and the optimizer now
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
     idx, targets, share = data.train_batch(step + progress['data_offset'], micro)
-    runtime.seed_everything(seed, step + 1, micro + 1)
+    runtime.seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
         _, loss = wrapped(*runtime.to_device(device, idx, targets))
     scaler.scale(loss * share * processes.WORLD_SIZE).backward()     # averaged over processes: now it is the sum
@@ -241,7 +243,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
 stop = runtime.StopRequest()
 with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
-    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile')
+    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile', device)
     while True:     # evaluate, and save
         is_stopped, is_late = processes.anyone(bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at)
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
