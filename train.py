@@ -79,7 +79,7 @@ warmup_lr = 0.0  # what it rises from
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
 min_lr = 6e-5  # usually learning_rate / 10; rates of their own fall by the same factor
 # the machine
-device = 'auto'  # auto, cpu, cuda, cuda:1, mps
+device = 'auto'  # cpu, cuda, cuda:1, mps, or auto: the fastest; when resuming, the run's own
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = 'auto'  # True, False, or auto: where the run is long enough to pay for it
 backend = 'auto'  # between processes: auto, nccl, gloo
