@@ -137,11 +137,11 @@ def resolve_device(device, recorded=None):
     if device == 'auto' and recorded:
         try:
             return resolve_device(recorded)
-        except ValueError as error:
+        except ValueError:
             fastest = _fastest_device()
             if os.environ.get('RANK', '0') == '0':
-                print(f"the run used another device ({error}); it goes on with device={fastest!r}",
-                      flush=True)
+                print(f"the run used device={recorded!r}, which can't be used here: "
+                      f"it goes on with device={fastest!r}", flush=True)
             return fastest
     if device == 'auto':
         return _fastest_device()
