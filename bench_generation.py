@@ -107,7 +107,7 @@ with user_errors():
     if plot and (not Path(plot).parent.is_dir() or Path(plot).suffix not in ('.png', '.svg', '.pdf')):
         fail(f"plot={plot!r}: take a .png, .svg or .pdf in a folder that is there")
     runtime.be_fast()
-    runtime.seed_everything(seed, 1)
+    runtime.seed_everything(seed, 1, device=device)
     if init_from:
         plain = checkpoint.load_model(init_from, device)
     else:

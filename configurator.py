@@ -46,9 +46,10 @@ class Texts(list):
 def configure(settings, argv, resolve_device=None, config_class=None):
     """Override `settings`, a script's `globals()`, in place from `argv` (without its name).
 
-    resolve_device(str) -> str turns 'auto' into a device before a file is read.
-    config_class(values) -> dataclass gives the chosen model's Config once the files are read: its
-    fields are settings too, except vocab_size, which the data decides.
+    resolve_device(str) -> str turns 'auto' into the device that a file sees; the setting itself
+    stays 'auto', which the script resolves. config_class(values) -> dataclass gives the chosen
+    model's Config once the files are read: its fields are settings too, except vocab_size, which
+    the data decides.
 
     Returns (config, given): every setting's final value; and for those that were set, where
     ("command line" or the file). Raises ValueError or FileNotFoundError with one line for the user;
@@ -74,7 +75,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
             assign(key, words, 'command line')
 
     assign_command_line()
-    if resolve_device and 'device' in values:
+    if resolve_device and files and 'device' in values:
         values['device'] = resolve_device(values['device'])
     for path in files:
         if os.path.realpath(path) == os.path.realpath(settings.get('__file__', '')):
@@ -84,6 +85,8 @@ def configure(settings, argv, resolve_device=None, config_class=None):
             is_tool = isinstance(value, types.ModuleType) or callable(value)
             if not key.startswith('_') and not (is_tool and key not in defaults):
                 assign(key, value, path, key in own_names)
+    if 'device' in defaults and 'device' not in given:
+        values['device'] = defaults['device']
     assign_command_line()
 
     Config = config_class(values) if config_class else None

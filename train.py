@@ -82,7 +82,7 @@ warmup_lr = 0.0  # what it rises from
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
 min_lr = 6e-5  # usually learning_rate / 10; rates of their own fall by the same factor
 # the machine
-device = 'auto'  # auto, cpu, cuda, cuda:1, mps
+device = 'auto'  # cpu, cuda, cuda:1, mps, or auto: the fastest; when resuming, the run's own
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = 'auto'  # True, False, or auto: where the run is long enough to pay for it
 backend = 'auto'  # between processes: auto, nccl, gloo
@@ -105,9 +105,11 @@ runtime.check_ranges(config, processes.WORLD_SIZE)
 # ---- the machine -----------------------------------------------------------------------------------------------------
 with processes.lost_peers(), user_errors():
     runtime.be_deterministic(deterministic)
-    device = processes.start(backend, runtime.resolve_device(device), parallel)
+    recorded = stored.get('resolved', {}) if stored else {}     # what 'auto' meant before
+    device = runtime.resolve_device(device, recorded.get('device'))
+    device = processes.start(backend, device, parallel)
     device_type = device.split(':')[0]
-    before = stored['resolved'] if (stored or {}).get('resolved', {}).get('device') == device_type else {}    # of 'auto'
+    before = recorded if recorded.get('device') == device_type else {}
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
@@ -121,7 +123,7 @@ ctx = runtime.autocast(device, dtype)
 with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
     with processes.master_first():
         prepare_if_small(dataset)
-    runtime.seed_everything(seed, 1)
+    runtime.seed_everything(seed, 1, device=device)
     if stored:
         model, trained_on = checkpoint.restore(stored, config, processes.IS_LAUNCHED and parallel == 'fsdp')
     elif init_from != 'scratch':
@@ -156,7 +158,7 @@ del stored      # its tensors are in the model and the optimizer now
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
     idx, targets, share = data.train_batch(step + progress['data_offset'], micro)
-    runtime.seed_everything(seed, step + 1, micro + 1)
+    runtime.seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
         _, loss = wrapped(*runtime.to_device(device, idx, targets))
     scaler.scale(loss * share * processes.WORLD_SIZE).backward()     # averaged over processes: now it is the sum
@@ -256,7 +258,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
 stop = runtime.StopRequest()
 with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
-    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile')
+    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile', device)
     while True:     # evaluate, and save
         is_stopped, is_late = processes.anyone(bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at)
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval

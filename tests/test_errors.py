@@ -38,6 +38,7 @@ try:
 except ImportError:
     resource = None
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])     # imports for a second
+torch.cuda.is_available()       # a child with little memory could not start the driver to find out
 for line in sys.stdin:
     asked = json.loads(line)
     script, *arguments = asked['words']
