@@ -1,11 +1,11 @@
 """Kinds of causal self-attention, one class each; the setting attention_kind says which a model has (KINDS).
 
-All are built alike, kind(config, layer, qk_norm, dropout, bias), and called alike, forward(x, rotary, past=None):
-x (B, T, C) to (B, T, C). rotary: what layers.rotary has for these T places; past: a layers.Past, which keeps `cache_shapes`
-of each token.
+All are built alike, kind(config, layer, qk_norm, dropout, bias), and called alike,
+forward(x, rotary, past=None): x (B, T, C) to (B, T, C). rotary: layers.rotary's rows for these T
+places; past: a layers.Past, which keeps `cache_shapes` of each token.
 
-Shapes: B batch, T new tokens, L all tokens, C channels, H heads, G heads of keys and values, D head size (C/H unless
-head_dim says otherwise), R latent, E the rotated channels beside it.
+Shapes: B batch, T new tokens, L all tokens, C channels, H heads, G heads of keys and values, D head
+size (C/H unless head_dim says otherwise), R latent, E the rotated channels beside it.
 """
 import math
 from dataclasses import dataclass
@@ -34,10 +34,11 @@ class AttentionConfig:
         if kind not in KINDS:
             raise ValueError(f"attention_kind={kind!r} is unknown: take {', '.join(KINDS)}")
         if not self.head_dim and self.n_embd % (2 * H):
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={H}: rotation is of pairs")
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={H}: "
+                             "rotation is of pairs")
         if self.head_dim < 0 or self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: use an even number, as rotation is of pairs, "
-                             "or 0 for n_embd / n_head")
+            raise ValueError(f"head_dim={self.head_dim}: use 0 for n_embd / n_head, or an even "
+                             "number: rotation is of pairs")
         for name, whose in (('n_kv_head', 'gqa'), ('kv_rank', 'mla'), ('rope_dim', 'mla')):
             value = getattr(self, name)
             if value < 0 or (value and kind != whose):
@@ -98,8 +99,8 @@ def seen(q, k, past):
 class Attention(nn.Module):
     """mha: every head with queries, keys and values of its own (arXiv 1706.03762), rotated.
 
-    qk_norm: of queries and keys, before they are rotated; dropout: probability on the attention weights; bias: whether
-    the projections of queries, keys and values and the one behind them have biases.
+    qk_norm: of queries and keys, before they are rotated; dropout: probability on the attention
+    weights; bias: of the projections to queries, keys and values and of the output projection.
     """
 
     def __init__(self, config, layer, qk_norm=same, dropout=0.0, bias=False):
@@ -284,7 +285,8 @@ class Latent(Attention):
         self.c_kv = nn.Linear(self.C, self.R, bias=False)
         self.c_rope = nn.Linear(self.C, self.E, bias=False)
         self.ln_kv = layers.RMSNorm(self.R, 1e-6)
-        self.c_up = Up(self.R, 2 * self.width, bias=False)      # all heads' keys, and all heads' values below them
+        # all heads' keys, and all heads' values below them
+        self.c_up = Up(self.R, 2 * self.width, bias=False)
         self.c_up.weight.n_matrices = 2
 
     def heads(self, x, rotary):

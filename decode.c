@@ -165,7 +165,8 @@ void product(void **matrix, const float *x, float *y, long B, long n, long k)
 }
 
 /* GPT-2's blocks, one after the other: x (B, C), in place; layers: of each block the (weight, scale, bias) of ln_1, c_attn,
-   c_proj, ln_2, c_fc and c_proj; kv: its k and v; F: the MLP's channels; space: B (C + max(3 C, F)) floats */
+   c_proj, ln_2, c_fc and c_proj; kv: its k and v; F: the MLP's channels;
+   space: B (C + max(3 C, F)) floats */
 void blocks(void **layers, long n_layer, float *x, void **kv, const int64_t *first, float *space,
             long B, long C, long H, long F, long length, long at, long activation, float eps)
 {

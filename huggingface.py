@@ -2,7 +2,6 @@
 
 TWINS has the architectures that `transformers` has too, each with a class that says what its config and weights are there.
 """
-import itertools
 import json
 import math
 import re
@@ -25,7 +24,8 @@ FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin
 class Keys:
     """The values of a config.json, each checked when it is asked for.
 
-    problems: a sentence for each that can't be used; assumed: {key: default} of the sizes that are missing.
+    problems: a sentence for each that can't be used.
+    assumed: {key: default} of the sizes that are missing.
     inside: the key under which these lie, where that is not the file itself.
     """
 
@@ -36,14 +36,14 @@ class Keys:
         self.assumed = {}
 
     def has(self, key):
-        """Whether the key is there, with a value: null is written for what is left to the default."""
+        """Whether the key is there with a value: null leaves it to the default."""
         return self.config.get(key) is not None
 
     def refuse(self, key, reason):
         self.problems.append(f"{self.inside}{key}={shortened(self.config[key])} {reason}")
 
     def size(self, key, default):
-        """A whole number from 1 up. A config.json has its sizes: where one is missing, `assumed` says so."""
+        """A whole number from 1 up. Where the key is missing, it is noted in `assumed`."""
         if key not in self.config:
             self.assumed[key] = default
             return default
@@ -76,7 +76,7 @@ class Keys:
         return value
 
     def choice(self, key, choices, default):
-        """The value that `choices` has for the key's, or for `default` where the key is missing or null."""
+        """choices[value]; where the key is missing or null, choices[default]."""
         value = self.config[key] if self.has(key) else default
         if type(value) is str and value in choices:
             return choices[value]
@@ -99,19 +99,23 @@ def shortened(value):
 class GPT2:
     """model.GPT as GPT2LMHeadModel: linear weights lie (in, out) there, biases are always there.
 
-    What only rounding tells apart is one activation here. reorder_and_upcast_attn changes rounding alone, and that only for
-    weights in half precision; transformers' own default kernel does not heed it either.
+    Activations that differ in rounding alone are one here. reorder_and_upcast_attn is ignored: it
+    changes nothing but the rounding of scores in half precision, and transformers' default kernel
+    ignores it too.
     """
 
     model_type, architecture = 'gpt2', 'GPT2LMHeadModel'
-    sizes = {'block_size': ('n_positions', 1024), 'vocab_size': ('vocab_size', 50257), 'n_layer': ('n_layer', 12),
-             'n_head': ('n_head', 12), 'n_embd': ('n_embd', 768)}       # of a Config: (name, transformers' default)
+    # {our field: (their key, transformers' default)}
+    sizes = {'block_size': ('n_positions', 1024), 'vocab_size': ('vocab_size', 50257),
+             'n_layer': ('n_layer', 12), 'n_head': ('n_head', 12), 'n_embd': ('n_embd', 768)}
+    # {their key: another that transformers reads as the same}
     aliases = {'n_positions': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
-               'n_head': 'num_attention_heads', 'n_embd': 'hidden_size'}    # which transformers reads too
+               'n_head': 'num_attention_heads', 'n_embd': 'hidden_size'}
     activations = {'gelu': 'exact', 'gelu_python': 'exact', 'gelu_new': 'tanh', 'gelu_fast': 'tanh',
                    'gelu_accurate': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_python_tanh': 'tanh',
                    'relu': 'relu'}
-    written = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'relu': 'relu'}    # torch's own kernels
+    # what export writes: torch's own kernels there
+    written = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'relu': 'relu'}
     linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
     tables = ('transformer.wte.weight', 'lm_head.weight')       # a row per id
     without_bias = (*tables, 'transformer.wpe.weight')
@@ -121,30 +125,40 @@ class GPT2:
         """config.json's part of a Config `c`."""
         sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
         dropout = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout)
-        return {**sizes, **dropout, 'n_ctx': c.block_size, 'n_inner': c.inner, 'layer_norm_epsilon': c.norm_eps,
-                'activation_function': cls.written[c.gelu], 'tie_word_embeddings': c.tied, 'scale_attn_weights': True,
-                'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
+        return {**sizes, **dropout,
+                'n_ctx': c.block_size,
+                'n_inner': c.inner,
+                'layer_norm_epsilon': c.norm_eps,
+                'activation_function': cls.written[c.gelu],
+                'tie_word_embeddings': c.tied,
+                'scale_attn_weights': True,
+                'scale_attn_by_inverse_layer_idx': False,
+                'add_cross_attention': False}
 
     @classmethod
     def keys(cls, config):
         """The Keys of a config.json by their own names."""
-        return Keys(config | {name: config[alias] for name, alias in cls.aliases.items() if alias in config})
+        aliases = {name: alias for name, alias in cls.aliases.items() if alias in config}
+        return Keys(config | {name: config[alias] for name, alias in aliases.items()})
 
     @classmethod
     def fields(cls, keys):
-        """The Config fields that the Keys of a config.json say; what can't be used is in the Keys' problems."""
+        """The Config fields of a config.json; what can't be used is in keys.problems."""
         fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
         n_inner = keys.optional_size('n_inner', 4 * fields['n_embd'])
         keys.only('add_cross_attention', False)
-        for name, default in (('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False)):
-            keys.flag(name, default)        # for `state`
-        return {**fields, 'n_inner': 0 if n_inner == 4 * fields['n_embd'] else n_inner, 'bias': True,
+        keys.flag('scale_attn_weights', True)       # this and the next are for `state`
+        keys.flag('scale_attn_by_inverse_layer_idx', False)
+        return {**fields,
+                'n_inner': 0 if n_inner == 4 * fields['n_embd'] else n_inner,
+                'bias': True,
                 'gelu': keys.choice('activation_function', cls.activations, 'gelu_new'),
-                'tied': keys.flag('tie_word_embeddings', True), 'norm_eps': keys.number('layer_norm_epsilon', 1e-5)}
+                'tied': keys.flag('tie_word_embeddings', True),
+                'norm_eps': keys.number('layer_norm_epsilon', 1e-5)}
 
     @classmethod
     def stored(cls, state, c, vocab_size):
-        """What is stored there, out of the state dict of a model with the Config `c`; of ids the first vocab_size."""
+        """What is stored there of a model with this state dict and Config, for vocab_size ids."""
         stored = {}
         for name, value in state.items():
             if name == 'lm_head.weight' and c.tied:
@@ -176,13 +190,16 @@ class GPT2:
 
     @classmethod
     def _scale_queries(cls, state, keys, fields):
-        """Where scores have another factor than 1/√D, put it into the queries' weights, in place: the same function."""
-        C, D = fields['n_embd'], fields['n_embd'] // fields['n_head']
+        """Multiply the queries' weights, in place, where scores have a factor other than 1/√D there:
+        the model is the same function."""
+        C = fields['n_embd']
+        D = C // fields['n_head']
         factor = 1.0 if keys.flag('scale_attn_weights', True) else math.sqrt(D)
         is_by_layer = keys.flag('scale_attn_by_inverse_layer_idx', False)
         for layer in range(fields['n_layer']):
             own = factor / (layer + 1) if is_by_layer else factor
-            for name in (f'transformer.h.{layer}.attn.c_attn.weight', f'transformer.h.{layer}.attn.c_attn.bias'):
+            for kind in ('weight', 'bias'):
+                name = f'transformer.h.{layer}.attn.c_attn.{kind}'
                 if own != 1 and name in state:
                     queries, others = state[name][:C], state[name][C:]
                     state[name] = torch.cat([queries.double() * own, others.double()])
@@ -192,8 +209,11 @@ class Llama:
     """models/transformerpp.py as LlamaForCausalLM: queries, keys and values have matrices of their own there."""
 
     model_type, architecture = 'llama', 'LlamaForCausalLM'
+    # {our field: (their key, transformers' default)}
     sizes = {'block_size': ('max_position_embeddings', 2048), 'vocab_size': ('vocab_size', 32000),
-             'n_layer': ('num_hidden_layers', 32), 'n_head': ('num_attention_heads', 32), 'n_embd': ('hidden_size', 4096)}
+             'n_layer': ('num_hidden_layers', 32), 'n_head': ('num_attention_heads', 32),
+             'n_embd': ('hidden_size', 4096), 'n_hidden': ('intermediate_size', 11008)}
+    # {their rope_type: our rope_scaling}
     ropes = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3'}
     outside = {'transformer.wte': 'model.embed_tokens', 'transformer.ln_f': 'model.norm', 'lm_head': 'lm_head'}
     q, k, v = 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'
@@ -203,11 +223,14 @@ class Llama:
 
     @classmethod
     def pairs(cls, n_layer):
-        """(our name, [their names]): of which ours has the matrices, or biases, one above the other."""
-        yield from ((f'{ours}.weight', [f'{theirs}.weight']) for ours, theirs in cls.outside.items())
-        for layer, (ours, theirs), kind in itertools.product(range(n_layer), cls.block.items(), ('weight', 'bias')):
-            names = [f'model.layers.{layer}.{name}.{kind}' for name in theirs.split()]
-            yield f'transformer.h.{layer}.{ours}.{kind}', names
+        """(our name, [their names]): ours has their matrices, or biases, one above the other."""
+        for ours, theirs in cls.outside.items():
+            yield f'{ours}.weight', [f'{theirs}.weight']
+        for layer in range(n_layer):
+            for ours, theirs in cls.block.items():
+                for kind in ('weight', 'bias'):
+                    names = [f'model.layers.{layer}.{name}.{kind}' for name in theirs.split()]
+                    yield f'transformer.h.{layer}.{ours}.{kind}', names
 
     @classmethod
     def config(cls, c):
@@ -217,27 +240,33 @@ class Llama:
                 raise ValueError(f"can't be exported: Hugging Face's Llama has no {name}={getattr(c, name)!r}, but "
                                  f"{', '.join(known)}")
         if c.n_embd % c.n_head:
-            raise ValueError("can't be exported: Hugging Face's Llama has no hidden size that its heads do not "
-                             f"divide, n_embd={c.n_embd} with n_head={c.n_head}")
+            raise ValueError(f"can't be exported: n_embd={c.n_embd} is not divisible by "
+                             f"n_head={c.n_head}, which Hugging Face's Llama requires")
         sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
-        rope = cls.rope(c)
-        return {**sizes, 'hidden_act': 'silu', 'attention_bias': c.attention_bias, 'mlp_bias': c.mlp_bias,
-                'head_dim': c.head_size, 'intermediate_size': c.hidden, 'num_key_value_heads': c.kv_heads,
-                'rms_norm_eps': c.norm_eps, 'rope_theta': c.rope_theta,
-                'rope_scaling': None if c.rope_scaling == 'none' else rope,         # where transformers before 5 looks
-                'rope_parameters': rope | {'rope_theta': c.rope_theta},
-                'attention_dropout': c.attn_dropout or c.dropout, 'tie_word_embeddings': c.tied}
+        return {**sizes, **cls.rope_keys(c),
+                'intermediate_size': c.hidden,
+                'num_key_value_heads': c.kv_heads,
+                'head_dim': c.head_size,
+                'hidden_act': 'silu',
+                'attention_bias': c.attention_bias,
+                'mlp_bias': c.mlp_bias,
+                'rms_norm_eps': c.norm_eps,
+                'attention_dropout': c.attn_dropout or c.dropout,
+                'tie_word_embeddings': c.tied}
 
     @staticmethod
-    def rope(c):
-        """What config.json says of the scaling of a Config's rotations."""
-        if c.rope_scaling == 'none':
-            return {'rope_type': 'default'}
-        rope = {'rope_type': c.rope_scaling, 'factor': c.rope_factor}
+    def rope_keys(c):
+        """What config.json says of the rotations: in rope_parameters, and in the two keys that
+        transformers read before version 5."""
+        rope = {'rope_type': 'default'}
+        if c.rope_scaling != 'none':
+            rope = {'rope_type': c.rope_scaling, 'factor': c.rope_factor}
         if c.rope_scaling == 'llama3':
             rope |= {'low_freq_factor': c.rope_low_freq, 'high_freq_factor': c.rope_high_freq,
                      'original_max_position_embeddings': c.rope_original}
-        return rope
+        return {'rope_theta': c.rope_theta,
+                'rope_scaling': None if c.rope_scaling == 'none' else rope,
+                'rope_parameters': rope | {'rope_theta': c.rope_theta}}
 
     @classmethod
     def keys(cls, config):
@@ -246,7 +275,7 @@ class Llama:
 
     @classmethod
     def fields(cls, keys):
-        """The Config fields that the Keys of a config.json say; what can't be used is in the Keys' problems."""
+        """The Config fields of a config.json; what can't be used is in keys.problems."""
         fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
         H = fields['n_head']
         G = keys.optional_size('num_key_value_heads', H)
@@ -254,24 +283,30 @@ class Llama:
             keys.refuse('num_key_value_heads', f"is not a divisor of num_attention_heads={H}")
         kind = 'mha' if G == H else 'mqa' if G == 1 else 'gqa'
         D = keys.optional_size('head_dim', max(1, fields['n_embd'] // H))
-        keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')        # two names of one
+        keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')    # one, by two names
         keys.only('partial_rotary_factor', 1.0)
-        return {**fields, 'n_hidden': keys.size('intermediate_size', 11008), 'attention_kind': kind,
-                'n_kv_head': G if kind == 'gqa' else 0, 'head_dim': 0 if D * H == fields['n_embd'] else D,
-                'attention_bias': keys.flag('attention_bias', False), 'mlp_bias': keys.flag('mlp_bias', False),
-                'tied': keys.flag('tie_word_embeddings', False), 'norm_eps': keys.number('rms_norm_eps', 1e-6),
+        return {**fields,
+                'attention_kind': kind,
+                'n_kv_head': G if kind == 'gqa' else 0,
+                'head_dim': 0 if D * H == fields['n_embd'] else D,
+                'attention_bias': keys.flag('attention_bias', False),
+                'mlp_bias': keys.flag('mlp_bias', False),
+                'tied': keys.flag('tie_word_embeddings', False),
+                'norm_eps': keys.number('rms_norm_eps', 1e-6),
                 **cls.rope_fields(keys, fields['block_size'])}
 
     @classmethod
     def rope_fields(cls, keys, block_size):
-        """The Config fields of the rotations, which lie in rope_parameters, or in rope_scaling as before transformers 5."""
+        """The Config fields of the rotations, from rope_parameters, or from rope_scaling, where
+        transformers wrote them before version 5."""
         name = 'rope_scaling' if keys.config.get('rope_scaling') else 'rope_parameters'
         found = keys.config.get(name) or {}
         if type(found) is not dict:
             keys.refuse(name, "is not an object")
             return {}
         rope = Keys(found, inside=name)
-        scaling = rope.choice('rope_type' if rope.has('rope_type') else 'type', cls.ropes, 'default')
+        type_key = 'rope_type' if rope.has('rope_type') else 'type'
+        scaling = rope.choice(type_key, cls.ropes, 'default')
         rope.only('partial_rotary_factor', 1.0)
         theta = rope if rope.has('rope_theta') else keys
         fields = {'rope_theta': theta.number('rope_theta', 1e4), 'rope_scaling': scaling}
@@ -280,14 +315,15 @@ class Llama:
         if scaling == 'llama3':
             fields['rope_low_freq'] = rope.number('low_freq_factor')
             fields['rope_high_freq'] = rope.number('high_freq_factor')
-            outer = keys if keys.has('original_max_position_embeddings') else rope      # transformers' order
-            fields['rope_original'] = outer.optional_size('original_max_position_embeddings', block_size)
+            original = 'original_max_position_embeddings'
+            where = keys if keys.has(original) else rope        # transformers looks in this order
+            fields['rope_original'] = where.optional_size(original, block_size)
         keys.problems += rope.problems
         return fields
 
     @classmethod
     def stored(cls, state, c, vocab_size):
-        """What is stored there, out of the state dict of a model with the Config `c`; of ids the first vocab_size."""
+        """What is stored there of a model with this state dict and Config, for vocab_size ids."""
         stored = {}
         for ours, theirs in cls.pairs(c.n_layer):
             if ours in state and not (ours == 'lm_head.weight' and c.tied):
@@ -300,13 +336,14 @@ class Llama:
         stored = {k: v for k, v in stored.items() if not k.endswith('inv_freq')}       # old versions' angles
         if fields['tied']:
             stored['lm_head.weight'] = stored.get('model.embed_tokens.weight')
-        absent = ('attn.c_q', 'attn.c_kv') if fields['attention_kind'] == 'mha' else ('attn.c_attn',)
+        absent = ('attn.c_attn',)
+        if fields['attention_kind'] == 'mha':
+            absent = ('attn.c_q', 'attn.c_kv')
         state = {}
         for ours, theirs in cls.pairs(fields['n_layer']):
-            if ours.rpartition('.')[0].endswith(absent) or not any(name in stored for name in theirs):
-                continue        # `fill` says which weight is missing
-            parts = [stored.pop(name, None) for name in theirs]
-            state[ours] = None if any(part is None for part in parts) else torch.cat(parts)
+            is_here = all(name in stored for name in theirs)    # else `fill` says what is missing
+            if is_here and not ours.rpartition('.')[0].endswith(absent):
+                state[ours] = torch.cat([stored.pop(name) for name in theirs])
         return state | stored       # nothing should be left
 
 
@@ -314,9 +351,9 @@ TWINS = {'gpt': GPT2, 'transformerpp': Llama}
 
 
 def read(source):
-    """(architecture, Config fields, state dict) of an OpenAI size, a folder or a .safetensors file. ValueError, OSError.
+    """(architecture, Config fields, state dict) of an OpenAI size, a folder or a .safetensors file.
 
-    Sizes that config.json leaves to transformers' defaults are printed.
+    Prints which sizes config.json leaves to transformers' defaults. Raises ValueError, OSError.
     """
     path = Path(source) if Path(source).is_dir() or str(source).endswith('.safetensors') else _download(source)
     folder = path.parent if path.suffix == '.safetensors' else path
@@ -324,14 +361,16 @@ def read(source):
     twin = TWINS[name]
     fields = twin.fields(keys)
     if keys.has('quantization_config'):
-        keys.refuse('quantization_config', "is not supported: use a folder with the weights as they were trained")
+        keys.refuse('quantization_config', "is not supported: use the weights as they were trained")
     if keys.problems:
-        raise ValueError(f"{folder / 'config.json'} can't be loaded as --model={name}: {'; '.join(keys.problems)}")
+        problems = '; '.join(keys.problems)
+        raise ValueError(f"{folder / 'config.json'} can't be loaded as --model={name}: {problems}")
     stored = _weights(path)
     _check_depth(stored, twin.sizes['n_layer'][0], keys, path)
     if keys.assumed:
         defaults = ', '.join(f'{key}={default}' for key, default in keys.assumed.items())
-        print(f"{folder / 'config.json'} lacks {', '.join(keys.assumed)}: using transformers' {defaults}", flush=True)
+        missing = ', '.join(keys.assumed)
+        print(f"{folder}/config.json lacks {missing}: using transformers' {defaults}", flush=True)
     try:
         return name, fields, twin.state(stored, keys, fields)
     except RuntimeError as error:       # torch's, of other shapes
@@ -339,20 +378,21 @@ def read(source):
 
 
 def _read_config(path):
-    """(architecture, Keys) of a config.json, in any of JSON's encodings. Raises ValueError, OSError."""
+    """(architecture, Keys) of a config.json in any Unicode encoding. Raises ValueError, OSError."""
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
     if type(config) is not dict:
-        raise ValueError(f"{path} is not the config.json of a model: it holds a {type(config).__name__}, not an object")
+        raise ValueError(f"{path} can't be used: it holds a {type(config).__name__}, not an object")
     known = {twin.model_type: name for name, twin in TWINS.items()}
     supported = ' and '.join(f"{theirs} (as --model={ours})" for theirs, ours in known.items())
     if 'model_type' not in config:
         raise ValueError(f"{path} can't be used: model_type is missing; supported are {supported}")
     model_type = config['model_type']
     if type(model_type) is not str or model_type not in known:
-        raise ValueError(f"{path} can't be used: model_type={shortened(model_type)} is not supported, only {supported}")
+        raise ValueError(f"{path} can't be used: model_type={shortened(model_type)} is not supported, "
+                         f"only {supported}")
     name = known[model_type]
     return name, TWINS[name].keys(config)
 
@@ -363,7 +403,9 @@ def _check_depth(stored, key, keys, path):
     n_layer = len({match[1] for match in matches if match})
     expected = keys.assumed.get(key) or keys.config[key]
     if n_layer != expected:
-        says = f"lacks {key}, for which transformers uses {expected}" if key in keys.assumed else f"says {key}={expected}"
+        says = f"says {key}={expected}"
+        if key in keys.assumed:
+            says = f"lacks {key}, for which transformers uses {expected}"
         raise ValueError(f"{path} has the weights of {n_layer} layers, and its config.json {says}")
 
 

@@ -248,8 +248,8 @@ def norm(x):
 def rotary(T, D, base=10000, scale=None):
     """(2, T, D): the cosines and signed sines by which `rotate` turns positions 0 … T-1.
 
-    scale: a function that changes the frequencies (D/2,), in radians per position. Far from the start the last bit of a
-    frequency shows in its angle, so these are rounded where Llama's implementations round them.
+    scale: a function that changes the frequencies (D/2,), in radians per position. Far from the
+    start the last bit of a frequency shows in its angle: they are rounded as transformers does.
     """
     frequencies = 1.0 / base ** (torch.arange(0, D, 2) / D)                             # (D/2,)
     if scale:

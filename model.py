@@ -104,7 +104,7 @@ class GPTConfig:
     n_embd: int = 768           # channels (C)
     dropout: float = 0.0        # probability, on embeddings, attention weights and both residual branches
     bias: bool = True           # in Linears and LayerNorms, as GPT-2 has it; without is a bit better and faster
-    gelu: str = 'exact'         # the MLP's activation: 'exact' (nanoGPT's GELU), 'tanh' (OpenAI's) or 'relu'
+    gelu: str = 'exact'         # 'exact' (nanoGPT's), 'tanh' (OpenAI's approximation), or 'relu'
     n_inner: int = 0            # the MLP's channels; 0: 4 of n_embd
     tied: bool = True           # the head is the embeddings' table; False: a matrix of its own
     norm_eps: float = 1e-5      # added to the variance in LayerNorm
@@ -123,7 +123,7 @@ class GPTConfig:
         if self.gelu not in ACTIVATIONS:
             raise ValueError(f"gelu={self.gelu!r} is unknown: use {', '.join(ACTIVATIONS)}")
         if self.n_inner < 0:
-            raise ValueError(f"n_inner={self.n_inner}: use 0 for 4 x n_embd, or a number of channels")
+            raise ValueError(f"n_inner={self.n_inner}: use 0 for 4 x n_embd, or the channels")
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps={self.norm_eps} must be above 0")
 
@@ -231,8 +231,8 @@ class GPT(LanguageModel):
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
     def flops_per_token(self, T):
-        """6 per parameter that is multiplied with, and 12·C·T per layer for the attention products (PaLM, arXiv
-        2204.02311, appendix B)."""
+        """6 per parameter that is multiplied with, and 12·C·T per layer for the attention products
+        (PaLM, arXiv 2204.02311, appendix B)."""
         table = 0 if self.config.tied else self.transformer.wte.weight.numel()      # only looked up
         return 6 * (self.num_params() - table) + 12 * self.config.n_layer * self.config.n_embd * T
 

@@ -2,8 +2,8 @@
 
 Changes from GPT (model.py): RMSNorm for LayerNorm; rotary positions (arXiv 2104.09864) for learned ones; SwiGLU (arXiv
 2002.05202) for GELU, with a third matrix and so two thirds of the width; no biases. attention_kind has grouped heads, as
-the larger Llamas do, and more; rope_scaling has Llama 3's rotations for long contexts. A folder of a LlamaForCausalLM loads
-as it is (--init_from), and export.py writes one.
+the larger Llamas do, and more; rope_scaling has Llama 3's rotations for long contexts. A folder of
+a LlamaForCausalLM loads as it is (--init_from), and export.py writes one.
 
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
@@ -37,11 +37,11 @@ class TransformerppConfig(attention.AttentionConfig):
     attention_bias: bool = False    # in attention's projections
     mlp_bias: bool = False      # in SwiGLU's matrices
     rope_theta: float = 1e4     # the longest rotation takes 2π times about so many tokens
-    rope_scaling: str = 'none'  # slower rotations, for longer contexts than the model was trained on: none, linear, llama3
+    rope_scaling: str = 'none'  # slower rotations, to extend the context: none, linear, llama3
     rope_factor: float = 1.0    # linear, llama3: how many times slower
-    rope_low_freq: float = 1.0      # llama3: rotations with fewer turns in rope_original tokens are slowed by the factor
-    rope_high_freq: float = 4.0     # llama3: rotations with more turns stay as they are; those between, in part
-    rope_original: int = 8192   # llama3: the longest context that the model was trained on before
+    rope_low_freq: float = 1.0  # llama3: rotations of fewer turns in rope_original tokens slow down
+    rope_high_freq: float = 4.0     # llama3: rotations of more turns stay; those between, in part
+    rope_original: int = 8192   # llama3: the model's longest context before it was extended
     norm_eps: float = 1e-5      # added to the mean square in RMSNorm
     norm_place: str = 'pre'     # 'pre': a norm in front of each branch; 'post': one behind each sum
 
@@ -59,23 +59,28 @@ class TransformerppConfig(attention.AttentionConfig):
         if self.norm_place not in BLOCKS:
             raise ValueError(f"norm_place={self.norm_place!r} is unknown: take {' or '.join(BLOCKS)}")
         if self.attention_bias and self.attention_kind == 'mla':
-            raise ValueError("attention_bias=True: attention_kind='mla' has no biases, leave it out")
+            raise ValueError("attention_bias=True: attention_kind='mla' has none, leave it out")
         self._check_rope()
         super().__post_init__()
 
     def _check_rope(self):
+        if self.attention_kind == 'alibi' and self.rope_scaling != 'none':
+            raise ValueError(f"rope_scaling={self.rope_scaling!r}: attention_kind='alibi' rotates "
+                             "nothing, leave it out")
         if self.rope_scaling not in ROPE_SCALINGS:
-            raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: use {', '.join(ROPE_SCALINGS)}")
-        used = {'none': (), 'linear': ('rope_factor',)}.get(self.rope_scaling, ROPE_FIELDS)
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: "
+                             f"use {', '.join(ROPE_SCALINGS)}")
+        used = {'none': (), 'linear': ('rope_factor',), 'llama3': ROPE_FIELDS}[self.rope_scaling]
         for name in ROPE_FIELDS:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be above 0")
             if name not in used and value != getattr(type(self), name):     # the field's default
-                raise ValueError(f"{name}={value} means nothing with rope_scaling={self.rope_scaling!r}: "
-                                 "leave it out, or set rope_scaling")
+                raise ValueError(f"{name}={value} has no effect with "
+                                 f"rope_scaling={self.rope_scaling!r}: leave it out, or set that")
         if self.rope_low_freq >= self.rope_high_freq:
-            raise ValueError(f"rope_low_freq={self.rope_low_freq} must be below rope_high_freq={self.rope_high_freq}")
+            raise ValueError(f"rope_low_freq={self.rope_low_freq} must be below "
+                             f"rope_high_freq={self.rope_high_freq}")
 
     @property
     def hidden(self):
@@ -88,20 +93,22 @@ def unscaled(frequencies, config):
 
 
 def linear(frequencies, config):
-    """Position interpolation (arXiv 2306.15595): a context that is `factor` times longer has the angles of the old one."""
+    """Position interpolation (arXiv 2306.15595): rope_factor times the tokens for the same angles."""
     return frequencies / config.rope_factor
 
 
 def llama3(frequencies, config):
-    """Llama 3.1's (arXiv 2407.21783): only rotations that the old context saw too few turns of are slowed; those with
-    rope_low_freq to rope_high_freq turns in it, by a share that falls from all to nothing. (D/2,) to (D/2,)."""
+    """Llama 3.1's (arXiv 2407.21783): only those that make few turns in the old context are slowed.
+
+    frequencies (D/2,). Below rope_low_freq turns they are divided by the factor, above
+    rope_high_freq they stay; between the two the share that stays grows from 0 to 1.
+    """
+    low, high, factor = config.rope_low_freq, config.rope_high_freq, config.rope_factor
     wavelengths = 2 * math.pi / frequencies                 # tokens per turn
-    turns = config.rope_original / wavelengths              # in the old context
-    share = (turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)     # 0 … 1, left as it is
-    slowed = frequencies / config.rope_factor
-    mixed = (1 - share) * frequencies / config.rope_factor + share * frequencies
-    scaled = torch.where(wavelengths > config.rope_original / config.rope_low_freq, slowed, mixed)
-    return torch.where(wavelengths < config.rope_original / config.rope_high_freq, frequencies, scaled)
+    share = (config.rope_original / wavelengths - low) / (high - low)
+    scaled = (1 - share) * frequencies / factor + share * frequencies
+    scaled = torch.where(wavelengths > config.rope_original / low, frequencies / factor, scaled)
+    return torch.where(wavelengths < config.rope_original / high, frequencies, scaled)
 
 
 ROPE_SCALINGS = {'none': unscaled, 'linear': linear, 'llama3': llama3}
