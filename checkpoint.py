@@ -278,7 +278,10 @@ def adopt_run(config, given, state, out_dir):
     """`adopt` what the run in out_dir, of which `state` is, had: of its model all, of its settings what isn't given."""
     if any(config[key] != state['config'].get(key, config[key]) for key in NOISE & given.keys()):
         state.get('progress', {}).pop('guard', None)        # what it has seen tells nothing about these losses
-    kept = {'model': state.get('model_name', 'gpt')} | state['model_args']
+    name = state.get('model_name', 'gpt')
+    fields = dataclasses.fields(models.architecture(name).Config)
+    defaults = {field.name: field.default for field in fields}      # of fields newer than the run
+    kept = {'model': name} | defaults | state['model_args']
     return (adopt(config, given, kept, out_dir, models.FREE) |
             adopt(config, given, settings(state), out_dir, config.keys()))
 

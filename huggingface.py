@@ -57,8 +57,8 @@ class Keys:
         return self.size(key, default) if self.has(key) else default
 
     def number(self, key, default=None):
-        """A number above 0. Without a default the key must be there."""
-        value = self.config.get(key, default)
+        """A number above 0; without the key, or with null, it is the default, if there is one."""
+        value = self.config[key] if self.has(key) else default
         if value is None and default is None:
             self.problems.append(f"{self.inside}{key} is missing")
             return 1.0
@@ -68,8 +68,8 @@ class Keys:
         return float(value)
 
     def flag(self, key, default):
-        """true or false."""
-        value = self.config.get(key, default)
+        """true or false; without the key, or with null, it is the default."""
+        value = self.config[key] if self.has(key) else default
         if type(value) is not bool:
             self.refuse(key, "is neither true nor false")
             return default
@@ -190,8 +190,8 @@ class GPT2:
 
     @classmethod
     def _scale_queries(cls, state, keys, fields):
-        """Multiply the queries' weights, in place, where scores have a factor other than 1/√D there:
-        the model is the same function."""
+        """Multiply the queries' weights, in place, where scores have factors other than 1/√D there:
+        the function is the same."""
         C = fields['n_embd']
         D = C // fields['n_head']
         factor = 1.0 if keys.flag('scale_attn_weights', True) else math.sqrt(D)
@@ -244,7 +244,7 @@ class Llama:
                              f"n_head={c.n_head}, which Hugging Face's Llama requires")
         sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
         return {**sizes, **cls.rope_keys(c),
-                'intermediate_size': c.hidden,
+                'intermediate_size': c.hidden,      # n_hidden may be 0
                 'num_key_value_heads': c.kv_heads,
                 'head_dim': c.head_size,
                 'hidden_act': 'silu',
@@ -391,8 +391,8 @@ def _read_config(path):
         raise ValueError(f"{path} can't be used: model_type is missing; supported are {supported}")
     model_type = config['model_type']
     if type(model_type) is not str or model_type not in known:
-        raise ValueError(f"{path} can't be used: model_type={shortened(model_type)} is not supported, "
-                         f"only {supported}")
+        raise ValueError(f"{path} can't be used: model_type={shortened(model_type)} is not "
+                         f"supported, only {supported}")
     name = known[model_type]
     return name, TWINS[name].keys(config)
 

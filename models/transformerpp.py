@@ -93,7 +93,7 @@ def unscaled(frequencies, config):
 
 
 def linear(frequencies, config):
-    """Position interpolation (arXiv 2306.15595): rope_factor times the tokens for the same angles."""
+    """Position interpolation (arXiv 2306.15595): rope_factor times the tokens, the same angles."""
     return frequencies / config.rope_factor
 
 

@@ -149,7 +149,7 @@ SETTINGS = [
     ('--learning_rate=fast', "learning_rate takes a number, not 'fast'"),
     ('--bias=1', 'bias takes True or False, not 1'),
     ('--n_expert=8', "there is no setting 'n_expert'"),
-    ('--gelu=relu', "gelu='relu' is unknown: take exact or tanh"),
+    ('--gelu=swish', "gelu='swish' is unknown: use exact, tanh, relu"),
     ('config/nope.py', "there is no config file 'config/nope.py'"),
     ('train.py', 'train.py is the script, not a config file'),
     ('--batch_size=0', 'batch_size=0 must be at least 1'),
