@@ -46,8 +46,9 @@ def build(name, **fields):
 def make(Model, config, most=None):
     """Model(config), unless it takes more bytes than there are in this machine, or its weights more than `most`.
 
-    Raises ValueError before anything is built: a system that promises more memory than it has would kill the process
-    without a word.
+    most: given for a model whose weights are loaded afterwards, so they get no random values: a billion would take a
+    minute. Raises ValueError before anything is built: a system that promises more memory than it has would kill the
+    process without a word.
     """
     n, memory = getattr(config, 'n_layer', 1), _memory()
     if n > MOST_LAYERS:
@@ -66,7 +67,8 @@ def make(Model, config, most=None):
     if most and weights > most:
         raise ValueError(f"these weights are no {Model.__name__}'s of such sizes, which has {weights / 1e6:,.1f} MB of "
                          "them")
-    return Model(config)
+    with _Uninitialized() if most else contextlib.nullcontext():
+        return Model(config)
 
 
 def _bytes(Model, config):
@@ -91,6 +93,16 @@ class _NoValues(TorchFunctionMode):
         elif func is torch.arange and max(args, default=0) > MOST_PLACES:      # of a table, which is made for all of them
             raise MemoryError
         elif func.__name__ == 'normal_':        # a tensor's, and torch.nn.init's
+            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Parameters keep what was in their memory before."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in ('normal_', 'uniform_', 'kaiming_uniform_'):    # a tensor's, and torch.nn.init's
             return kwargs['tensor'] if 'tensor' in kwargs else args[0]
         return func(*args, **kwargs)
 

@@ -427,9 +427,18 @@ def test_files_as_windows_editors_save_them(tmp_path, encoding):
     assert torch.equal(logits(back, idx), logits(model, idx)) and back.tokenizer.describe() == DESCRIPTIONS['char']
 
 
-@pytest.mark.parametrize('text, part', [('', 'is not valid JSON'), ('{"n_layer": 2,', 'is not valid JSON'),
-                                        ('[' * 100_000, 'is not valid JSON'), ('[1]', 'it holds a list, not an object')],
-                         ids=['empty', 'cut', 'deep', 'list'])
+def test_loading_draws_no_random_numbers(tmp_path):
+    """Of a billion weights those take a minute, and all of them are read from the file."""
+    model, name = random_model(tied=False), saved(tmp_path / 'model.pt', random_model(tied=False))
+    folder, before = exported(tmp_path / 'hf', model), torch.get_rng_state()
+    for source in (name, folder):
+        assert same(dict(checkpoint.load_model(source).state_dict()), dict(model.state_dict()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize('text, part', [
+    ('', 'is not valid JSON'), ('{"n_layer": 2,', 'is not valid JSON'), ('[' * 100_000, 'is not valid JSON'),
+    ('[1]', 'it holds a list, not an object')], ids=['empty', 'cut', 'deep', 'list'])
 def test_a_damaged_config(tmp_path, text, part):
     folder = exported(tmp_path, random_model())
     (folder / 'config.json').write_text(text)

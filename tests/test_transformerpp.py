@@ -277,8 +277,10 @@ def test_llama_3_2_past_its_original_context_and_from_a_cache(transformers, tmp_
         assert (context.logits()[0] - expected[0, t - 1]).abs().max() / expected.abs().max() < 1e-5
         context.add(idx[:, t:t + 1])
     theirs.generation_config.eos_token_id = None
-    greedy = theirs.generate(idx[:, :20], max_new_tokens=30, do_sample=False, pad_token_id=0)
-    assert torch.equal(model.generate(idx[:, :20], 30, temperature=0), greedy)
+    prompt = idx[:, :20]
+    mask = torch.ones_like(prompt)      # else it reads the id 0 as padding
+    greedy = theirs.generate(prompt, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(prompt, 30, temperature=0), greedy)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
