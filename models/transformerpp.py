@@ -77,7 +77,7 @@ class TransformerppConfig(attention.AttentionConfig):
                 raise ValueError(f"{name}={value} must be above 0")
             if name not in used and value != getattr(type(self), name):     # the field's default
                 raise ValueError(f"{name}={value} has no effect with "
-                                 f"rope_scaling={self.rope_scaling!r}: leave it out, or set that")
+                                 f"rope_scaling={self.rope_scaling!r}: leave it out or change that")
         if self.rope_low_freq >= self.rope_high_freq:
             raise ValueError(f"rope_low_freq={self.rope_low_freq} must be below "
                              f"rope_high_freq={self.rope_high_freq}")

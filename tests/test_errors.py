@@ -650,11 +650,12 @@ def hugging_face(folder, config, **content):
 
 SMALL = dict(model_type='gpt2', n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=65)
 @pytest.mark.parametrize('config, content, message', [
-    ({'model_type': 'bloom'}, {}, "holds a 'bloom' model, not gpt2"),
-    ({}, {}, 'holds a None model, not gpt2'),
+    ({'model_type': 'bloom'}, {}, "model_type='bloom' is not supported, only gpt2"),
+    ({}, {}, 'model_type is missing; supported are gpt2'),
     (SMALL, {}, 'has no model.safetensors or pytorch_model.bin'),
-    (SMALL, {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})}, "weights are missing or don't fit"),
-    ({**SMALL, 'activation_function': 'relu'}, {}, 'a GPT-2 whose activation'),
+    (SMALL, {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})}, 'has the weights of 0 layers'),
+    (SMALL, {'pytorch_model_bin': saved({'h.0.ln_1.weight': torch.ones(16)})}, "weights are missing or don't fit"),
+    ({**SMALL, 'activation_function': 'silu'}, {}, "activation_function='silu' is not supported, only gelu"),
     ('', {}, 'hf/config.json'),
     ('[]', {}, 'hf'),
     ({'model_type': 'gpt2'}, {}, 'hf'),
@@ -687,7 +688,7 @@ def test_training_from_what_is_not_there(train, init_from, message):
 def test_a_folder_of_another_model_type(warm, tmp_path, text_folder, script):
     folder = hugging_face(tmp_path / 'hf', {'model_type': 'bloom'})
     words = [f'--dataset={text_folder}', *TINY] if script == 'train.py' else []
-    check(warm(script, f'--init_from={folder}', *words), f"{folder}", "holds a 'bloom' model, not gpt2")
+    check(warm(script, f'--init_from={folder}', *words), f"{folder}", "model_type='bloom' is not supported, only gpt2")
 
 
 def test_a_longer_context_than_the_pretrained_model_has(train, trained):
