@@ -298,9 +298,12 @@ def adopt_run(config, given, state, out_dir):
     """`adopt` what the run in out_dir, of which `state` is, had: of its model all, of its settings what isn't given."""
     if any(config[key] != state['config'].get(key, config[key]) for key in NOISE & given.keys()):
         state.get('progress', {}).pop('guard', None)        # what it has seen tells nothing about these losses
-    kept = {'model': state.get('model_name', 'gpt')} | state['model_args']
-    return (adopt(config, given, kept, out_dir, models.FREE) |
-            adopt(config, given, settings(state), out_dir, config.keys()))
+    name = state.get('model_name', 'gpt')
+    changes = adopt(config, given, {'model': name}, out_dir, models.FREE)
+    fields = dataclasses.fields(models.architecture(name).Config)
+    args = {field.name: field.default for field in fields}      # of fields newer than the run
+    changes |= adopt(config, given, args | state['model_args'], out_dir, models.FREE)
+    return changes | adopt(config, given, settings(state), out_dir, config.keys())
 
 
 def model_config(values):
