@@ -197,6 +197,16 @@ class Guard:
         now.variance += weight * ((1 - weight) * above * above - now.variance)
 
 
+def all_finite(parameters):
+    """Whether this process's part of the parameters has neither NaN nor infinity."""
+    for p in parameters:
+        if hasattr(p, 'to_local'):      # sharded
+            p = p.to_local()
+        if not p.isfinite().all():
+            return False
+    return True
+
+
 def _read_later(values):
     """A function that returns the tensor as a list; on CUDA it waits only for the copy to the host."""
     if values.device.type != 'cuda':

@@ -209,10 +209,9 @@ def roll_back():
     stored = checkpoint.begin('auto', out_dir)[1]
     processes.check_shared(out_dir, stored and stored['iter_num'])      # all have read it before the master saves
     if not stored:
-        has_nan = any(not p.isfinite().all() for p in model.parameters())
-        if has_nan:
-            raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint yet: its weights are NaN, "
-                             f"so nothing is saved; {guards.ADVICE}, and set --save_minutes lower")
+        if processes.anyone(not guards.all_finite(model.parameters())):
+            raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights "
+                             f"are NaN, so nothing is saved: {guards.ADVICE}")
         save('ckpt.pt')
         raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights from "
                          f"before the first bad step are in {out_dir}/ckpt.pt: {guards.ADVICE}")

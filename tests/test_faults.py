@@ -674,6 +674,16 @@ def test_what_other_data_do_not_help_ends_with_one_line(text_folder, tmp_path, b
     assert state['iter_num'] == step and all(tensor.isfinite().all() for tensor in state['model'].values())
 
 
+def test_where_nothing_is_left_to_save_a_line_says_so(text_folder, tmp_path):
+    """Without clipping nobody looks at the gradients of steps that are not logged: NaN reaches the weights."""
+    hook = functools.partial(poison, 'gradients that are no numbers', {3})
+    done = run('train.py', *LONG, '--grad_clip=0', '--log_interval=1000', f'--dataset={text_folder}',
+               f'--out_dir={tmp_path}', hook=hook)
+    line, = [line for line in done.output.splitlines() if line.startswith('error: ')]
+    assert done.returncode == 2 and 'its weights are NaN, so nothing is saved' in line
+    assert not (tmp_path / 'ckpt.pt').exists()
+
+
 def test_a_loss_that_stays_high_is_let_through_and_ends_no_run(text_folder, tmp_path):
     """Skipping every update would keep the loss where it is."""
     hook = functools.partial(poison, 'a spike', {*range(6, 99)}, note=tmp_path, MEMORY=4)

@@ -204,6 +204,13 @@ def test_a_validation_loss_of_nan_is_divergence():
     assert watch.has_diverged
 
 
+def test_weights_are_finite_or_not():
+    weights = [torch.ones(2), torch.tensor([1.0, 2.0])]
+    assert guard.all_finite(weights)
+    assert not guard.all_finite([*weights, torch.tensor([math.nan])])
+    assert not guard.all_finite([*weights, torch.tensor([-math.inf])])
+
+
 def test_a_guard_goes_on_from_its_state():
     one, values = Guard(SIGMAS, GUESSING), [*losses(300), 9.0, math.nan]
     judged(one, values[:200])
