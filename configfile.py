@@ -36,7 +36,7 @@ class _Recorder(dict):
 class _ConfigImporter:
     """Finds config.NAME for the import statement, and runs it as a config file over `namespace`.
 
-    own_names: those of all files that it ran.
+    own_names: the own names (see _own_names) of all files that were imported.
     """
 
     def __init__(self, namespace):
@@ -92,8 +92,9 @@ def _imports_configs(importer):
 def run(path, namespace):
     """Run the config file at `path` over a copy of `namespace`.
 
-    Returns ({name: value} of what it assigns, the names in it that may be its own). Raises
-    ValueError, which names the file and the line.
+    Returns (assigned, own_names): {name: value} of all that the file assigns, and the set of names
+    that may be helpers rather than settings (see _own_names). Raises ConfigFileError, whose message
+    has the file and the line.
     """
     before = {**namespace, '__file__': path}
     namespace = _Recorder(before)
@@ -142,7 +143,8 @@ def _names_in(target):
 def _imported(node):
     """The names that an import statement binds.
 
-    Of `from MODULE import *` only those of the standard library, such as math's pi and e.
+    For `from MODULE import *` these are known only for modules of the standard library: math's pi
+    and e, for example.
     """
     names = {alias.asname or alias.name for alias in node.names}
     if '*' in names and (node.module or '').partition('.')[0] in sys.stdlib_module_names:

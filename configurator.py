@@ -60,11 +60,13 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in kinds}
     values = dict(defaults)
     given = {}
-    later = []      # (key, value, where, is_own): perhaps fields of a model that is not known yet
+    # Keys that may be fields of the model's Config, which is not known yet: (key, value, where,
+    # is_own); is_own: it may be a helper of the file.
+    unknown = []
 
     def assign(key, value, where, is_own=False):
         if key not in defaults:
-            later.append((key, value, where, is_own))
+            unknown.append((key, value, where, is_own))
             return
         check = _from_text if where == 'command line' else _checked
         values[key] = check(key, value, defaults[key], where)
@@ -84,7 +86,8 @@ def configure(settings, argv, resolve_device=None, config_class=None):
         for key, value in assigned.items():
             is_tool = isinstance(value, types.ModuleType) or callable(value)
             if not key.startswith('_') and not (is_tool and key not in defaults):
-                assign(key, value, path, key in own_names)
+                assign(key, value, path, is_own=key in own_names)
+    # Only the files see the resolved device: if nobody set it, the setting is 'auto' again.
     if 'device' in defaults and 'device' not in given:
         values['device'] = defaults['device']
     assign_command_line()
@@ -97,10 +100,10 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     if wants_help:
         confighelp.print_help(settings, defaults, Config)
         sys.exit(0)
-    for key, value, where, is_own in later:
+    for key, value, where, is_own in unknown:
         if key in defaults:
             assign(key, value, where)
-        elif not (is_own and _is_helper(key, defaults)):
+        elif not is_own or _is_misspelt(key, defaults):
             _refuse(key, value, where, defaults)
     settings.update(values)
     return values, given
@@ -157,9 +160,9 @@ def _nearest_file(word):
     return files[near[0]] if near else None
 
 
-def _is_helper(key, settings):
-    """Whether a name that a config file uses for itself is none of the settings misspelt."""
-    return not difflib.get_close_matches(key, settings, n=1, cutoff=MISSPELT)
+def _is_misspelt(key, settings):
+    """Whether `key` is so similar to a setting that it must be that setting misspelt."""
+    return bool(difflib.get_close_matches(key, settings, n=1, cutoff=MISSPELT))
 
 
 def _refuse(key, value, where, settings):
@@ -226,9 +229,9 @@ def _list(key, word, where):
 
 
 def _checked(key, given, default, where):
-    """The value `given` in the default's type. ValueError where it is another value there.
+    """`given` in the type of `default`. ValueError if it can't be that without changing its value.
 
-    1e6 is a whole number, 1 is a float, and as a bool it is True.
+    1e6 fits an int, 1 fits a float, and 0 and 1 fit a bool.
     """
     if type(default) is Texts:
         if isinstance(given, (list, tuple)) and all(type(text) is str for text in given):

@@ -66,9 +66,13 @@ EMPTY = None, '', [], {}, '[]'      # some datasets keep a list as JSON in a tex
 
 
 def value(row, field):
-    """A field of a row; a.b is b in a. Raises ValueError."""
+    """The value of a field of a row. Raises ValueError if it is missing.
+
+    'a.b' is row['a']['b'], unless the row has the key 'a.b'.
+    """
+    keys = [field] if field in row else field.split('.')
     found = row
-    for key in [field] if field in row else field.split('.'):
+    for key in keys:
         if not isinstance(found, dict) or key not in found:
             there = ', '.join(map(str, row)) or 'none'
             raise ValueError(f"there is no field {field!r}, only {there}: {WHICH_FIELD}")
@@ -81,9 +85,10 @@ def is_message(item):
 
 
 def reader(row, field=None, template=None):
-    """A Conversations for rows like this one, or None where they are texts.
+    """The Conversations that reads rows like this one, or None if they are plain text.
 
-    field: names with commas between, as in Conversations; None: recognized. Raises ValueError.
+    field: comma-separated names, used as Conversations' `fields`; None: found by FORMS. template: a
+    chat template; None: chat.DEFAULT. Raises ValueError if a field is missing.
     """
     if field is not None:
         fields = field.split(',')
@@ -106,7 +111,8 @@ def reader(row, field=None, template=None):
 
 
 def tells_how_to_read(row, field=None):
-    """Whether a row has what others like it are read by: text, a conversation, or the fields."""
+    """Whether this row shows how its file is to be read: it has 'text', a known conversation, or the
+    given fields."""
     if isinstance(row, list):
         return any(map(is_message, row))
     if field is None:
@@ -164,7 +170,10 @@ class Conversations:
         self.optional = [*fields[1:-1], *ROW_KEYS]
 
     def parts(self, row):
-        """([(text, is_learned)] of a row, [what it has that is not used]). Raises ValueError."""
+        """(parts, unused) of a row. Raises ValueError if the row can't be used.
+
+        parts: [(text, is_learned)]; unused: [str], a sentence for each thing that is ignored.
+        """
         unused = []
         if isinstance(row, list):
             if len(self.fields) > 1:
@@ -199,7 +208,7 @@ class Conversations:
         return [{'role': USER, 'content': '\n\n'.join(texts)}]
 
     def _answer(self, row, n_before, unused):
-        """The messages of the last field, which follow so many of the others."""
+        """The messages of the last field; n_before: how many messages the other fields gave."""
         name = self.fields[-1]
         answer = value(row, name)
         if isinstance(answer, list):
@@ -207,7 +216,10 @@ class Conversations:
         return [{'role': ASSISTANT, 'content': _text(answer, name)}]
 
     def _messages(self, messages, unused, n_before=0):
-        """The messages as {"role", "content", "weight"}; errors number them from n_before on."""
+        """[{"role", "content", "weight"}]; error messages count from n_before + 1.
+
+        Appends to `unused`. Raises ValueError.
+        """
         if not isinstance(messages, list) or not messages:
             raise ValueError('the row has no "messages", a list of {"role", "content"}')
         return [self._message(message, f"message {number}", unused)

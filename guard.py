@@ -14,9 +14,9 @@ A run has diverged in two cases:
 - NOT_FINITE_IN_A_ROW losses or gradients in a row were NaN or infinite. The run goes back to its newest
   checkpoint and skips the data that led there, since the same data would lead there again (as PaLM's
   authors did by hand, Chowdhery et al. 2022, section 5.1). The second time, it ends.
-- The validation loss and the average training loss both rose far above their lowest, and stay there
-  (`check_far_above`). The run ends, after its last state was saved. Overfitting raises the first of
-  them alone, and is not divergence.
+- The validation loss and the average training loss both rise far above their lowest values and stay
+  there (`check_far_above`). The run saves its state and ends. Overfitting raises only the validation
+  loss, so it is not divergence.
 """
 import math
 from dataclasses import asdict, dataclass, fields
@@ -29,11 +29,14 @@ FLOOR = 0.02                # nats, least standard deviation of the loss: near a
 SPIKES_IN_A_ROW = 3         # spikes that are skipped before updates go through again
 NOT_FINITE_IN_A_ROW = 5     # steps after which NaN and infinity mean that the weights are the cause
 FAR = 1.0                   # nats above the lowest loss: more than twice the perplexity
-RECOVERS = 0.98             # a run far above its lowest loss recovers while the gap shrinks to this share
-PATIENCE = 5                # in fewer than so many evaluations
-LEAST_STEPS = 1000          # or steps; if it does not, it has diverged
+# A run far above its lowest loss has diverged when the gap has not shrunk to RECOVERS of itself for
+# PATIENCE evaluations and LEAST_STEPS steps.
+RECOVERS = 0.98
+PATIENCE = 5
+LEAST_STEPS = 1000
 LARGEST = torch.finfo(torch.float32).max
-READ_AT_ONCE = ('cpu',)     # devices whose results can be read without waiting: ten times as fast there
+READ_AT_ONCE = ('cpu',)     # device types whose results are ready at once: Python numbers are ten
+                            # times as fast there as tensors
 ADVICE = "lower the learning rate (--learning_rate, or --muon_lr and --embed_lr where they are set)"
 
 
@@ -47,11 +50,12 @@ class GuardState:
     not_finite: int = 0                 # steps in a row with a NaN or infinity, up to the last step
     average: float = 0.0                # of the loss, in nats
     variance: float = 0.0               # of the loss
-    lowest_average: float = math.inf    # at all evaluations, in nats
-    lowest_val: float = math.inf        # validation loss, in nats
-    low_since_jump: float = math.inf    # the lowest validation loss while it is far above lowest_val
-    low_step: int = 0                   # where that was
-    evals_since_low: int = 0            # evaluations from there on, that one included
+    lowest_average: float = math.inf    # lowest `average` at any evaluation, in nats
+    lowest_val: float = math.inf        # lowest validation loss, in nats
+    low_since_jump: float = math.inf    # validation loss at the last recovery since it jumped far
+                                        # above lowest_val, in nats; inf: it has not jumped
+    low_step: int = 0                   # step of that recovery
+    evals_since_low: int = 0            # evaluations since that recovery, including its own
 
 
 def is_state(value):
@@ -71,9 +75,10 @@ class SkippedUpdate:
 
 
 class Guard:
-    """sigmas: standard deviations that make a spike; 0: nothing is a spike. guessing: the loss of a
-    model that guesses among all ids, ln V, in nats.
+    """Decides which updates to skip, and whether the run has diverged.
 
+    sigmas: standard deviations above the average from which a loss is a spike; 0: no loss is one.
+    guessing: the loss of uniform guessing, ln V, in nats.
     state: `state()` of an earlier guard; a guard that continues from it decides the same, to the bit.
     """
 
@@ -128,7 +133,10 @@ class Guard:
             optimizer.found_inf = is_bad
 
     def last_skipped(self):
-        """The SkippedUpdate of the last step, or None; asked again, None. May wait for that step."""
+        """Count the last step; return its SkippedUpdate, or None if its update was made.
+
+        Waits for the step's result. A second call for the same step changes nothing and returns None.
+        """
         if self.read_pending is None:
             return None
         is_finite, loss = self.read_pending()
@@ -228,12 +236,13 @@ def skip_data(stored, progress, iter_num, out_dir):
     """
     step = int(stored['iter_num'])
     earlier = stored.get('progress', {})
-    is_second = earlier.get('rolled_back_to', -1) == step or iter_num <= earlier.get('diverged_at', -1)
-    if is_second:
+    was_rolled_back_here = earlier.get('rolled_back_to') == step
+    got_no_further = iter_num <= earlier.get('diverged_at', -1)
+    if was_rolled_back_here or got_no_further:
         raise ValueError(
-            f"the run diverged before step {iter_num}, and had been rolled back from step "
-            f"{earlier['diverged_at']} to {earlier['rolled_back_to']} already, to other data; "
-            f"{out_dir}/ckpt.pt has the state of step {step}: {ADVICE}")
+            f"the run diverged again, before step {iter_num}: it had been rolled back from step "
+            f"{earlier['diverged_at']} to {earlier['rolled_back_to']} already and had continued with "
+            f"other data; {out_dir}/ckpt.pt has the state of step {step}: {ADVICE}")
     offset = progress['data_offset'] + iter_num - step
     changes = dict(data_offset=offset, diverged_at=iter_num, rolled_back_to=step)
     return stored | dict(progress=earlier | changes)

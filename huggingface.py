@@ -26,7 +26,7 @@ class Keys:
 
     problems: a sentence for each that can't be used.
     assumed: {key: default} of the sizes that are missing.
-    inside: the key under which these lie, where that is not the file itself.
+    inside: the key whose object `config` is; '': it is the whole file.
     """
 
     def __init__(self, config, inside=''):
@@ -84,7 +84,7 @@ class Keys:
         return choices[default]
 
     def only(self, key, supported):
-        """Refuse any other value than this one; without the key, or with null, it is supported."""
+        """Refuse every value but `supported`; a missing key and null are accepted."""
         value = self.config.get(key, supported)
         if value is not None and value != supported:
             self.refuse(key, f"is not supported, only {supported}")
@@ -97,9 +97,9 @@ def shortened(value):
 
 
 class GPT2:
-    """model.GPT as GPT2LMHeadModel: linear weights lie (in, out) there, biases are always there.
+    """model.GPT as GPT2LMHeadModel, which stores linear weights as (in, out) and always has biases.
 
-    Activations that differ in rounding alone are one here. reorder_and_upcast_attn is ignored: it
+    Activations that differ only in rounding are treated as the same. reorder_and_upcast_attn is ignored: it
     changes nothing but the rounding of scores in half precision, and transformers' default kernel
     ignores it too.
     """
@@ -147,7 +147,8 @@ class GPT2:
         fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
         n_inner = keys.optional_size('n_inner', 4 * fields['n_embd'])
         keys.only('add_cross_attention', False)
-        keys.flag('scale_attn_weights', True)       # this and the next are for `state`
+        # These two are only checked here: _scale_queries uses them.
+        keys.flag('scale_attn_weights', True)
         keys.flag('scale_attn_by_inverse_layer_idx', False)
         return {**fields,
                 'n_inner': 0 if n_inner == 4 * fields['n_embd'] else n_inner,
@@ -190,8 +191,11 @@ class GPT2:
 
     @classmethod
     def _scale_queries(cls, state, keys, fields):
-        """Multiply the queries' weights, in place, where scores have factors other than 1/√D there:
-        the function is the same."""
+        """Scale the queries' weights and biases in the dict `state`, so that our attention, which
+        divides scores by √D, computes what theirs does.
+
+        Scaled tensors become float64: they are rounded once, when `fill` loads them.
+        """
         C = fields['n_embd']
         D = C // fields['n_head']
         factor = 1.0 if keys.flag('scale_attn_weights', True) else math.sqrt(D)
@@ -297,8 +301,8 @@ class Llama:
 
     @classmethod
     def rope_fields(cls, keys, block_size):
-        """The Config fields of the rotations, from rope_parameters, or from rope_scaling, where
-        transformers wrote them before version 5."""
+        """The Config fields of the rotary embedding, from rope_scaling (transformers before version 5)
+        if it has a value, else from rope_parameters."""
         name = 'rope_scaling' if keys.config.get('rope_scaling') else 'rope_parameters'
         found = keys.config.get(name) or {}
         if type(found) is not dict:

@@ -22,7 +22,7 @@ def begin_script():
     Ctrl-C, from here on until the process ends, is one line and exit code 130. A closed pipe (`| head`) ends the script
     without a word. A character that standard output can't encode is printed as `?`, and a line at the end says so.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:   # else nohup or the like has it ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:   # otherwise nohup, for example, ignores it
         signal.signal(signal.SIGINT, _stop_at_once)
     if hasattr(signal, 'pthread_sigmask'):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])     # see no_interrupt
@@ -30,7 +30,7 @@ def begin_script():
     sys.unraisablehook = _end_where_nobody_catches
     codecs.register_error(REPLACED, _replaced)
     if hasattr(sys.stdout, 'reconfigure') and sys.stdout.errors in ('strict', 'surrogateescape'):
-        sys.stdout.reconfigure(errors=REPLACED)     # stderr's own way, backslashes, never fails
+        sys.stdout.reconfigure(errors=REPLACED)     # stderr writes backslashes, which never fails
     atexit.unregister(_finish_output)
     atexit.register(_finish_output)
 
@@ -59,7 +59,7 @@ def tell_torchrun(line):
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not path:
         return
-    import json  # 5 ms, in which Ctrl-C would still be a traceback
+    import json  # here, since it takes 5 ms, in which Ctrl-C would print a traceback
     with contextlib.suppress(OSError), open(path, 'w', encoding='utf-8') as file:
         json.dump({'message': line, 'timestamp': int(time.time())}, file)
 
@@ -94,8 +94,8 @@ def _stop_at_once(number, frame):
 
 @contextlib.contextmanager
 def no_interrupt():
-    """Ctrl-C waits for the end of this. It never reaches the processes that are started in it, unless they are scripts of
-    the project: those it reaches in begin_script."""
+    """Hold Ctrl-C back until this block ends. Processes started inside inherit the blocked signal, so
+    it never reaches them; only the project's own scripts unblock it, in begin_script."""
     if not hasattr(signal, 'pthread_sigmask'):      # Windows
         yield
         return
@@ -109,12 +109,13 @@ def no_interrupt():
 def _say_stopped():
     with contextlib.suppress(ValueError):       # not in the main thread
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(STOPPED))   # pressed again: do not clean up
-    with contextlib.suppress(OSError, RuntimeError):    # nobody reads it; a handler called in the middle of a print
+    with contextlib.suppress(OSError, RuntimeError):    # stderr is closed; the signal came during a print
         print("stopped", file=sys.stderr, flush=True)
 
 
 def _end(kind, error, traceback):
-    """sys.excepthook: of what user_errors did not see, Ctrl-C and a closed pipe end quietly, the rest with a traceback."""
+    """sys.excepthook, for what user_errors did not catch: one line for Ctrl-C, nothing for a closed
+    pipe, otherwise a traceback."""
     if _was_interrupted(error):
         _say_stopped()
         raise SystemExit(STOPPED)       # from an excepthook, this sets the exit code
@@ -150,7 +151,8 @@ def _replaced(error):
 
 
 def _discard_output():
-    """What is still to be written to a stream that nobody reads goes nowhere."""
+    """Redirect stdout and stderr to os.devnull where they have no reader, so that the flush at exit
+    can't fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

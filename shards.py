@@ -9,7 +9,7 @@ import numpy as np
 
 from tokenizer import GPT2, check_description, describe_meta_pkl
 
-LOOKED_AT = 1_000_000       # ids at a bin's beginning that say as what they were written
+LOOKED_AT = 1_000_000       # ids at the start of a bin from which wider_dtype guesses their dtype
 OPEN = 32       # files of one array that are held open: a process may have 256 in all on macOS
 
 
@@ -54,10 +54,11 @@ class Shards:
 
 
 def wider_dtype(ids, tokenizer=None):
-    """int64 or int32, if the ids at a bin's beginning seem to have been written as that; else None.
+    """'int64' or 'int32' if `ids`, the start of a bin, seem to have been written so; else None.
 
-    An id that was written in 8 bytes and is read in 2 is followed by three zeros; one in 4 bytes,
-    by one. tokenizer: the description of the one that made them.
+    ids: (n,), as read in the bin's own dtype, uint16 or uint32. An int64 id read as uint16 is
+    followed by three zeros, an int32 id by one. tokenizer: the description of the tokenizer that
+    made the ids, or None.
     """
     is_char = (tokenizer or {}).get('kind') == 'char'
     for wide in ('int64', 'int32'):

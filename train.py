@@ -72,7 +72,7 @@ weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of its square's
 grad_clip = 1.0  # longest gradient; 0: no limit
-spike_sigmas = 6.0  # skip updates whose loss is so many standard deviations above the average; 0: only those of NaN
+spike_sigmas = 6.0  # skip updates whose loss is this many standard deviations above the average; 0: only NaN, infinity
 max_norm = 0.0  # longest row of a matrix, the weights into one unit, tables and tied heads left out; 0: no limit
 decay_lr = True  # down to min_lr after a linear warm-up; False: constant
 lr_schedule = 'cosine'  # how: cosine; step: all at once at lr_decay_iters
@@ -201,9 +201,10 @@ def save(name):
 
 
 def roll_back():
-    """The run has diverged: continue from its newest checkpoint, with other data than led here.
+    """The run has diverged: continue from its newest checkpoint, past the data that led here.
 
-    Raises ValueError where there is no checkpoint, after saving one, or where that was tried before.
+    Raises ValueError if this was tried before, or if there is no checkpoint. In the second case the
+    weights are saved first, unless they are NaN or infinite.
     """
     global iter_num, progress, guard
     stored = checkpoint.begin('auto', out_dir)[1]

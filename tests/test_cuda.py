@@ -91,8 +91,8 @@ def test_every_number_format_learns(uncompiled, gpu):
 
 
 @needs_compiler
-def test_compiled_it_learns_the_same(uncompiled, tmp_path):
-    """The norms of the gradients too, which a loss that is right does not show."""
+def test_a_compiled_run_learns_the_same(uncompiled, tmp_path):
+    """Losses and gradient norms match: a correct loss alone would not reveal a wrong gradient."""
     settings, out_dirs = uncompiled
     succeed(*(['train.py', *settings, f'--dtype={dtype}', '--compile=True', f'--out_dir={tmp_path / dtype}']
               for dtype in out_dirs), env=FEW_COMPILERS, timeout=300)
@@ -303,7 +303,7 @@ def test_a_run_on_the_cpu_opens_no_context(text_folder, tmp_path, words):
     assert 'context: False' in done.stdout
 
 
-def test_what_uses_a_model_on_the_cpu_opens_none_either(trained, text_folder, tmp_path):
+def test_scripts_that_use_a_model_on_the_cpu_open_no_context(trained, text_folder, tmp_path):
     done = succeed(
         ['sample.py', f'--out_dir={trained}', '--device=cpu', '--num_samples=1', '--max_new_tokens=5'],
         ['evaluate.py', f'--out_dir={trained}', '--device=cpu', f'--dataset={text_folder}',

@@ -32,13 +32,13 @@ def test_a_run_on_the_cpu_leaves_the_gpu_alone(text_folder, tmp_path, words):
     train(tmp_path, *TINY, f'--dataset={text_folder}', *words, hook=forbid_cuda)
 
 
-def test_a_run_that_is_resumed_on_the_cpu_does_too(trained, tmp_path):
+def test_a_run_resumed_on_the_cpu_leaves_the_gpu_alone(trained, tmp_path):
     out_dir = shutil.copytree(trained, tmp_path / 'out')
     train(out_dir, '--init_from=resume', '--max_iters=8', hook=forbid_cuda)
 
 
 @pytest.mark.parametrize('kind, n', [('ddp', 2), ('fsdp', 1)])
-def test_processes_on_cpus_do_too(text_folder, tmp_path, kind, n):
+def test_several_processes_on_the_cpu_leave_the_gpu_alone(text_folder, tmp_path, kind, n):
     settings = [*TINY, f'--dataset={text_folder}', f'--parallel={kind}', f'--out_dir={tmp_path}']
     for words in (['--max_iters=3'], ['--max_iters=6', '--init_from=resume']):
         runs = ranks(n, 'train.py', *settings, *words, hook=forbid_cuda)
@@ -71,7 +71,7 @@ def test_a_checkpoint_in_parts_is_read_without_cuda(text_folder, tmp_path):
     ('evaluate.py', ['--device=cpu', '--limit=100']),
     ('export.py', ['--folder={tmp_path}/hf']),
 ], ids=['sample', 'beams', 'evaluate', 'export'])
-def test_what_uses_a_model_on_the_cpu_does_too(trained, text_folder, tmp_path, script, words):
+def test_scripts_that_use_a_model_on_the_cpu_leave_the_gpu_alone(trained, text_folder, tmp_path, script, words):
     out_dir = shutil.copytree(trained, tmp_path / 'out')
     words = [word.format(tmp_path=tmp_path) for word in words]
     if script == 'evaluate.py':

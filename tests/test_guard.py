@@ -67,7 +67,9 @@ def test_a_bad_step_changes_nothing(lrs, name, loss, gradient, grad_norm):
     before = everything(optimizer, params)
     assert step(watch, optimizer, scaler, params, loss, gradient, grad_norm) == pytest.approx(loss, nan_ok=True)
     assert all(map(torch.equal, before, everything(optimizer, params)))
-    assert step(watch, optimizer, scaler, params, 2.0) is None and watch.now.skipped == 1 and watch.last_was_finite
+    assert step(watch, optimizer, scaler, params, 2.0) is None
+    assert watch.now.skipped == 1
+    assert watch.last_was_finite
     assert not torch.equal(before[0], params[0])
 
 
@@ -161,7 +163,10 @@ def test_losses_that_stay_nan_count_as_divergence():
 
 
 def evaluated(watch, pairs, every=500):
-    """The step at which evaluations every so many steps, [(average loss, val loss)], end the run, or None."""
+    """The step at which the run ends, or None.
+
+    pairs: [(average loss, validation loss)], in nats, one per evaluation; every: steps between them.
+    """
     for i, (average, val) in enumerate(pairs):
         watch.now.seen = i * every
         watch.now.average = average
@@ -218,7 +223,8 @@ def test_a_guard_goes_on_from_its_state():
     assert one.now.lowest_val == 3.0
     two = Guard(SIGMAS, GUESSING, one.state())
     assert judged(one, values[200:]).keys() == judged(two, values[200:]).keys() == {100, 101}
-    assert one.state() == two.state() != Guard(SIGMAS, GUESSING).state()
+    assert one.state() == two.state()
+    assert one.state() != Guard(SIGMAS, GUESSING).state()
 
 
 @pytest.mark.parametrize('stored, at', [
