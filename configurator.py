@@ -187,7 +187,8 @@ def _refuse(key, value, where, settings):
 def _from_text(key, words, default, where):
     """The value that the command line's words for a setting stand for.
 
-    The last word counts, except for Texts: a Python literal; for a str itself.
+    Where a setting is repeated the last word counts, except for Texts. It is read as a Python literal,
+    or used as it is where the default is a str.
     """
     if type(default) is Texts:
         return _texts(key, words, where)
