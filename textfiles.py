@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import zlib
@@ -22,6 +23,8 @@ import hub
 
 BLOCK = 1 << 20     # bytes read at a time
 SNIFF = 1 << 16     # bytes at the beginning of a file by which it is taken for text
+# Named like these, a file holds rows that somebody exported, not text.
+TABLES = '.csv', '.tsv', '.json'
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
                     codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16'}
 
@@ -29,19 +32,22 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32'
 class File(NamedTuple):
     name: str           # as the user knows it
     path: Path
-    kind: str           # text, jsonl, parquet
+    kind: str           # text, jsonl, parquet, or table: one of TABLES, which is an error
     packed: str         # '', gz, zst
     size: int           # bytes on the disk
     changed: object     # what tells it from another file of this name and size
     origin: tuple | None = None     # repository, commit and name of a file of the Hub, which is fetched to `path`
+    split: str | None = None        # where its documents go; None: by a hash of each
 
 
-def find(word, field=None, folder=None):
+def find(word, field=None, folder=None, as_text=False):
     """The Files that a word stands for: a file, a folder, a glob, `-`, owner/name[@revision][:folder or glob] on the Hub.
 
     field: where it is given, .json and standard input hold rows. folder: in whose files.workplace copies go; the bins there
-    are no source. Raises ValueError or OSError.
+    are not sources. as_text: read TABLES as the text that they are. Raises ValueError or OSError.
     """
+    if not word:
+        raise ValueError("a source has an empty name")
     try:
         path = Path(word).expanduser()
     except RuntimeError:
@@ -49,16 +55,17 @@ def find(word, field=None, folder=None):
     if word == '-':
         return [_standard_input(field, folder)]
     if path.is_file():
-        return [_checked(_file(word, path, field))]
+        return [_checked(_file(word, path, field, as_text))]
     if path.is_dir():
         found = sorted((p.relative_to(path).as_posix(), p) for p in _walk(path, folder))
-        return _readable(word, [_file(f'{word.rstrip("/")}/{name}', p, field) for name, p in found])
+        stem = word.rstrip('/')
+        return _readable(word, [_file(f'{stem}/{name}', p, field, as_text) for name, p in found])
     if path.exists():
         raise ValueError(f"{word} is neither a file nor a folder: send it to standard input, and take - for its name")
     if glob.has_magic(str(path)):
         names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if names:
-            return _readable(word, [_file(name, Path(name), field) for name in names])
+            return _readable(word, [_file(name, Path(name), field, as_text) for name in names])
     return _on_the_hub(word, field, folder)
 
 
@@ -74,19 +81,25 @@ def _walk(path, folder):
                 yield Path(root, name)
 
 
-def _file(name, path, field):
+def _file(name, path, field, as_text=False):
     stat = path.stat()
-    return File(name, path, *_kind(name, field), stat.st_size, stat.st_mtime_ns)
+    return File(name, path, *_kind(name, field, as_text), stat.st_size, stat.st_mtime_ns)
 
 
-def _kind(name, field):
+def _kind(name, field, as_text=False):
     """(kind, packed) of a file, by the end of its name."""
     stem, packed = name.lower(), ''
     if stem.endswith(('.gz', '.zst')):
         stem, _, packed = stem.rpartition('.')
-    return ('parquet' if stem.endswith('.parquet') else
-            'jsonl' if stem.endswith(('.jsonl', '.ndjson', '.jsonlines')) or (field and stem.endswith('.json')) else
-            'text'), packed
+    if stem.endswith('.parquet'):
+        return 'parquet', packed
+    if stem.endswith(('.jsonl', '.ndjson', '.jsonlines')):
+        return 'jsonl', packed
+    if stem.endswith(TABLES) and not as_text:
+        if field and stem.endswith('.json'):
+            return 'jsonl', packed
+        return 'table', packed
+    return 'text', packed
 
 
 def _standard_input(field, folder):
@@ -149,32 +162,117 @@ def _checked(file):
 
 
 def _readable(word, found):
-    """Those of the files found that are text or rows; says how many are left out."""
+    """Those of the files found that are text or rows; says how many are left out. ValueError where
+    there are TABLES: they may be most of somebody's data."""
+    tables = [file.name for file in found if file.kind == 'table']
+    if tables:
+        raise ValueError(f"{word}: {len(tables):,} of {len(found):,} files are .csv, .tsv or "
+                         f".json, not text; the first is {tables[0]}. Convert them (the error for "
+                         "one alone says how), leave them out by a glob in quotes, such as "
+                         "'*.txt', or read them as they are with --as_text")
     wrong = {file for file in found if _what_is_wrong(file)}
     if wrong:
         first = next(file.name for file in found if file in wrong)
-        print(f"{word}: {len(wrong):,} of {len(found):,} files left out, which are no UTF-8 text; the first is {first}")
+        print(f"{word}: {len(wrong):,} of {len(found):,} files left out, which are not UTF-8 text; "
+              f"the first is {first}")
     return [file for file in found if file not in wrong]
 
 
 def _what_is_wrong(file):
-    """Why a file is no text, judged by its beginning, or ''."""
+    """Why a file is neither text nor rows, judged by its beginning, or ''."""
     if file.kind == 'parquet':
         return ''
     with reading(file) as (_, stream):
         head = stream.read(SNIFF)
+    if file.kind == 'table':
+        return _how_to_convert(file, head)
+    if wrong := _why_not_text(head, is_whole=len(head) < SNIFF):
+        return wrong
+    if file.kind == 'jsonl' and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
+        return "is one JSON array: `jq -c '.[]'` makes lines of it, a row on each"
+    return ''
+
+
+def _why_not_text(head, is_whole):
+    """Why these bytes, with which a file begins, are not UTF-8 text, or ''."""
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return f"is {encoding}, not UTF-8: `iconv -f {encoding} -t UTF-8` converts it"
     if b'\0' in head:
         return "is a binary file (there are zero bytes in it)"
     try:
-        codecs.getincrementaldecoder('utf-8')().decode(head, final=len(head) < SNIFF)
+        codecs.getincrementaldecoder('utf-8')().decode(head, final=is_whole)
     except UnicodeDecodeError as error:
-        return f"is not UTF-8 at byte {error.start:,}: `iconv -f ITS_ENCODING -t UTF-8` converts it"
-    if file.kind == 'jsonl' and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
-        return "is one JSON array: `jq -c '.[]'` makes lines of it, a row on each"
+        return not_utf8(error.start)
     return ''
+
+
+def not_utf8(at):
+    """What is said of a file whose byte `at` is not UTF-8."""
+    return f"is not UTF-8 at byte {at:,}: `iconv -f ITS_ENCODING -t UTF-8` converts it"
+
+
+def _how_to_convert(file, head):
+    """What is said of a file that is one of TABLES, and begins with these bytes."""
+    stem = file.name.lower().removesuffix('.gz').removesuffix('.zst')
+    if stem.endswith('.json'):
+        return _how_to_convert_json(file, head.removeprefix(codecs.BOM_UTF8).lstrip())
+    dialect = ",delimiter='\\t'" if stem.endswith('.tsv') else ''
+    rows = f"csv.DictReader({_opened(file)}{dialect})"
+    return (f"is a table, not text: {_to_rows(file, rows)}, whose columns --field names; --as_text "
+            "reads it as it is")
+
+
+def _how_to_convert_json(file, head):
+    if head.startswith(b'['):
+        rows = _to_rows(file, f'json.load({_opened(file)})')
+        return (f"is a JSON array, not text: {rows}, whose keys --field names; --as_text reads it "
+                "as it is")
+    try:
+        is_row = isinstance(json.loads(head.partition(b'\n')[0]), dict)
+    except (ValueError, RecursionError):
+        is_row = False
+    if is_row:
+        return ("holds a row on each line: --field=KEY reads the text under that key, or call it "
+                ".jsonl; --as_text reads it as it is")
+    unpack = {'': 'cat', 'gz': 'gzip -dc', 'zst': 'zstd -dc'}[file.packed]
+    command = f"{unpack} {shlex.quote(file.name)} | jq -c '.KEY[]' > rows.jsonl"
+    return (f"is JSON, not text: `{command}` makes rows of the list under a KEY; --as_text reads "
+            "it as it is")
+
+
+def _opened(file):
+    """A Python expression: the file that is named in sys.argv[1], opened."""
+    opener = {'': 'open', 'gz': 'gzip.open', 'zst': 'zstandard.open'}[file.packed]
+    return f"{opener}(sys.argv[1],'rt',encoding='utf-8-sig')"
+
+
+def _to_rows(file, rows):
+    """`a command` that writes these rows, a Python expression, as JSONL."""
+    modules = [name for name in ('csv', 'gzip', 'zstandard') if f'{name}.' in rows]
+    program = f"import {','.join([*modules, 'json', 'sys'])};"
+    if 'csv' in modules:
+        program += 'csv.field_size_limit(1<<30);'       # else texts end at 128 KB
+    program += f'[print(json.dumps(r)) for r in {rows}]'
+    return f'`python -c "{program}" {shlex.quote(file.name)} > rows.jsonl` makes rows of it'
+
+
+def read_text(path, as_text=False):
+    """The text of one file, .gz and .zst too, without its byte order mark. as_text: also where its
+    name says that it holds rows. Raises ValueError or OSError."""
+    file = _file(str(path), Path(path), field=None)
+    if file.kind != 'text' and not as_text:
+        raise ValueError(f"{path} holds rows, not text: `python data/prepare.py NAME "
+                         f"{shlex.quote(str(path))}` makes a dataset of them, whose NAME can be "
+                         "given instead")
+    with reading(file) as (_, stream):
+        content = stream.read()
+    if wrong := _why_not_text(content[:SNIFF], is_whole=len(content) < SNIFF):
+        raise ValueError(f"{path} {wrong}")
+    try:
+        return content.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} {not_utf8(error.start)}") from None
 
 
 @contextlib.contextmanager

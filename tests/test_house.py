@@ -11,7 +11,7 @@ KNOWS = {       # module: the project's modules that it may import
     'configfile': set(), 'confighelp': set(), 'mistakes': set(), 'runtime': {'mistakes'}, 'files': set(),
     'tokenizer': set(), 'layers': set(),
     'optimizer': set(), 'guard': set(), 'parallel': {'fsdp', 'mistakes'}, 'batchnorm': set(), 'chat': set(), 'lora': set(),
-    'prompts': set(),
+    'prompts': {'textfiles'},
     'attention': {'layers'}, 'ngrams': {'layers'},
     'configurator': {'configfile', 'confighelp'},
     'generate': {'tokenizer', 'layers'},
