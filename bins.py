@@ -30,7 +30,7 @@ import journal
 import tokenizer as tokenizers
 from journal import SPLITS
 
-VERSION = 1         # of how documents become bins here: what another one has begun is begun anew
+VERSION = 2         # of how documents become bins here: what another one has begun is begun anew
 TELL_SECONDS = 10       # between two lines about how far it is
 ROW = np.dtype([('split', 'u1'), ('documents', 'u1'), ('tokens', 'u4'), ('bytes', 'u4'), ('digest', 'V16')])
 
@@ -41,6 +41,13 @@ class Part(NamedTuple):
     key: bytes          # the digest of the document's first part, which decides where all of them go
     is_last: bool
     place: tuple | None = None      # (characters before this part, in all) of a text that is divided by position
+
+
+class Note(NamedTuple):
+    """What the user is told when all is done, with how often it was found and where first."""
+    what: str
+    where: str
+    n: int = 1
 
 
 def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False, num_proc=None, shard_tokens=0, end=None,
@@ -54,12 +61,19 @@ def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False,
                         add up to the source's; where it has a number `file`, pieces(n) begins with the first of file n
         read(piece)     in a worker: an iterator of (split or None, document)
         facts           perhaps: more of meta.json
-    A document is a text, or a list of (text, is_learned), or a Part of one. None lets the sha256 of the seed and the
-    document choose, so that copies stay on one side. Behind each document stands the tokenizer's eot, or where that has
-    none the text `end`: by default a newline, unless the document ends with one.
+        splits          perhaps: the splits that it names itself
+        notices(notes)  perhaps: the lines to print when all is read, from its Notes, merged as
+                        {what: [how often, where first]}
+    A document is a text, or a list of (text, is_learned), or a Part of one; or a Note. None lets
+    the sha256 of the seed and the document choose, so that copies stay on one side. Behind each
+    document stands the
+    tokenizer's eot, or where that has none the text `end`: by default a newline, unless the
+    document ends with one. A Part with a `place` is of a text with nothing behind it.
 
-    split: the shares of train, val and perhaps test. dedup: take each document once (Parts apart), which needs 100 bytes of
-    memory for each. shard_tokens: put so many tokens in a file. num_proc: processes that encode, by default one per core.
+    split: the shares of train, val and perhaps test; None: the source names the split of every
+    document. dedup: keep the first of equal documents (Parts apart), which needs 100 bytes of
+    memory for each. shard_tokens: put so many tokens in a file. num_proc: processes that encode,
+    by default one per core.
     facts: more of meta.json; masked=True where documents are lists.
 
     The bins depend on nothing else: not on num_proc, nor on how often the work was stopped. What is done waits in
@@ -71,7 +85,10 @@ def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False,
 
 def _prepare(folder, source, tokenizer, split, seed, dedup, num_proc, shard_tokens, end, facts):
     work = files.workplace(folder) / 'bins'
-    facts, shares = {**getattr(source, 'facts', {}), **facts}, check_split(split)
+    facts = {**getattr(source, 'facts', {}), **facts}
+    shares = check_split(split) if split else []
+    named = getattr(source, 'splits', ())
+    splits = [name for i, name in enumerate(SPLITS) if i < len(shares) or name in named]
     dtype, eot, masked = bin_dtype(tokenizer.vocab_size), getattr(tokenizer, 'eot', None), bool(facts.get('masked'))
     of = [source.fingerprint, shares, seed, dedup, shard_tokens, end, facts, tokenizer.describe(), VERSION]
     identity = hashlib.sha256(repr(of).encode()).hexdigest()
@@ -80,12 +97,18 @@ def _prepare(folder, source, tokenizer, split, seed, dedup, num_proc, shard_toke
     if found['identity'] == identity and (work / 'meta.json').is_file():
         print(f"{folder}: the bins are ready; putting them in place")
     else:
-        output = journal.Output(work, identity, SPLITS[:len(shares)], dtype, masked, dedup, shard_tokens)
+        output = journal.Output(work, identity, splits, dtype, masked, dedup, shard_tokens)
         encoder = functools.partial(_Encoder, source=source, shares=shares, seed=seed, dtype=dtype, end=end, masked=masked)
         with output.kept_if_stopped():
             _encode_all(output, source, tokenizer, encoder, num_proc)
-            output.finish(split, {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype,
-                                  **({} if eot is None else {'eot': eot}), **facts})
+            if hasattr(source, 'notices'):
+                for line in source.notices(output.done['notes']):
+                    print(line, flush=True)
+            meta = {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size,
+                    'dtype': dtype}
+            if eot is not None:
+                meta['eot'] = eot
+            output.finish(dict(zip(SPLITS, split or ())), {**meta, **facts})
         found = output.done
     meta = json.loads((work / 'meta.json').read_text(encoding='utf-8'))
     journal.switch(folder, work, meta)
@@ -107,7 +130,8 @@ def check_split(split):
 # ---- what the workers do ---------------------------------------------------------------------------------------------
 
 class _Encoder:
-    """A piece of the source -> (ids, learned or None, table of ROWs), documents one after the other."""
+    """A piece of the source -> (ids, learned or None, table of ROWs, notes), documents one after
+    the other."""
 
     def __init__(self, tokenizer, source, shares, seed, dtype, end, masked):
         self.tokenizer, self.source, self.dtype, self.masked = tokenizer, source, dtype, masked
@@ -118,8 +142,11 @@ class _Encoder:
         self.limits = [int(share * 2 ** 64) for share in self.sums[1:-1]]
 
     def __call__(self, piece):
-        ids, learned, table = [], [], []
+        ids, learned, table, notes = [], [], [], {}
         for split, document in self.source.read(piece):
+            if isinstance(document, Note):
+                notes = journal.add_notes(notes, {document.what: [document.n, document.where]})
+                continue
             for (*row, text_bytes, digest), new, are_learned, ends in self._rows(split, document):
                 row_ids = [np.asarray(new, self.dtype), self.eot] if ends and self.eot is not None else [
                     np.asarray(new, self.dtype)]
@@ -129,15 +156,16 @@ class _Encoder:
                     are_learned = np.ones(n, 'u1') if are_learned is True else np.asarray(are_learned, 'u1')
                     learned += [are_learned, are_learned[-1:]] if len(are_learned) < n else [are_learned]
                 table.append((*row, n, text_bytes, digest))
-        return (np.concatenate([np.empty(0, self.dtype), *ids]),
-                np.concatenate([np.empty(0, 'u1'), *learned]) if self.masked else None, np.array(table, ROW))
+        ids = np.concatenate([np.empty(0, self.dtype), *ids])
+        learned = np.concatenate([np.empty(0, 'u1'), *learned]) if self.masked else None
+        return ids, learned, np.array(table, ROW), notes
 
     def _rows(self, split, document):
         """((split, documents in it, bytes of text, digest or nothing), ids, True or whether each is learned, whether the
         eot follows) of a document; of one by position perhaps several."""
         if isinstance(document, Part):
             if document.place:
-                yield from self._by_position(document)
+                yield from self._by_position(split, document)
             else:
                 text = document.text + (self._end(document.text) if document.is_last else '')
                 yield ((self._hashed(split, document.key)[0], document.is_last, len(text.encode()), b''),
@@ -154,9 +182,14 @@ class _Encoder:
             yield ((split, 1, len((text + end).encode()), digest),
                    *chat.encode(self.tokenizer, [*document, *([(end, document[-1][1])] if end else [])]), True)
 
-    def _by_position(self, part):
-        """The parts of a part that is cut where one split ends and the next begins; nothing stands behind them."""
+    def _by_position(self, split, part):
+        """The parts of a part that is cut where one split ends and the next begins, or all of it
+        where its split is given; nothing stands behind them."""
         start, length = part.place
+        if split is not None:
+            row = SPLITS.index(split), start == 0, len(part.text.encode()), b''
+            yield row, self.tokenizer.encode_ordinary(part.text), True, False
+            return
         cuts = [int(share * length) for share in self.sums]
         for split, (first, last) in enumerate(itertools.pairwise(cuts)):
             text = part.text[max(0, first - start):max(0, last - start)]

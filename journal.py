@@ -108,7 +108,7 @@ class Output:
 
     def add(self, piece, encoded):
         """Append a piece, which `encoded` returns; returns its size in bytes. Whatever stops this, `done` stays true."""
-        ids, learned, table = encoded()
+        ids, learned, table, notes = encoded()
         kept, dropped = np.ones(len(table), bool), 0
         if self.digests:
             new = []
@@ -134,7 +134,9 @@ class Output:
         size = int(table['bytes'].sum()) if size is None else size
         self.done = {**self.done, 'splits': splits, 'file': file, 'size': self.done['size'] + size,
                      'pieces': self.done['pieces'] + 1 if file == self.done['file'] else 1,
-                     'dropped': self.done['dropped'] + dropped, 'kept': self.digests.n if self.digests else 0}
+                     'dropped': self.done['dropped'] + dropped,
+                     'kept': self.digests.n if self.digests else 0,
+                     'notes': add_notes(self.done['notes'], notes)}
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
         return size
@@ -182,15 +184,25 @@ class Output:
             self.close()
 
     def finish(self, shares, meta):
-        """All pieces are added: write the meta.json beside them. Raises ValueError where a split has got nothing."""
+        """All pieces are added: write the meta.json beside them. Raises ValueError where a split
+        has nothing.
+
+        shares: {split: its share} of the splits to which a hash assigns documents.
+        """
         n = sum(facts['documents'] for facts in self.done['splits'].values())
         if not n:
             raise ValueError("there is no text in the sources: every document is empty")
-        for (split, facts), share in zip(self.done['splits'].items(), shares):
-            if facts['tokens'] < 2:
-                raise ValueError(f"none of the {n:,} document(s) fell to {split}, whose share is {share}: take smaller "
-                                 "ones (--document=paragraph or line), another --split or --seed, or make them one text, "
-                                 "which is divided by position: cat FILES | python data/prepare.py NAME -")
+        for split, facts in self.done['splits'].items():
+            if facts['tokens'] >= 2:
+                continue
+            if split not in shares:
+                raise ValueError(f"the files for {split} hold {facts['tokens']} token(s) of text: "
+                                 "at least 2 are needed")
+            raise ValueError(f"none of the {n:,} document(s) fell to {split}, whose share is "
+                             f"{shares[split]}: use smaller ones (--document=paragraph or line), "
+                             f"another --split or --seed, your own files (--{split}=FILE), or make "
+                             "them one text, which is divided by position: cat FILES | python "
+                             "data/prepare.py NAME -")
         self.save()
         meta = {**meta, 'splits': {split: self._facts(split) for split in self.splits}}
         with files.replacing(self.folder / 'meta.json') as file:
@@ -209,7 +221,17 @@ class Output:
         return found | ({'learned': facts['learned']} if self.masked else {})
 
 
-_NOTHING = {'identity': None, 'file': 0, 'pieces': 0, 'size': 0, 'dropped': 0, 'kept': 0, 'seconds': 0.0, 'splits': {}}
+_NOTHING = {'identity': None, 'file': 0, 'pieces': 0, 'size': 0, 'dropped': 0, 'kept': 0,
+            'seconds': 0.0, 'splits': {}, 'notes': {}}
+
+
+def add_notes(notes, more):
+    """Notes, {what: [how often, where first]}, and the later ones `more`, as one."""
+    total = dict(notes)
+    for what, (n, where) in more.items():
+        before, first = total.get(what, (0, where))
+        total[what] = [before + n, first]
+    return total
 
 
 def load(folder):
