@@ -28,9 +28,9 @@ import chat
 import files
 import journal
 import tokenizer as tokenizers
-from journal import SPLITS
+from journal import SPLITS, Remark
 
-VERSION = 2         # of how documents become bins here: what another one has begun is begun anew
+VERSION = 3         # of how documents become bins here: what another one has begun is begun anew
 TELL_SECONDS = 10       # between two lines about how far it is
 ROW = np.dtype([('split', 'u1'), ('documents', 'u1'), ('tokens', 'u4'), ('bytes', 'u4'), ('digest', 'V16')])
 
@@ -41,13 +41,6 @@ class Part(NamedTuple):
     key: bytes          # the digest of the document's first part, which decides where all of them go
     is_last: bool
     place: tuple | None = None      # (characters before this part, in all) of a text that is divided by position
-
-
-class Note(NamedTuple):
-    """What the user is told when all is done, with how often it was found and where first."""
-    what: str
-    where: str
-    n: int = 1
 
 
 def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False, num_proc=None, shard_tokens=0, end=None,
@@ -61,12 +54,13 @@ def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False,
                         add up to the source's; where it has a number `file`, pieces(n) begins with the first of file n
         read(piece)     in a worker: an iterator of (split or None, document)
         facts           perhaps: more of meta.json
+        facts           perhaps: more of meta.json
         splits          perhaps: the splits that it names itself
-        notices(notes)  perhaps: the lines to print when all is read, from its Notes, merged as
-                        {what: [how often, where first]}
-    A document is a text, or a list of (text, is_learned), or a Part of one; or a Note. None lets
-    the sha256 of the seed and the document choose, so that copies stay on one side. Behind each
-    document stands the
+        too_few         perhaps: (what its documents are called, what to do where a split has none)
+        report(remarks) perhaps: in place of journal.report, the lines to print at the end
+    A document is a text, or a list of (text, is_learned), or a Part of one. In its place may stand
+    a journal.Remark, which is counted and reported at the end. None lets the sha256 of the seed and
+    the document choose, so that copies stay on one side. Behind each document stands the
     tokenizer's eot, or where that has none the text `end`: by default a newline, unless the
     document ends with one. A Part with a `place` is of a text with nothing behind it.
 
@@ -101,19 +95,22 @@ def _prepare(folder, source, tokenizer, split, seed, dedup, num_proc, shard_toke
         encoder = functools.partial(_Encoder, source=source, shares=shares, seed=seed, dtype=dtype, end=end, masked=masked)
         with output.kept_if_stopped():
             _encode_all(output, source, tokenizer, encoder, num_proc)
-            if hasattr(source, 'notices'):
-                for line in source.notices(output.done['notes']):
-                    print(line, flush=True)
             meta = {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size,
                     'dtype': dtype}
             if eot is not None:
                 meta['eot'] = eot
-            output.finish(dict(zip(SPLITS, split or ())), {**meta, **facts})
+            unit, advice = getattr(source, 'too_few', ('document', "add documents"))
+            try:
+                output.finish(dict(zip(SPLITS, split or ())), {**meta, **facts}, unit, advice)
+            except ValueError:      # the remarks may say why
+                _report(source, output.done['remarks'])
+                raise
         found = output.done
     meta = json.loads((work / 'meta.json').read_text(encoding='utf-8'))
     journal.switch(folder, work, meta)
     shutil.rmtree(work.parent, ignore_errors=True)
     _tell(folder, meta, found, dedup)
+    _report(source, found['remarks'])
     return meta
 
 
@@ -130,7 +127,7 @@ def check_split(split):
 # ---- what the workers do ---------------------------------------------------------------------------------------------
 
 class _Encoder:
-    """A piece of the source -> (ids, learned or None, table of ROWs, notes), documents one after
+    """A piece of the source -> (ids, learned or None, table of ROWs, Remarks), documents one after
     the other."""
 
     def __init__(self, tokenizer, source, shares, seed, dtype, end, masked):
@@ -142,10 +139,10 @@ class _Encoder:
         self.limits = [int(share * 2 ** 64) for share in self.sums[1:-1]]
 
     def __call__(self, piece):
-        ids, learned, table, notes = [], [], [], {}
+        ids, learned, table, remarks = [], [], [], []
         for split, document in self.source.read(piece):
-            if isinstance(document, Note):
-                notes = journal.add_notes(notes, {document.what: [document.n, document.where]})
+            if isinstance(document, Remark):
+                remarks.append(document)
                 continue
             for (*row, text_bytes, digest), new, are_learned, ends in self._rows(split, document):
                 row_ids = [np.asarray(new, self.dtype), self.eot] if ends and self.eot is not None else [
@@ -156,9 +153,9 @@ class _Encoder:
                     are_learned = np.ones(n, 'u1') if are_learned is True else np.asarray(are_learned, 'u1')
                     learned += [are_learned, are_learned[-1:]] if len(are_learned) < n else [are_learned]
                 table.append((*row, n, text_bytes, digest))
-        ids = np.concatenate([np.empty(0, self.dtype), *ids])
-        learned = np.concatenate([np.empty(0, 'u1'), *learned]) if self.masked else None
-        return ids, learned, np.array(table, ROW), notes
+        all_ids = np.concatenate([np.empty(0, self.dtype), *ids])
+        all_learned = np.concatenate([np.empty(0, 'u1'), *learned]) if self.masked else None
+        return all_ids, all_learned, np.array(table, ROW), remarks
 
     def _rows(self, split, document):
         """((split, documents in it, bytes of text, digest or nothing), ids, True or whether each is learned, whether the
@@ -314,6 +311,12 @@ def _tell(folder, meta, done, dedup):
     size, seconds = sum(of['bytes'] for of in meta['splits'].values()) / 1e6, max(done['seconds'], 1e-3)
     print(f"{folder}: {size:,.1f} MB in {seconds:,.1f} s, {size / seconds:,.2f} MB/s"
           + (f"; {done['dropped']:,} duplicate(s) dropped" if dedup else ''), flush=True)
+
+
+def _report(source, remarks):
+    lines_of = getattr(source, 'report', journal.report)
+    for line in lines_of(remarks):
+        print(line, flush=True)
 
 
 # ---- texts that fit into memory --------------------------------------------------------------------------------------

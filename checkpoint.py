@@ -8,6 +8,7 @@ a moment: it is looked for by its temporary name, too.)
 """
 import contextlib
 import dataclasses
+import difflib
 import errno
 import json
 import math
@@ -23,6 +24,7 @@ import torch
 
 import dataset
 import files
+import guard
 import huggingface
 import lora
 import models
@@ -43,7 +45,7 @@ NOISE = {'dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', '
 NUMBER = int, float
 PROGRESS_KINDS = dict(evaluated=int, bad_evals=int, wall_seconds=NUMBER, train_seconds=NUMBER, clipped=int, data_offset=int,
                       diverged_at=int, rolled_back_to=int,
-                      wandb_id=(str, types.NoneType), guard=(list, types.NoneType))
+                      wandb_id=(str, types.NoneType), guard=(dict, types.NoneType))
 RESOLVED = dict(device='cpu', dtype='float32', compile=False, threads=1)
 RESOLVED_KINDS = dict(device=str, dtype=str, compile=(bool, str), threads=int)
 
@@ -197,7 +199,7 @@ def _read_resumable(path):
     parts = {'progress': PROGRESS, 'resolved': {}, **state}
     if not (all(_has(parts[key], {}) and _has(known | parts[key], kinds) for key, known, kinds in (
                 ('progress', PROGRESS, PROGRESS_KINDS), ('resolved', RESOLVED, RESOLVED_KINDS)))
-            and [isinstance(x, NUMBER) for x in parts['progress'].get('guard') or range(5)] == 5 * [True]
+            and (parts['progress'].get('guard') is None or guard.is_state(parts['progress']['guard']))
             and getattr(state['best_val_loss'], 'numel', int)() in (0, 1)):
         raise ValueError(f"{path} is damaged: its 'progress', 'resolved' or 'best_val_loss' is not what a run saves")
     if any(weight.isnan().any() for weight in state['model'].values()):
@@ -227,8 +229,26 @@ def read_latest(out_dir):
     """The newest state in out_dir that verifies, saying what was passed over. Raises FileNotFoundError, ValueError."""
     candidates = [p for name in RESUMABLE if os.path.lexists(p := Path(out_dir, name))]
     if not candidates:
-        raise FileNotFoundError(f"out_dir={str(out_dir)!r} has no ckpt.pt to resume from")
+        near = _nearest_run(out_dir)
+        hint = f"; the nearest is {near!r}" if near else ''
+        raise FileNotFoundError(f"out_dir={str(out_dir)!r} has no ckpt.pt to resume from{hint}")
     return _first_good(candidates, 'resuming from', _read_resumable)
+
+
+def _nearest_run(folder, names=()):
+    """The folder with a model beside `folder`, or the one of `names`, whose name is nearly the same.
+
+    None where there is none.
+    """
+    folder, there = Path(folder), list(names)
+    with contextlib.suppress(OSError, ValueError):      # what can't be listed has no names
+        for other in folder.parent.iterdir():
+            if any((other / name).is_file() for name in (*RESUMABLE, 'best.pt', 'config.json')):
+                there.append(other.name)
+    near = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.7)
+    if not near:
+        return None
+    return near[0] if near[0] in names else str(folder.parent / near[0])
 
 
 def _first_good(paths, doing, read=read):
@@ -391,7 +411,12 @@ def open_model(source, settings=None):
         raise FileNotFoundError(f"{source!r} holds a run that has saved no checkpoint yet")
     folder, names = path.parent if is_weights else path, huggingface.OPENAI
     if not (folder / 'config.json').exists() and source not in names:
-        what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model" if folder.is_dir() else "does not exist"
+        what = "does not exist"
+        if folder.is_dir():
+            what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model"
+        near = _nearest_run(folder, [*names, 'scratch', 'resume', 'auto'])
+        if near:
+            what += f"; the nearest is {near!r}"
         raise FileNotFoundError(f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}, and for "
                                 "train.py scratch, resume, auto")
     name, fields, weights = huggingface.read(source)
@@ -422,6 +447,13 @@ def dataset_of(out_dir):
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(f"{out_dir}/config.json does not say what the run was trained on: give --dataset, a folder in "
                          "data/ or a text file") from None
+
+
+def no_tokenizer(source, model):
+    """What to say where text is asked of a model whose source has no tokenizer."""
+    return (f"{source} does not say which tokenizer its {model.config.vocab_size} ids belong to, so it "
+            "can't read or write text: a run gets its tokenizer from the dataset's meta.json (tokenizer) "
+            "or meta.pkl (itos, one character per id)")
 
 
 def load_model(source, device='cpu'):

@@ -2,10 +2,15 @@
 
     python train.py config/train_gpt2.py --batch_size=8 --compile False learning_rate=1e-4
 
-A setting is a global of type bool, int, float or str. A config file is Python, run over those globals; what it assigns
-is checked like the command line: the key must exist, the type must fit. The command line is applied before the files,
-so that a file sees the wished device, and again after them, so that it wins. Settings whose default is 'auto' also take
-their real type; whoever resolves them checks the value.
+A setting is a global of type bool, int, float or str. A config file is Python, run over those
+globals; what it assigns is checked like the command line: the key must exist, the type must fit.
+The command line is applied before the files, so that a file sees the wished device, and again
+after them, so that it wins. Settings whose default is 'auto' also accept their real type; whoever
+resolves them checks the value.
+
+A file may have names of its own: modules, functions, names that begin with _, and names that it
+reads again, such as a number from which settings are computed. A name that it only assigns, or that
+is nearly a setting's, is a mistake.
 """
 import ast
 import dataclasses
@@ -16,31 +21,42 @@ import re
 import sys
 import types
 import warnings
+from pathlib import Path, PurePath
 
 import configfile
 import confighelp
 
 PLAIN = (bool, int, float, str)
+# A name that is so much like a setting (difflib's ratio) is that setting misspelt, even if the file
+# reads it again, as in `max_iter = 100; lr_decay_iters = max_iter`. Above this are max_iter,
+# n_layers, devices, beta; below it layer, betas, num_layers, d_model, batch, max_steps.
+MISSPELT = 0.85
 
 
 def configure(settings, argv, resolve_device=None, config_class=None):
-    """Override `settings`, a script's `globals()`, in place from `argv` (without the script's name).
+    """Override `settings`, a script's `globals()`, in place from `argv` (without its name).
 
-    resolve_device(str) -> str turns 'auto' into a device before a file is read. config_class(values) -> dataclass gives
-    the chosen model's Config once the files are read: its fields are settings too, except vocab_size, which the data
-    decides. Returns (config, given): every setting's final value; and for those that were set, where ("command line"
-    or the file). Raises ValueError or FileNotFoundError with one line for the user; exits after --help.
+    resolve_device(str) -> str turns 'auto' into a device before a file is read.
+    config_class(values) -> dataclass gives the chosen model's Config once the files are read: its
+    fields are settings too, except vocab_size, which the data decides.
+
+    Returns (config, given): every setting's final value; and for those that were set, where
+    ("command line" or the file). Raises ValueError or FileNotFoundError with one line for the user;
+    exits after --help.
     """
     files, wishes, wants_help = parse(argv)
     defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in PLAIN}
-    values, given, later = dict(defaults), {}, {}
+    values = dict(defaults)
+    given = {}
+    later = []      # (key, value, where, is_own): perhaps fields of a model that is not known yet
 
-    def assign(key, value, where):
+    def assign(key, value, where, is_own=False):
         if key not in defaults:
-            later[key] = (value, where)     # perhaps a field of a model that is not known yet
-        else:
-            values[key] = (_from_text if where == 'command line' else _checked)(key, value, defaults[key], where)
-            given[key] = where
+            later.append((key, value, where, is_own))
+            return
+        check = _from_text if where == 'command line' else _checked
+        values[key] = check(key, value, defaults[key], where)
+        given[key] = where
 
     def assign_command_line():
         for key, text in wishes.items():
@@ -52,10 +68,11 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     for path in files:
         if os.path.realpath(path) == os.path.realpath(settings.get('__file__', '')):
             raise ValueError(f"command line: {path} is the script, not a config file")
-        for key, value in configfile.run(path, {**settings, **values}).items():
+        assigned, own_names = configfile.run(path, {**settings, **values})
+        for key, value in assigned.items():
             is_tool = isinstance(value, types.ModuleType) or callable(value)
             if not key.startswith('_') and not (is_tool and key not in defaults):
-                assign(key, value, path)
+                assign(key, value, path, key in own_names)
     assign_command_line()
 
     Config = config_class(values) if config_class else None
@@ -66,12 +83,11 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     if wants_help:
         confighelp.print_help(settings, defaults, Config)
         sys.exit(0)
-    for key, (value, where) in later.items():
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
-            hint = '--help lists all' if where == 'command line' else 'names of the file\'s own begin with _'
-            raise ValueError(f"{where}: there is no setting {key!r}; the nearest is {near[0]!r} ({hint})")
-        assign(key, value, where)
+    for key, value, where, is_own in later:
+        if key in defaults:
+            assign(key, value, where)
+        elif not (is_own and _is_helper(key, defaults)):
+            _refuse(key, value, where, defaults)
     settings.update(values)
     return values, given
 
@@ -91,17 +107,55 @@ def parse(argv):
                 raise ValueError(f"command line: {word} has no value; write {word}=VALUE")
             wishes[word[2:]] = text
         elif word.startswith('-'):
-            raise ValueError(f"command line: {_show(word)} is no setting; they are written --key=value, with _ in the key")
+            raise ValueError(f"command line: {_show(word)} is not a setting; they are written "
+                             "--key=value, with _ in the key")
         elif os.path.isfile(word):
             files.append(word)
         else:
-            raise FileNotFoundError(
-                f"command line: there is no config file {_show(word)} (settings are written --key=value)")
+            near = _nearest_file(word)
+            hint = f"the nearest is {near}" if near else "settings are written --key=value"
+            raise FileNotFoundError(f"command line: there is no config file {_show(word)} ({hint})")
     return files, wishes, wants_help
 
 
+def _nearest_file(word):
+    """The config file with nearly this name: in its folder, in config/ or in the repository; or None."""
+    folder, name = os.path.split(word)
+    files = {}      # by their names; the first folder counts
+    for place in (folder, 'config', configfile.ROOT / 'config'):
+        if os.path.isdir(place):
+            for path in Path(place).glob('*.py'):
+                files.setdefault(path.stem, path)
+    near = difflib.get_close_matches(name.removesuffix('.py'), files, n=1, cutoff=0.7)
+    return files[near[0]] if near else None
+
+
+def _is_helper(key, settings):
+    """Whether a name that a config file uses for itself is none of the settings misspelt."""
+    return not difflib.get_close_matches(key, settings, n=1, cutoff=MISSPELT)
+
+
+def _refuse(key, value, where, settings):
+    """ValueError for a key that is not a setting.
+
+    vocab_size in a file, which nanoGPT ignores too, is only told.
+    """
+    if key == 'vocab_size':
+        if where == 'command line':
+            raise ValueError(f"{where}: there is no setting 'vocab_size': the dataset decides it")
+        if os.environ.get('RANK', '0') == '0':
+            notice = f"{where}: vocab_size={_show(value)} is ignored: the dataset decides it"
+            print(notice, flush=True)
+        return
+    near, = difflib.get_close_matches(key.lower(), settings, n=1, cutoff=0)
+    hint = "names of the file's own begin with _"
+    if where == 'command line':
+        hint = '--help lists all'
+    raise ValueError(f"{where}: there is no setting {key!r}; the nearest is {near!r} ({hint})")
+
+
 def _from_text(key, text, default, where):
-    """The value that the command line's `text` stands for: as it is for strings, a Python literal otherwise."""
+    """The value that the command line's `text` stands for: a Python literal; for a str itself."""
     if type(default) is str and default != 'auto':
         return text
     try:
@@ -113,15 +167,42 @@ def _from_text(key, text, default, where):
     return _checked(key, value, default, where)
 
 
-def _checked(key, value, default, where):
-    """`value`, where it is of the default's type; an int also for a float."""
+def _checked(key, given, default, where):
+    """The value `given` in the default's type. ValueError where it is another value there.
+
+    1e6 is a whole number, 1 is a float, and as a bool it is True.
+    """
+    value = _plain(given)
     if type(default) is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
+    elif type(default) is int and type(value) is float and value.is_integer():
+        value = int(value)
+    elif type(default) is bool and type(value) is int and value in (0, 1):
+        value = bool(value)
     fits = type(value) is type(default) or (default in ('auto', None) and type(value) in PLAIN)
-    if not fits or (type(value) is float and not math.isfinite(value)) or (type(value) is int and abs(value) >= 2 ** 63):
-        kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', type(None): 'a plain value'}
-        kind = 'auto or a plain value' if default == 'auto' else kinds[type(default)]
-        raise ValueError(f"{where}: {key} takes {kind}, not {_show(value)}")
+    if type(value) is float:
+        fits = fits and math.isfinite(value)
+    if type(value) is int:
+        fits = fits and abs(value) < 2 ** 63
+    if not fits:
+        kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}
+        kind = kinds.get(type(default), 'a plain value')
+        if default == 'auto':
+            kind = 'auto or a plain value'
+        raise ValueError(f"{where}: {key} takes {kind}, not {_show(given)}")
+    return value
+
+
+def _plain(value):
+    """The plain value of a NumPy scalar, a path, or a device or dtype of torch."""
+    numpy = sys.modules.get('numpy')        # a file that uses it has imported it
+    torch = sys.modules.get('torch')
+    if numpy and isinstance(value, numpy.generic):
+        return value.item()
+    if torch and isinstance(value, (torch.device, torch.dtype)):
+        return str(value).removeprefix('torch.')
+    if isinstance(value, PurePath):
+        return str(value)
     return value
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import Shards, read_meta
+from shards import LOOKED_AT, Shards, read_meta, wider_dtype
 
 ROOT = Path(__file__).resolve().parent / 'data'
 TIKTOKEN_EOT = {'gpt2': 50256, 'p50k_base': 50256, 'cl100k_base': 100257, 'o200k_base': 199999}   # <|endoftext|>
@@ -49,9 +49,11 @@ class Dataset:
             if split == 'train' and n <= block_size:
                 raise ValueError(f"block_size={block_size} is larger than the train split of {name} ({n} tokens, of "
                                  f"which {n - 1} can be a context); take a smaller --block_size")
+            facts = self.meta.get('splits', {}).get(split, {})
+            if 'tokens' not in facts:       # else meta.json was written with the bin
+                self._check_dtype(split)
             if n <= SCAN_LIMIT:
                 self._check(split, self._tokens(split, 0, n))
-            facts = self.meta.get('splits', {}).get(split, {})
             if n != facts.get('tokens', n):
                 raise ValueError(f"{path} holds {n} tokens, meta.json says {facts['tokens']}; prepare it again")
         if self.meta.get('masked'):
@@ -94,7 +96,18 @@ class Dataset:
     def _check(self, split, tokens):
         if (top := int(tokens.max())) >= self.vocab_size:
             raise ValueError(f"{self.shards[split].name} holds the id {top}, but its vocabulary has {self.vocab_size} "
-                             "entries; prepare it again")
+                             f"entries; prepare it again, with ids written as {self.dtype}")
+
+    def _check_dtype(self, split):
+        """ValueError where a file's ids were written as int64 or int32."""
+        shards = self.shards[split]
+        for path, start, end in zip(shards.paths, shards.starts, shards.ends):
+            wide = wider_dtype(shards.read(start, min(LOOKED_AT, end - start)), self.tokenizer)
+            if wide:
+                raise ValueError(
+                    f"{path} seems to hold {wide} ids: read as {self.dtype}, each one is followed by zeros. "
+                    f"`python -c \"import numpy; p = '{path.as_posix()}'; numpy.fromfile(p, '{wide}')"
+                    f".astype('{self.dtype}').tofile(p)\"` converts it")
 
     def _read(self, split, spans):
         """(idx, targets), each (len(spans), block_size) int64: the tokens of each span (see `_spans`), and the same one

@@ -232,7 +232,7 @@ with user_errors():
     source = out_dir if init_from == 'resume' else init_from
     model = checkpoint.load_model(source, device)
     if model.tokenizer is None:
-        fail(f"{source} does not say which tokenizer its {model.config.vocab_size} ids belong to")
+        fail(checkpoint.no_tokenizer(source, model))
     T, own, eot = model.config.block_size, model.tokenizer, model.tokenizer.eot
     stride = config['stride'] = max(1, T // 2) if stride == 'auto' else stride
     if stride not in range(1, T + 1):

@@ -269,8 +269,11 @@ def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=()):
 def closing_sample(model, description, start, out_dir, meta):
     """What a run shows at its end: a sample after the ids `start`, or where a separator divides the data ten documents.
 
-    description: of the tokenizer; meta: of the data.
+    description: of the tokenizer, or None; meta: of the data.
     """
+    if description is None:
+        print(f"no sample: {meta.get('no_tokenizer', 'the data has no tokenizer')}")
+        return
     try:
         model.tokenizer = tokenizer.load(description)
     except (OSError, ValueError) as error:      # the run itself went well

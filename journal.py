@@ -13,13 +13,51 @@ import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 import numpy as np
 
 import files
+from mistakes import one_line
 
 SAVE_SECONDS = 5        # between two journals
 SPLITS = 'train', 'val', 'test'
+
+
+SKIPPED = "row(s) skipped by --skip_bad_rows"
+SHOWN = 5       # remarks of a kind that are kept word for word; the others are counted
+
+
+class Remark(NamedTuple):
+    """In place of a document: what to report at the end. Those about the same thing are counted."""
+    about: str          # SKIPPED, what `report` says after the count, or the source's own word
+    detail: str         # where: file and line, and what was wrong there
+    n: int = 1          # how often
+
+
+def count_remarks(remarks, before):
+    """{about: [how often, the first SHOWN details]} of these remarks and of the counts `before`,
+    which are not changed."""
+    counts = {about: [n, list(details)] for about, (n, details) in before.items()}
+    for about, detail, n in remarks:
+        count = counts.setdefault(about, [0, []])
+        count[0] += n
+        if len(count[1]) < SHOWN:
+            count[1].append(detail)
+    return counts
+
+
+def report(counts):
+    """The lines to print of remarks, counted as above; those that were skipped come last."""
+    for about, (n, details) in counts.items():
+        if about != SKIPPED:
+            yield one_line(f"{n:,} {about}; the first is {details[0]}")
+    if SKIPPED in counts:
+        n, details = counts[SKIPPED]
+        of_which = '' if n == len(details) else ', of which the first are'
+        yield f"{n:,} {SKIPPED}{of_which}:"
+        for detail in details:
+            yield f"    {one_line(detail)}"
 
 
 class Stream:
@@ -108,7 +146,7 @@ class Output:
 
     def add(self, piece, encoded):
         """Append a piece, which `encoded` returns; returns its size in bytes. Whatever stops this, `done` stays true."""
-        ids, learned, table, notes = encoded()
+        ids, learned, table, remarks = encoded()
         kept, dropped = np.ones(len(table), bool), 0
         if self.digests:
             new = []
@@ -136,7 +174,7 @@ class Output:
                      'pieces': self.done['pieces'] + 1 if file == self.done['file'] else 1,
                      'dropped': self.done['dropped'] + dropped,
                      'kept': self.digests.n if self.digests else 0,
-                     'notes': add_notes(self.done['notes'], notes)}
+                     'remarks': count_remarks(remarks, self.done['remarks'])}
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
         return size
@@ -183,13 +221,17 @@ class Output:
         finally:
             self.close()
 
-    def finish(self, shares, meta):
+    def finish(self, shares, meta, unit, advice):
         """All pieces are added: write the meta.json beside them. Raises ValueError where a split
         has nothing.
 
-        shares: {split: its share} of the splits to which a hash assigns documents.
+        shares: {split: its share} of the splits to which a hash assigns documents. unit, advice:
+        what the documents are called, and what helps where they are too few.
         """
         n = sum(facts['documents'] for facts in self.done['splits'].values())
+        if not n and SKIPPED in self.done['remarks']:
+            n_skipped, first = self.done['remarks'][SKIPPED]
+            raise ValueError(f"none of the {n_skipped:,} row(s) can be used: {first[0]}")
         if not n:
             raise ValueError("there is no text in the sources: every document is empty")
         for split, facts in self.done['splits'].items():
@@ -198,11 +240,9 @@ class Output:
             if split not in shares:
                 raise ValueError(f"the files for {split} hold {facts['tokens']} token(s) of text: "
                                  "at least 2 are needed")
-            raise ValueError(f"none of the {n:,} document(s) fell to {split}, whose share is "
-                             f"{shares[split]}: use smaller ones (--document=paragraph or line), "
-                             f"another --split or --seed, your own files (--{split}=FILE), or make "
-                             "them one text, which is divided by position: cat FILES | python "
-                             "data/prepare.py NAME -")
+            raise ValueError(f"none of the {n:,} {unit}(s) fell to {split}, whose share is "
+                             f"{shares[split]}: {advice}, or use another --split or --seed, or "
+                             f"your own files (--{split}=FILE)")
         self.save()
         meta = {**meta, 'splits': {split: self._facts(split) for split in self.splits}}
         with files.replacing(self.folder / 'meta.json') as file:
@@ -222,16 +262,7 @@ class Output:
 
 
 _NOTHING = {'identity': None, 'file': 0, 'pieces': 0, 'size': 0, 'dropped': 0, 'kept': 0,
-            'seconds': 0.0, 'splits': {}, 'notes': {}}
-
-
-def add_notes(notes, more):
-    """Notes, {what: [how often, where first]}, and the later ones `more`, as one."""
-    total = dict(notes)
-    for what, (n, where) in more.items():
-        before, first = total.get(what, (0, where))
-        total[what] = [before + n, first]
-    return total
+            'seconds': 0.0, 'remarks': {}, 'splits': {}}
 
 
 def load(folder):

@@ -251,18 +251,27 @@ def rotary(T, D, base=10000):
 
 
 class _Rotate(torch.autograd.Function):
-    """Turning back is turning by the negative angle: the backward pass needs nothing but the angles."""
+    """Turning back is turning by the negative angle: the backward pass needs nothing but the angles.
+
+    No operator here works in place: compiled by torch 2.11, an in-place one in an autograd.Function
+    cuts the gradient off without a word (tests/test_compiled.py).
+    """
 
     @staticmethod
     def forward(ctx, x, rotary):
-        rotary = rotary.type_as(x)
-        ctx.save_for_backward(rotary)
-        return (x * rotary[0]).addcmul_(x.roll(x.shape[-1] // 2, -1), rotary[1])
+        cos, sin = rotary.type_as(x)
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, _swap_halves(x), sin)
 
     @staticmethod
     def backward(ctx, grad):
-        rotary, = ctx.saved_tensors
-        return (grad * rotary[0]).addcmul_(grad.roll(grad.shape[-1] // 2, -1), rotary[1], value=-1), None
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, _swap_halves(grad), sin, value=-1), None
+
+
+def _swap_halves(x):
+    """The two halves of the last dimension, the second one first."""
+    return x.roll(x.shape[-1] // 2, -1)
 
 
 def rotate(x, rotary):
@@ -282,7 +291,7 @@ class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, = ctx.saved_tensors
-        return (grad * x).mul_(2)
+        return 2 * (grad * x)
 
 
 squared_relu = _SquaredReLU.apply

@@ -160,10 +160,13 @@ class Metrics:
                 file.write(f"saved at step {iter_num}\n".encode())
 
     def skipped(self, step, guard):
-        """If the guard hears now that the step's update was left out, print and log that."""
-        if (loss := guard.heard()) is not None:
-            self.say(f"step {step}: loss {loss:.4f}, a spike or no number: its update is left out ({guard.skipped} so far)")
-            self.log(dict(iter=step, bad_loss=loss, skipped=guard.skipped))
+        """Print and log the update of `step` if the guard finds now that it was skipped."""
+        skipped = guard.last_skipped()
+        if skipped is None:
+            return
+        n = guard.now.skipped
+        self.say(f"step {step}: loss {skipped.loss:.4f}, update skipped: {skipped.reason} ({n} so far)")
+        self.log(dict(iter=step, bad_loss=skipped.loss, skipped=n))
 
     def rewind(self, iter_num, progress):
         """The run goes on from iter_num again: what was logged since is taken back, and a line says why."""
@@ -171,8 +174,8 @@ class Metrics:
             return
         at, offset = progress['diverged_at'], progress['data_offset']
         self._keep_until(iter_num, progress['evaluated'])
-        self.say(f"diverged before step {at}: back to the checkpoint of step {iter_num}, and from there on with the data "
-                 f"{offset} steps ahead")
+        self.say(f"diverged before step {at}: back to the checkpoint of step {iter_num}; the data continue {offset} steps "
+                 "ahead")
         self.log(dict(iter=iter_num - 1, diverged_at=at, data_offset=offset))
         if self.bar is not None:
             self.bar.reset(self.bar.total)

@@ -9,12 +9,25 @@ import time
 
 def fail(message):
     """End the script on a user's mistake: one line on stderr, exit code 2."""
-    line = ' '.join(str(message).split())
-    line = ''.join(c if c.isprintable() else '\ufffd' for c in line)        # what files are called is anybody's text
-    line = line if len(line) <= 480 else f"{line[:370]} … {line[-90:]}"
+    line = one_line(message)
     print(f"error: {line}", file=sys.stderr, flush=True)
     tell_torchrun(line)
     raise SystemExit(2)
+
+
+MOST = 480      # characters of a line,
+MOST_WITH_COMMAND = 2000        # and of one with a `command`, which would not work if it were cut
+
+
+def one_line(message):
+    """A message as one printable line of moderate length."""
+    line = ' '.join(str(message).split())
+    # File names and rows may hold anything.
+    line = ''.join(c if c.isprintable() else '\ufffd' for c in line)
+    most = MOST_WITH_COMMAND if line.count('`') > 1 else MOST
+    if len(line) <= most:
+        return line
+    return f"{line[:most - 110]} … {line[-90:]}"
 
 
 def tell_torchrun(line):

@@ -107,9 +107,10 @@ with user_errors():
     stops, texts = [text for text in stop.split('|') if text], prompts.read(prompt or start)
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
         fail("several prompts, num_beams and interactive=True can't be combined: take one of them")
-    model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from, device)
+    source = out_dir if init_from == 'resume' else init_from
+    model = checkpoint.load_model(source, device)
     if model.tokenizer is None:
-        fail(f"{init_from} does not say which tokenizer its {model.config.vocab_size} ids belong to")
+        fail(checkpoint.no_tokenizer(source, model))
     if chat and not getattr(model, 'template', None):
         fail("chat=True is for a run on conversations, which keeps their template: this model has none")
     talk = Dialogue(Template(model.template), model.tokenizer, model.config.block_size * 3 // 4) if chat else None

@@ -9,6 +9,7 @@ import numpy as np
 
 from tokenizer import GPT2, check_description, describe_meta_pkl
 
+LOOKED_AT = 1_000_000       # ids at a bin's beginning that say as what they were written
 OPEN = 32       # files of one array that are held open: a process may have 256 in all on macOS
 
 
@@ -52,8 +53,36 @@ class Shards:
         return np.concatenate([np.zeros(0, self.dtype), *pieces])
 
 
+def wider_dtype(ids, tokenizer=None):
+    """int64 or int32, if the ids at a bin's beginning seem to have been written as that; else None.
+
+    An id that was written in 8 bytes and is read in 2 is followed by three zeros; one in 4 bytes,
+    by one. tokenizer: the description of the one that made them.
+    """
+    is_char = (tokenizer or {}).get('kind') == 'char'
+    for wide in ('int64', 'int32'):
+        per_id = np.dtype(wide).itemsize // ids.dtype.itemsize
+        if per_id == 1 or len(ids) % per_id or len(ids) < 64:
+            continue
+        columns = ids.reshape(-1, per_id)
+        first = columns[:, 0]
+        if columns[:, 1:].any():
+            continue
+        if first.min() == first.max():      # 1, 0, 1, 0, …: as int32 it would be the same id for ever
+            continue
+        if per_id == 2 and is_char and first.min() > 0:     # lines of one character; line ends are 0
+            continue
+        return wide
+    return None
+
+
 def read_meta(folder):
-    """(tokenizer description, vocab_size, dtype, meta) by meta.json or nanoGPT's meta.pkl; without either, GPT-2's."""
+    """(tokenizer description or None, vocab_size, dtype, meta) by meta.json or nanoGPT's meta.pkl;
+    without either, GPT-2's.
+
+    meta is what meta.json holds; where there is no tokenizer, its `no_tokenizer` says why.
+    Raises ValueError.
+    """
     if (folder / 'meta.json').is_file():
         try:
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
@@ -67,13 +96,18 @@ def read_meta(folder):
                     raise ValueError(f"{key} {number!r}")
             if meta['tokenizer']:
                 check_description(meta['tokenizer'])
+            else:
+                meta['no_tokenizer'] = f"{folder / 'meta.json'} names no tokenizer"
             return meta['tokenizer'], meta['vocab_size'], meta['dtype'], meta
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / 'meta.json'} cannot be read ({type(error).__name__}: {error})") from None
     if (folder / 'meta.pkl').is_file():
         try:
-            description = describe_meta_pkl((folder / 'meta.pkl').read_bytes())
+            description, vocab_size, problem = describe_meta_pkl((folder / 'meta.pkl').read_bytes())
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-        return description, len(description['chars']), 'uint16', {}
+        meta = {}
+        if problem:
+            meta['no_tokenizer'] = f"{folder / 'meta.pkl'} {problem}"
+        return description, vocab_size, 'uint16', meta
     return dict(GPT2), 50257, 'uint16', {}

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -21,15 +22,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+import conversations
 import files
+import journal
 import textfiles
-from bins import Note, Part
-from chat import Marker, Template
+from bins import Part
+from chat import Marker
+from journal import SKIPPED, Remark
+from mistakes import one_line
 from textfiles import fetched, reading
 
 PIECE, LARGE = 1 << 20, 1 << 22     # bytes of a piece, about; of the largest text that is not encoded in parts
 MOST = 1 << 28      # bytes of a row, which has to be in memory whole; a small file may unpack to any number of them
 ROWS = 'jsonl', 'parquet'
+FIRST = 100     # rows at the beginning of a file, among which one has to show how all are read
+# What Remarks are about, apart from rows.
+SEPARATOR, SPECIAL = 'separator', 'special token '
 BLANK_LINES = re.compile(rb'(?:[ \t]*\r?\n)+')
 # Where a text can be cut so that its parts, each encoded on its own, have the same ids by GPT-2's and tiktoken's other
 # encodings: behind a newline between words, in front of a space between words.
@@ -87,16 +95,18 @@ class Piece(NamedTuple):
 
 
 def open(words, field=None, document='file', template=None, folder=None, max_bytes=None, *,
-         as_text=False, val=(), test=()):
+         skip_bad_rows=False, as_text=False, val=(), test=()):
     """The source that the words stand for: files, folders, globs, `-`, owner/name[@revision][:folder or glob] on the Hub.
     Raises ValueError or OSError.
 
-    field: of rows, 'text' where it is None; a.b is b in a; two with a comma are what a user asks and an assistant answers,
-    and one that holds messages is a conversation. document: what is one in a text: 'file',
-    'paragraph', 'line', or for any other text: what stands between two of these. template: a chat
-    template, chat.DEFAULT where it is None. folder: where the bins will be; standard input is
-    copied into its files.workplace, and the bins there are not sources. max_bytes: read only the
-    beginning, about so much of the files' size. as_text: read .csv, .tsv and .json as text.
+    field: of rows; a.b is b in a. Names with commas between are those of a conversation, and so is
+    one that holds messages; None: 'text', or what conversations.FORMS recognizes. skip_bad_rows:
+    leave out rows that can't be used and report them, in place of an error. document: what is one
+    in a text: 'file', 'paragraph', 'line', or for any other text: what stands between two of
+    these. template: a chat template, chat.DEFAULT where it is None. folder: where the bins will be;
+    standard input is copied into its files.workplace, and the bins there are not sources.
+    max_bytes: read only the beginning, about so much of the files' size. as_text: read .csv, .tsv
+    and .json as text.
 
     val, test: words for the files of which these splits consist. With `val` the others all go to
     train. A file that both they and `words` name is not trained on.
@@ -117,7 +127,7 @@ def open(words, field=None, document='file', template=None, folder=None, max_byt
     found = _each_once(named)
     if not any(file.split in ('train', None) for file in found):
         raise ValueError("there is no file to train on: val and test name all of them")
-    return Files(found, field, document, division, template, folder, max_bytes)
+    return Files(found, field, document, division, template, folder, max_bytes, skip_bad_rows)
 
 
 def _each_once(named):
@@ -146,7 +156,8 @@ def _each_once(named):
 class Files:
     """The documents in files, as bins.prepare takes them; `texts` are those of a vocabulary."""
 
-    def __init__(self, found, field, document, division, template, folder, max_bytes):
+    def __init__(self, found, field, document, division, template, folder, max_bytes,
+                 skip_bad_rows):
         if max_bytes:       # of what is trained on
             max_bytes += sum(file.size for file in found if file.split in ('val', 'test'))
             ends = list(accumulate(file.size for file in found))
@@ -155,41 +166,65 @@ class Files:
         self.size = min(self.size, self.max_bytes)
         self.document, self.division = document, division
         self.special, self.eot = None, None
-        self.fields, self.template = (field or 'text').split(','), None
-        if len(self.fields) > 2 or not all(self.fields):
-            raise ValueError(f"field={field!r} must be a name, or two with a comma: of what is asked, what is answered")
-        if rows := [file for file in found if file.kind in ROWS]:
-            first = next((row for file in rows if (row := self._first_row(file, folder))), {})
-            is_chat = field is None and 'text' not in first and 'messages' in first
-            if is_chat:
-                self.fields = ['messages']
-            if is_chat or len(self.fields) == 2 or _is_conversation(first, self.fields[0]):
-                self.template = Template(template)
+        self.skip_bad_rows = skip_bad_rows
+        self.fields = (field or 'text').split(',')
+        self.conversations = None       # a conversations.Conversations, where rows are not texts
+        if not all(self.fields):
+            raise ValueError(f"field={field!r} must be a name, or names with commas between: of "
+                             "what is asked, and last of what is answered")
+        rows = [file for file in found if file.kind in ROWS]
+        if rows:
+            first = self._telling_row(rows, field, folder)
+            self.conversations = conversations.reader(first, field, template)
         elif field:
             raise ValueError(f"field={field!r} is of rows, which .jsonl and .parquet files have: {found[0].name} is text")
-        if template and not self.template:
-            raise ValueError("a template is for rows with messages, or for --field=ASKED,ANSWERED; there are no such rows")
-        self.facts = {'masked': True, 'template': self.template.description} if self.template else {}
+        elif skip_bad_rows:
+            raise ValueError("skip_bad_rows is for rows, which .jsonl and .parquet files have: "
+                             f"{found[0].name} is text")
+        self.facts = {}
+        if self.conversations:
+            self.fields = self.conversations.fields
+            self.facts = {'masked': True, 'template': self.conversations.template.description}
+        elif template:
+            raise ValueError("a template is for conversations, and there are none in the sources: "
+                             "of rows, --field=NAME says which field holds the messages, "
+                             "--field=ASKED,ANSWERED which ones a question and its answer")
         if commits := sorted({f'{file.origin[0]}@{file.origin[1]}' for file in found if file.origin}):
             self.facts['hub'] = commits
         self.splits = {file.split for file in found if file.split}
         self.has_text = any(file.kind == 'text' for file in found)
-        # One text alone is divided by position, or is the whole of its split, and nothing stands
-        # behind it. {split: its length in characters}
-        self.lengths = {}
-        for split in {file.split for file in found}:
-            alone = [file for file in found if file.split == split]
-            if document == 'file' and len(alone) == 1 and alone[0].kind == 'text':
-                if max_bytes and split in ('train', None):
-                    raise ValueError("max_bytes takes the first of many documents, and this is one "
-                                     "text: divide it by --document")
-                self.lengths[split] = _length(fetched(alone[0]))
+        self.lengths = self._lengths()
         self.has_ends = not all(self.lengths.get(file.split) for file in found)
-        self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes, [
+        self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes, skip_bad_rows, [
             [file.name, file.size, file.changed, file.kind, file.split] for file in found]])
 
+    def _lengths(self):
+        """{split: its length in characters} of those splits that are one text. That is divided by
+        position, or is the whole of its split, and nothing stands behind it."""
+        lengths = {}
+        for split in {file.split for file in self.files}:
+            alone = [file for file in self.files if file.split == split]
+            if self.document != 'file' or len(alone) > 1 or alone[0].kind != 'text':
+                continue
+            if self.max_bytes < sys.maxsize and split in ('train', None):
+                raise ValueError("max_bytes takes the first of many documents, and this is one "
+                                 "text: divide it by --document")
+            lengths[split] = _length(fetched(alone[0]))
+        return lengths
+
+    @property
+    def too_few(self):
+        """(what the documents are called, what helps where a split has none)."""
+        if self.has_text:
+            return 'document', ("use smaller ones (--document=paragraph or line), or make them one "
+                                "text, which is divided by position: `cat FILES | python "
+                                "data/prepare.py NAME -`")
+        if self.conversations:
+            return 'conversation', "add conversations"
+        return 'row', "add rows"
+
     def look_for_special_tokens(self, tokenizer):
-        """From now on `read` gives Notes of the texts of this tokenizer's special tokens, which are
+        """From now on `read` remarks on the texts of this tokenizer's special tokens, which are
         encoded as ordinary text."""
         texts = sorted(tokenizer.special, key=lambda text: (-len(text), text))
         if texts:
@@ -203,7 +238,7 @@ class Files:
             if i > 0 and int((i + 1) * share) == int(i * share):
                 continue
             for _, document in self.read(piece):
-                if not isinstance(document, Note):
+                if not isinstance(document, Remark):
                     yield ''.join(text for text, _ in _parts(document))
 
     def pieces(self, first=0):
@@ -255,32 +290,50 @@ class Files:
             if file.origin:
                 file.path.unlink(missing_ok=True)
 
-    def _first_row(self, file, folder):
-        """The first row of a file; of one of the Hub, kept for a command that was stopped when the file is gone again."""
-        kept = file.origin and files.workplace(folder) / 'row.json'
-        if kept and kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))[0] == list(file.origin):
-            return known[1]
-        row = _first_row(fetched(file))
-        if kept:
-            kept.write_text(json.dumps([file.origin, row], default=str), encoding='utf-8')
+    def _telling_row(self, found, field, folder):
+        """The row that decides how all are read: the first one that fits, or else the first; or {}.
+        Those to train on are asked before those of val and test, which are read the same way."""
+        first = {}
+        for file in sorted(found, key=lambda file: file.split in ('val', 'test')):
+            row = self._first_row(file, field, folder)
+            if conversations.tells_how_to_read(row, field):
+                return row
+            first = first or row
+        return first
+
+    def _first_row(self, file, field, folder):
+        """As _first_row below. Of a file of the Hub, it is kept: a command that was stopped needs it
+        again when the file is gone."""
+        if not file.origin:
+            return _first_row(file, field)
+        kept = files.workplace(folder) / 'row.json'
+        key = [*file.origin, field]
+        if kept.is_file():
+            known, row = json.loads(kept.read_text(encoding='utf-8'))
+            if known == key:
+                return row
+        row = _first_row(fetched(file), field)
+        kept.write_text(json.dumps([key, row], default=str), encoding='utf-8')
         return row
 
     def _chunks(self, file, stream, head):
         if file.kind == 'parquet':
+            if self.conversations:
+                return _parquet(file, self.conversations.required, self.conversations.optional)
             return _parquet(file, self.fields)
         division = DIVISIONS['line'] if file.kind == 'jsonl' else self.division
         return _cut(file, stream, head, division, self.lengths.get(file.split))
 
     def read(self, piece):
-        """(split or None, document or Note) of each document; a worker calls this."""
+        """(split or None, document or Remark) of each document; a worker calls this."""
         for chunk in piece.chunks:
-            special = []
+            special = Counter()
             for document in self._documents(chunk):
                 yield chunk.split, document
-                if self.special and not isinstance(document, Note):
-                    special += self._special_in(document)
-            for token, n in Counter(special).items():
-                yield None, Note(f'special {token}', chunk.name, n)
+                if self.special and not isinstance(document, Remark):
+                    special.update(self._special_in(document))
+            for token, n in special.items():
+                yield None, Remark(SPECIAL + token, chunk.name, n)
 
     def _special_in(self, document):
         """The texts of special tokens in a document, but for those that a chat template puts there."""
@@ -291,9 +344,10 @@ class Files:
         return found
 
     def _documents(self, chunk):
+        """The documents of a chunk, and Remarks."""
         if chunk.kind in ROWS:
-            for line, row in _rows(chunk):
-                yield self._document(chunk, line, row)
+            for number, row in _rows(chunk):
+                yield from self._read_row(chunk, number, row)
             return
         text, separator = _text(chunk), self.division.separator
         is_whole = chunk.key is None
@@ -301,7 +355,7 @@ class Files:
         if separator and (is_whole or chunk.is_last):
             texts = re.split(separator, text)
         if self.division.reach and len(texts) > 1:
-            yield Note('separator', chunk.name, len(texts) - 1)
+            yield Remark(SEPARATOR, chunk.name, len(texts) - 1)
         if is_whole:
             for text in texts:
                 if text.strip() or not separator:
@@ -314,22 +368,28 @@ class Files:
             text = text.rstrip(self.division.behind)
         yield Part(text, chunk.key, chunk.is_last, chunk.place)
 
-    def notices(self, notes):
-        """What the user is told of the Notes, {what: [how often, where first]}, at the end."""
-        special = {}
-        for what, found in notes.items():
-            if what.startswith('special '):
-                special[what.removeprefix('special ')] = found
+    def report(self, remarks):
+        """The lines to print at the end of the Remarks, as journal.count_remarks counts them."""
+        special, others = {}, {}
+        for about, counted in remarks.items():
+            if about.startswith(SPECIAL):
+                special[about.removeprefix(SPECIAL)] = counted
+            elif about != SEPARATOR:
+                others[about] = counted
         if special:
-            yield self._special_notice(special)
-        if self.division.reach and self.has_text and 'separator' not in notes:
-            yield (f"notice: the separator --document={self.document!r} is nowhere in the sources: "
-                   "each file is one document")
+            yield one_line(self._special_notice(special))
+        if self.document != 'file' and not self.has_text:
+            yield one_line(f"notice: --document={self.document!r} divides text files, and there "
+                           "are only rows: each one is a document")
+        elif self.division.reach and SEPARATOR not in remarks:
+            yield one_line(f"notice: the separator --document={self.document!r} is nowhere in the "
+                           "sources: each file is one document")
+        yield from journal.report(others)
 
     def _special_notice(self, special):
         most = 3        # which are named
-        said = [f"{token!r} {n:,} time(s), first in {where}"
-                for token, (n, where) in special.items()]
+        said = [f"{token!r} {n:,} time(s), first in {details[0]}"
+                for token, (n, details) in special.items()]
         if len(said) > most:
             said[most:] = [f"and {len(said) - most:,} others"]
         if self.eot in special and self.has_text:
@@ -339,22 +399,37 @@ class Files:
         return ("notice: special tokens of the tokenizer were encoded as ordinary text: "
                 f"{'; '.join(said)}{advice}")
 
-    def _document(self, chunk, line, row):
-        """What a row says: a text, or the parts of a conversation."""
+    def _read_row(self, chunk, number, row):
+        """The document that a row is, and Remarks on it."""
+        where = _place(chunk, number)
         try:
-            if not self.template:
-                text = _value(row, self.fields[0])
-                if text is None:        # as large datasets have here and there: an empty document, which is passed over
-                    return ''
-                if not isinstance(text, str):
-                    raise ValueError(f"its {self.fields[0]!r} is no text but {json.dumps(text, default=str)[:40]}")
-                return text
-            if len(self.fields) == 2:
-                return self.template.parts({field: _value(row, field) for field in self.fields}, self.fields)
-            return self.template.parts({'messages': _value(row, self.fields[0])})
+            document, unused = self._document(_parsed(row))
         except ValueError as error:
-            where = f"{chunk.name}, {'row' if chunk.kind == 'parquet' else 'line'} {line}"
-            raise ValueError(f"{where}: {error}") from None
+            if self.skip_bad_rows:
+                yield Remark(SKIPPED, f"{where}: {error}")
+                return
+            advice = ''
+            # What is wrong with the first row is mostly wrong with all: nothing would be left.
+            if number > 1 and '--skip_bad_rows' not in str(error):
+                advice = "; --skip_bad_rows leaves such rows out"
+            raise ValueError(f"{where}: {error}{advice}") from None
+        yield document
+        for about in unused:
+            yield Remark(about, where)
+
+    def _document(self, row):
+        """(the text of a row or the parts of its conversation, [what it has that is not used])."""
+        if self.conversations:
+            return self.conversations.parts(row)
+        if not isinstance(row, dict):
+            raise ValueError(f"not a row but {str(row)[:40]}: a row is {{…}}")
+        text = conversations.value(row, self.fields[0])
+        if text is None:    # as large datasets have here and there: an empty document
+            return '', []
+        if not isinstance(text, str):
+            raise ValueError(f"its {self.fields[0]!r} is not text but "
+                             f"{json.dumps(text, default=str)[:40]}")
+        return text, []
 
 
 def _parts(document):
@@ -454,23 +529,36 @@ def _text(chunk):
 
 
 def _rows(chunk):
-    """(number, row) of each row."""
+    """(number, row) of each row; of JSONL it is the line."""
     if chunk.kind == 'parquet':
         yield from enumerate(chunk.data, chunk.line)
         return
-    for number, line in enumerate(_text(chunk).split('\n'), chunk.line):
+    for number, line in enumerate(chunk.data.split(b'\n'), chunk.line):
         if line.strip():
-            yield number, _row(line, f"{chunk.name}, line {number}")
+            yield number, line
 
 
-def _row(line, where):
+def _place(chunk, number):
+    unit = 'row' if chunk.kind == 'parquet' else 'line'
+    return f"{chunk.name}, {unit} {number}"
+
+
+def _parsed(row):
+    """A row: of JSONL an object, or a list. Raises ValueError."""
+    if not isinstance(row, bytes):
+        return row
     try:
-        row = json.loads(line)
+        line = row.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start:,} of the line: `iconv -f ITS_ENCODING "
+                         "-t UTF-8` converts the file") from None
+    try:
+        found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}): {line[:40]}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is no row: {{…}} is one, this is {line[:40]}")
-    return _mended(row) if SURROGATE.search(line) else row
+        raise ValueError(f"not JSON ({error}): {line[:40]}") from None
+    if not isinstance(found, (dict, list)):
+        raise ValueError(f"not a row but {line[:40]}: a row is {{…}}")
+    return _mended(found) if SURROGATE.search(line) else found
 
 
 def _mended(value):
@@ -482,23 +570,6 @@ def _mended(value):
     return [_mended(item) for item in value] if isinstance(value, list) else value
 
 
-def _value(row, field):
-    """A field of a row; a.b is b in a."""
-    value = row
-    for key in [field] if field in row else field.split('.'):
-        if not isinstance(value, dict) or key not in value:
-            there = ', '.join(map(str, row)) or 'none'
-            raise ValueError(f"there is no field {field!r}, only {there}: --field says which")
-        value = value[key]
-    return value
-
-
-def _is_conversation(row, field):
-    with contextlib.suppress(ValueError):
-        return isinstance(_value(row, field), list)
-    return False
-
-
 def _fetch_into(future, file):
     try:
         future.set_result(fetched(file))
@@ -506,24 +577,44 @@ def _fetch_into(future, file):
         future.set_exception(error)
 
 
-def _first_row(file):
-    """The first row of a file, or {}."""
+def _first_row(file, field):
+    """The first row of a file by which rows can be read, or else the first one, or {}."""
+    first = {}
+    for row in itertools.islice(_good_rows(file), FIRST):
+        if conversations.tells_how_to_read(row, field):
+            return row
+        first = first or row
+    return first
+
+
+def _good_rows(file):
+    """The rows at the beginning of a file. Those that can't be parsed are reported when all are read."""
     if file.kind == 'parquet':
         with _parquet_file(file) as found:
-            return next(found.iter_batches(1)).to_pylist()[0] if found.metadata.num_rows else {}
+            for batch in found.iter_batches(1):
+                yield from batch.to_pylist()
+        return
     with reading(file) as (_, stream):
         chunk = next(_cut(file, stream, stream.read(PIECE + 1), DIVISIONS['line'], None), None)
-    return next((row for _, row in _rows(chunk)), {}) if chunk else {}
+    for _, line in _rows(chunk) if chunk else ():
+        with contextlib.suppress(ValueError):
+            yield _parsed(line)
 
 
-def _parquet(file, fields):
-    """The Chunks of a parquet file. A chunk's offset is the same share of the file's bytes as it is of its rows."""
+def _parquet(file, fields, optional=()):
+    """The Chunks of a parquet file, with the columns of these fields, and of those optional ones
+    that it has. A chunk's offset is the same share of the file's bytes as it is of its rows."""
     with _parquet_file(file) as found:
         names = found.schema_arrow.names
         columns = [field if field in names else field.split('.')[0] for field in fields]
         for column in columns:
             if column not in names:
-                raise ValueError(f"{file.name} has no column {column!r}, only {', '.join(names)}: --field says which")
+                raise ValueError(f"{file.name} has no column {column!r}, only {', '.join(names)}: "
+                                 f"{conversations.WHICH_FIELD}")
+        for field in optional:
+            column = field if field in names else field.split('.')[0]
+            if column in names and column not in columns:
+                columns.append(column)
         n, line = found.metadata.num_rows, 1
         for i in range(found.num_row_groups):
             group = found.metadata.row_group(i)

@@ -18,6 +18,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import conversations
 import files
 import hub
 
@@ -25,6 +26,7 @@ BLOCK = 1 << 20     # bytes read at a time
 SNIFF = 1 << 16     # bytes at the beginning of a file by which it is taken for text
 # Named like these, a file holds rows that somebody exported, not text.
 TABLES = '.csv', '.tsv', '.json'
+STANDARD_INPUT = 'standard input'      # the File's name
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
                     codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16'}
 
@@ -112,7 +114,7 @@ def _standard_input(field, folder):
             shutil.copyfileobj(sys.stdin.buffer, file, BLOCK)
     except OSError as error:
         raise OSError(f"cannot copy standard input to {path}: {error.strerror}") from None
-    file = _file('standard input', path, field)
+    file = _file(STANDARD_INPUT, path, field)
     return _checked(file._replace(kind='jsonl' if field else 'text', changed=files.sha256(path)))
 
 
@@ -188,9 +190,7 @@ def _what_is_wrong(file):
         return _how_to_convert(file, head)
     if wrong := _why_not_text(head, is_whole=len(head) < SNIFF):
         return wrong
-    if file.kind == 'jsonl' and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
-        return "is one JSON array: `jq -c '.[]'` makes lines of it, a row on each"
-    return ''
+    return _what_is_wrong_with_lines(file, head) if file.kind == 'jsonl' else ''
 
 
 def _why_not_text(head, is_whole):
@@ -214,47 +214,135 @@ def not_utf8(at):
 
 def _how_to_convert(file, head):
     """What is said of a file that is one of TABLES, and begins with these bytes."""
-    stem = file.name.lower().removesuffix('.gz').removesuffix('.zst')
-    if stem.endswith('.json'):
-        return _how_to_convert_json(file, head.removeprefix(codecs.BOM_UTF8).lstrip())
-    dialect = ",delimiter='\\t'" if stem.endswith('.tsv') else ''
-    rows = f"csv.DictReader({_opened(file)}{dialect})"
-    return (f"is a table, not text: {_to_rows(file, rows)}, whose columns --field names; --as_text "
-            "reads it as it is")
+    _, ending = _stem_and_ending(file)
+    if ending == '.json':
+        return _how_to_convert_json(file, head)
+    dialect = ",delimiter='\\t'" if ending == '.tsv' else ''
+    command = _command(file, f"for row in csv.DictReader({_opened(file, as_text=True)}{dialect})")
+    return (f"is not text but a table: `{command}` writes its rows as lines, whose columns --field "
+            "names; --as_text reads it as it is")
 
 
 def _how_to_convert_json(file, head):
-    if head.startswith(b'['):
-        rows = _to_rows(file, f'json.load({_opened(file)})')
-        return (f"is a JSON array, not text: {rows}, whose keys --field names; --as_text reads it "
-                "as it is")
+    as_it_is = "; --as_text reads it as it is"
+    if array := _how_to_convert_array(file, head):
+        return f"is not text but {array}{as_it_is}"
+    first, others = _first_line(head)
     try:
-        is_row = isinstance(json.loads(head.partition(b'\n')[0]), dict)
+        row = json.loads(first)
     except (ValueError, RecursionError):
-        is_row = False
-    if is_row:
-        return ("holds a row on each line: --field=KEY reads the text under that key, or call it "
-                ".jsonl; --as_text reads it as it is")
-    unpack = {'': 'cat', 'gz': 'gzip -dc', 'zst': 'zstd -dc'}[file.packed]
-    command = f"{unpack} {shlex.quote(file.name)} | jq -c '.KEY[]' > rows.jsonl"
-    return (f"is JSON, not text: `{command}` makes rows of the list under a KEY; --as_text reads "
-            "it as it is")
+        row = None
+    if isinstance(row, (dict, list)) and others.strip():
+        return ("holds a row on each line: --field=KEY reads what is under that key, or call it "
+                f".jsonl{as_it_is}")
+    return f"is not text but {_how_to_convert_object(file)}{as_it_is}"
 
 
-def _opened(file):
-    """A Python expression: the file that is named in sys.argv[1], opened."""
-    opener = {'': 'open', 'gz': 'gzip.open', 'zst': 'zstandard.open'}[file.packed]
-    return f"{opener}(sys.argv[1],'rt',encoding='utf-8-sig')"
+def _how_to_convert_object(file):
+    command = _command(file, f"for row in {_parsed(file)}['KEY']")
+    return f"JSON: `{command}` writes the list under a KEY as lines"
 
 
-def _to_rows(file, rows):
-    """`a command` that writes these rows, a Python expression, as JSONL."""
-    modules = [name for name in ('csv', 'gzip', 'zstandard') if f'{name}.' in rows]
-    program = f"import {','.join([*modules, 'json', 'sys'])};"
+def _what_is_wrong_with_lines(file, head):
+    """Why a file can't be read as JSONL, judged by its beginning, or ''."""
+    if array := _how_to_convert_array(file, head):
+        return f"is {array}, which can be prepared"
+    _, ending = _stem_and_ending(file)
+    first, _ = _first_line(head)
+    if ending == '.json' and first.strip() == '{':
+        return f"is {_how_to_convert_object(file)}, which can be prepared"
+    return ''
+
+
+def _how_to_convert_array(file, head):
+    """What is said of a file that is one JSON array, judged by its beginning, or ''. A line may
+    well be an array, of messages; but the file as a whole may not."""
+    text = _decoded(head)
+    if not text.startswith('['):
+        return ''
+    line, others = _first_line(head)
+    has_messages = _begins_with_message(line if line.strip() != '[' else text)
+    try:
+        json.loads(line)
+        if others.strip() or (has_messages and file.kind == 'jsonl'):
+            return ''
+    except (ValueError, RecursionError):
+        is_cut_off = len(head) == SNIFF and '\n' not in text
+        if has_messages and is_cut_off and file.kind == 'jsonl':
+            return ''
+    rows = f'for row in {_parsed(file)}'
+    if has_messages:        # it is one row itself
+        rows = f'for row in [{_parsed(file)}]'
+    return f"one JSON array: `{_command(file, rows)}` writes its rows as lines"
+
+
+def _begins_with_message(text):
+    """Whether the first item of an array is a message, as far as the text goes."""
+    text = text[1:].lstrip()
+    try:
+        return conversations.is_message(json.JSONDecoder().raw_decode(text)[0])
+    except (ValueError, RecursionError):      # it is longer
+        return re.match(r'\{\s*"(role|from|content|value)"\s*:', text) is not None
+
+
+def _decoded(head):
+    return head.decode(errors='ignore').removeprefix('\ufeff').lstrip()
+
+
+def _first_line(head):
+    """(the first line, the others) of these bytes."""
+    line, _, others = _decoded(head).partition('\n')
+    return line, others
+
+
+def _stem_and_ending(file):
+    """The name of a file without its ending, and this in small letters: ('a', '.json') of
+    a.JSON.gz."""
+    name = file.name
+    if file.packed:
+        name = name[:-len(f'.{file.packed}')]
+    stem, dot, ending = name.rpartition('.')
+    return stem, (dot + ending).lower()
+
+
+def _command(file, rows):
+    """The command that writes a file's rows as JSONL into a file of another name, or where it came
+    by standard input, to standard output.
+
+    rows: Python, from "for row in" on.
+    """
+    modules = ['json', 'sys']
+    modules += [name for name in ('csv', 'gzip', 'zstandard') if f'{name}.' in rows]
+    program = f"import {','.join(modules)};"
     if 'csv' in modules:
         program += 'csv.field_size_limit(1<<30);'       # else texts end at 128 KB
-    program += f'[print(json.dumps(r)) for r in {rows}]'
-    return f'`python -c "{program}" {shlex.quote(file.name)} > rows.jsonl` makes rows of it'
+    command = f'python -c "{program}[print(json.dumps(row)) {rows}]"'
+    if file.name == STANDARD_INPUT:
+        return command
+    stem, ending = _stem_and_ending(file)
+    # What ends in .jsonl already needs another name.
+    lines = f'{stem}.jsonl' if ending in TABLES else f'{stem}-rows.jsonl'
+    return f"{command} {_quoted(file.name)} > {_quoted(lines)}"
+
+
+def _quoted(name):
+    """A name as a word of a command, which a dash in front does not make an option."""
+    return shlex.quote(f'./{name}' if name.startswith('-') else name)
+
+
+def _parsed(file):
+    """A Python expression: what the JSON in a file stands for."""
+    return f'json.load({_opened(file)})'
+
+
+def _opened(file, as_text=False):
+    """A Python expression: the file that is named in sys.argv[1], opened."""
+    if file.name == STANDARD_INPUT:
+        return 'sys.stdin.buffer'
+    opener = {'': 'open', 'gz': 'gzip.open', 'zst': 'zstandard.open'}[file.packed]
+    if as_text:
+        return f"{opener}(sys.argv[1],'rt',encoding='utf-8-sig',newline='')"
+    return f"{opener}(sys.argv[1],'rb')"
 
 
 def read_text(path, as_text=False):

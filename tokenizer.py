@@ -76,7 +76,8 @@ class CharTokenizer:
         return self.decode(ids).encode()
 
     def decode(self, ids):
-        return ''.join(self.chars[i] for i in ids)
+        known = len(self.chars)     # a vocabulary may be padded
+        return ''.join(self.chars[i] if i < known else '\ufffd' for i in ids)
 
     def describe(self):
         return {'kind': 'char', 'chars': ''.join(self.chars)}
@@ -320,20 +321,88 @@ def check_description(description):
                      "a name), sentencepiece (with its model) or huggingface (with its json)")
 
 
-class _NoCode(pickle._Unpickler):       # the one in Python: the other would make room for two billion objects, if asked to
+class _NumpyType:
+    """What stands for numpy.dtype while a meta.pkl is read."""
+
+    def __init__(self, code, *flags):
+        self.code = code
+        self.order = '='
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+class _NumpyScalar:
+    """What stands for the function with which NumPy's scalars are unpickled.
+
+    It makes a plain int, bool, float or str.
+    """
+
+    def __new__(cls, kind, content):
+        is_known = re.fullmatch(r'b1|[iu][1248]|f[248]|U\d{1,4}', kind.code)
+        if not is_known or kind.order not in ('<', '>', '|', '='):
+            raise ValueError(f"a NumPy scalar of the type {str(kind.code)[:40]!r}")
+        return np.frombuffer(content, np.dtype(kind.code).newbyteorder(kind.order)).item()
+
+    def __setstate__(self, state):      # there is no object whose state could be set
+        raise ValueError("a NumPy scalar with a state")
+
+
+class _NoCode(pickle._Unpickler):
+    """An unpickler of plain types and NumPy's scalars.
+
+    It is the one in Python: the one in C would make room for two billion objects, if asked to.
+    """
+
+    STAND_INS = {('numpy', 'dtype'): _NumpyType,
+                 ('numpy.core.multiarray', 'scalar'): _NumpyScalar,
+                 ('numpy._core.multiarray', 'scalar'): _NumpyScalar}      # since NumPy 2
+
     def find_class(self, module, name):
-        raise ValueError(f"meta.pkl asks for {module}.{name}; it may hold only numbers, strings and dictionaries")
+        if (module, name) in self.STAND_INS:
+            return self.STAND_INS[module, name]
+        raise ValueError(f"meta.pkl asks for {module}.{name}; it may hold only numbers, strings, lists and "
+                         "dictionaries")
 
 
 def describe_meta_pkl(data):
-    """The description in nanoGPT's meta.pkl (bytes), read without executing anything it holds. Raises ValueError."""
+    """(description or None, vocab_size, why there is no description) of nanoGPT's meta.pkl (bytes).
+
+    Its table itos makes a description where it has one character for each id; a vocab_size beyond
+    that is padding. Without such a table, vocab_size is enough to train. The file is read without
+    executing anything it holds. Raises ValueError.
+    """
     try:
-        itos = _NoCode(io.BytesIO(data)).load()['itos']
-        chars = [itos[i] for i in range(len(itos))]
-        if any(type(c) is not str or len(c) != 1 for c in chars):
-            raise ValueError("meta.pkl maps ids to something other than single characters")
-        return {'kind': 'char', 'chars': ''.join(chars)}
+        meta = _NoCode(io.BytesIO(data)).load()
+        itos = meta.get('itos')
+        entries = _entries(itos)
+        vocab_size = meta.get('vocab_size', len(entries))
     except Exception as error:
         if str(error).startswith('meta.pkl'):
             raise
         raise ValueError(f"meta.pkl cannot be read as nanoGPT's ({type(error).__name__}: {error})") from None
+    if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 16:
+        raise ValueError(f"meta.pkl says vocab_size={str(vocab_size)[:40]}: it must be a whole number from 1 to "
+                         "65,536, as many ids as uint16 has; a larger vocabulary needs a meta.json that says "
+                         "uint32")
+    if len(entries) > vocab_size:
+        raise ValueError(f"meta.pkl says vocab_size={vocab_size}, but its itos has {len(entries)} entries")
+    if itos is None:
+        return None, vocab_size, "has no itos, the table with a character for each id"
+    if not entries or any(type(entry) is not str or len(entry) != 1 for entry in entries):
+        problem = "has an itos that is not a single character for each id from 0 on, and no other is read"
+        return None, vocab_size, problem
+    return {'kind': 'char', 'chars': ''.join(entries)}, vocab_size, None
+
+
+def _entries(itos):
+    """The entries of meta.pkl's itos, a dictionary or a list, in the order of their ids.
+
+    Empty where some are missing.
+    """
+    if itos is None:
+        return []
+    try:
+        return [itos[i] for i in range(len(itos))]
+    except KeyError:
+        return []

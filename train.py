@@ -69,7 +69,7 @@ weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of its square's
 grad_clip = 1.0  # longest gradient; 0: no limit
-spike_sigmas = 6.0  # leave out updates whose loss is so many standard deviations above the average; 0: only those of NaN
+spike_sigmas = 6.0  # skip updates whose loss is so many standard deviations above the average; 0: only those of NaN
 max_norm = 0.0  # longest row of a matrix, the weights into one unit, tables and tied heads left out; 0: no limit
 decay_lr = True  # down to min_lr after a linear warm-up; False: constant
 lr_schedule = 'cosine'  # how: cosine; step: all at once at lr_decay_iters
@@ -195,11 +195,22 @@ def save(name):
 
 
 def roll_back():
-    """The run has diverged: on from its newest checkpoint, with other data than led here. ValueError where it can't."""
+    """The run has diverged: continue from its newest checkpoint, with other data than led here.
+
+    Raises ValueError where there is no checkpoint, after saving one, or where that was tried before.
+    """
     global iter_num, progress, guard
     stored = checkpoint.begin('auto', out_dir)[1]
     processes.check_shared(out_dir, stored and stored['iter_num'])      # all have read it before the master saves
-    stored = guards.other_data(stored, progress, iter_num)
+    if not stored:
+        has_nan = any(not p.isfinite().all() for p in model.parameters())
+        if has_nan:
+            raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint yet: its weights are NaN, "
+                             f"so nothing is saved; {guards.ADVICE}, and set --save_minutes lower")
+        save('ckpt.pt')
+        raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights from "
+                         f"before the first bad step are in {out_dir}/ckpt.pt: {guards.ADVICE}")
+    stored = guards.skip_data(stored, progress, iter_num, out_dir)
     optimizer.zero_grad(set_to_none=True)
     iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)      # best.pt is still the best
     guard = guards.Guard(spike_sigmas, progress['guard'])
@@ -249,7 +260,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         if is_pause := is_due or is_stopped or is_late:
             clock.pause()
             metrics.skipped(iter_num - 1, guard)
-            is_stopped = is_stopped and (is_last or not guard.in_a_row)     # a bad step may be the first of many
+            is_stopped = is_stopped and (is_last or guard.last_was_finite)  # a NaN may be the first of many
             with ctx:
                 model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
         if guard.has_diverged:
@@ -267,14 +278,16 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             best_val_loss, progress = best, progress | dict(evaluated=iter_num, bad_evals=bad_evals)
             metrics.evaluation(iter_num, tokens_per_step, losses, data, clock.total, time.perf_counter() - _start)
             metrics.histograms(iter_num, watcher.draw(iter_num))
-            guard.check(losses['val'])
+            guard.evaluated(iter_num, losses['val'])
             is_last = is_last and not guard.has_diverged
             if is_best and iter_num > 0:
                 save('best.pt')
         if is_pause:
-            if (is_last or not guard.in_a_row) and (iter_num > 0 or not is_due):
+            if (is_last or guard.last_was_finite) and (iter_num > 0 or not is_due):
                 save('ckpt.pt')
             clock.go_on()
+        if is_due and not is_last:
+            guard.check_far_above(iter_num, out_dir)
         if is_stopped:
             metrics.stopped(out_dir, iter_num)
         if is_stopped or is_last:
@@ -325,6 +338,6 @@ del wrapped
 processes.stop()
 if is_stopped:
     sys.exit(stop.exit_code)
-if processes.IS_MASTER and data.tokenizer and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
+if processes.IS_MASTER and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
         generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)

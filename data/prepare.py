@@ -4,7 +4,8 @@
     python data/prepare.py mine texts/ 'more/**/*.md' dump.jsonl.zst pages.parquet --document=paragraph
     python data/prepare.py mine stories.txt --document='<|endoftext|>' --val=stories-valid.txt
     python data/prepare.py ./mine book.txt
-    python data/prepare.py mine chats.jsonl --field=prompt,answer
+    python data/prepare.py mine chats.jsonl --skip_bad_rows
+    python data/prepare.py mine questions.parquet --field=question,answer
     python data/prepare.py mine HuggingFaceFW/fineweb-edu:sample/10BT --shard_tokens=100_000_000
     zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
 
@@ -28,8 +29,10 @@ as you like. With --val the sources all go to train, and --split is an error; wi
 --split divides them into train and val. A file that is also among the sources is left out of train.
 A document that is in several splits stays in all of them; with --dedup only in test, else in val.
 
-CONVERSATIONS, rows with "messages" or --field=ASKED,ANSWERED, are written in a chat template, and only the answers are
-learned.
+CONVERSATIONS are rows with "messages" or "conversations" (OpenAI's, ShareGPT's), with "prompt" and
+"completion", with "instruction", "input" and "output"; rows that are a list of messages; and what
+--field=MESSAGES or --field=ASKED,ANSWERED names. They are written in a chat template, and only the
+answers are learned, except for those with "weight": 0.
 
 A run that was stopped goes on when it gets the same command; the bins are the same for any --num_proc. Old bins stay until
 the new ones are whole.
@@ -56,7 +59,7 @@ import vocabulary
 from dataset import is_path
 from mistakes import fail, user_errors
 
-FLAGS = 'dedup', 'as_text'      # options without a value
+FLAGS = 'dedup', 'skip_bad_rows', 'as_text'      # options without a value
 TRAINING = 'model_type', 'character_coverage', 'max_piece_length', 'byte_fallback'      # vocabulary.open's options
 
 
@@ -72,7 +75,9 @@ def arguments(words):
     add('--tokenizer', default='gpt2', metavar='NAME', help="char, byte, gpt2, cl100k_base, o200k_base, a "
         "sentencepiece model, a tokenizer.json, a name on the Hugging Face Hub, train:bpe:VOCAB, "
         "train:sentencepiece:VOCAB; default: gpt2")
-    add('--field', help="of a row: which is its text (a.b: b in a), or ASKED,ANSWERED; default: text, or messages")
+    add('--field', metavar='NAME[,NAME…]', help="of a row: which is its text or its messages (a.b: "
+        "b in a); of several, the last is what is answered, the others what is asked; default: "
+        "text, or those of a conversation")
     add('--document', default='file', metavar='KIND', help="what is one in a text: file, "
         r"paragraph, line, or any text that stands between documents, such as '<|endoftext|>' or "
         r"'\n---\n' (\n, \t and \r are line ends and tabs, \\ is a backslash); default: file")
@@ -90,6 +95,8 @@ def arguments(words):
     add('--seed', type=int, default=1337, help="of the split; default: 1337")
     add('--dedup', action='store_true', help="keep one of equal documents, test's or else val's, "
         "which needs 100 bytes of memory for each; those above 4 MB stay as they are")
+    add('--skip_bad_rows', action='store_true', help="leave out rows that can't be used, such as "
+        "invalid JSON, and report them at the end; default: the first one is an error")
     add('--max_bytes', type=int, metavar='N', help="read only the beginning of the sources, about "
         "N bytes of their size")
     add('--num_proc', type=int, help="processes that encode; default: one per core")
@@ -101,13 +108,13 @@ def arguments(words):
     training.add_argument('--character_coverage', type=float, metavar='SHARE')
     training.add_argument('--max_piece_length', type=int, metavar='N')
     training.add_argument('--byte_fallback', choices=('True', 'False'))
+    for word in words:
+        if empty := re.fullmatch(r'(--\w+)=--', word):      # argparse would read it as -- alone
+            fail(f"{empty[1]} has no value; write {empty[1]}=VALUE")
     for flag in FLAGS:
         words = [word for word in words if word != f'--{flag}=False']
         words = [f'--{flag}' if word == f'--{flag}=True' else word for word in words]
     asked = parser.parse_intermixed_args(words)
-    for key, value in vars(asked).items():
-        if key != 'sources' and value in ([], [[]]):        # what argparse makes of --KEY=--
-            fail(f"--{key} has no value; write --{key}=VALUE")
     for key, least in (('num_proc', 1), ('max_bytes', 1), ('shard_tokens', 0), ('train_bytes', 1), ('seed', 0)):
         if getattr(asked, key) is not None and getattr(asked, key) < least:
             fail(f"{key}={getattr(asked, key)} must be at least {least}")
@@ -235,9 +242,10 @@ def main(words):
 def make(asked, shares, folder, template):
     """Prepare what was asked for; returns the meta."""
     try:
-        source = sources.open(asked.sources, asked.field, asked.document, template, folder,
-                              asked.max_bytes, as_text=asked.as_text, val=asked.val or (),
-                              test=asked.test or ())
+        source = sources.open(
+            asked.sources, asked.field, asked.document, template, folder, asked.max_bytes,
+            skip_bad_rows=asked.skip_bad_rows, as_text=asked.as_text, val=asked.val or (),
+            test=asked.test or ())
         own = tokenizer_for(asked, source, folder)
         if asked.separator is not None and getattr(own, 'eot', None) is not None:
             raise ValueError(f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out")

@@ -1,4 +1,4 @@
-"""Chat templates: which text a row becomes, which of it is learned, and what is no conversation."""
+"""Chat templates: which text a conversation becomes, which of it is learned, and how it is sampled."""
 import io
 import json
 import re
@@ -29,15 +29,19 @@ def learned(parts):
 
 def test_a_conversation_is_its_turns_and_only_answers_and_their_ends_are_learned():
     more = {'role': 'user', 'content': 'Sure?'}, {'role': 'assistant', 'content': 'Yes.'}
-    parts = Template().parts({'messages': [ASK, ANSWER, *more]})
+    parts = Template().parts([ASK, ANSWER, *more])
     assert ''.join(text for text, _ in parts) == (
         '### User:\n2+2?\n\n### Assistant:\n4\n### End\n\n### User:\nSure?\n\n### Assistant:\nYes.\n### End\n\n')
     assert learned(parts) == ['4', '\n### End\n\n', 'Yes.', '\n### End\n\n']
 
 
-def test_two_fields_are_a_question_and_its_answer():
-    row = {'q': '2+2?', 'a': '4', 'id': 7}
-    assert Template(CHATML).parts(row, fields=('q', 'a')) == Template(CHATML).parts({'messages': [ASK, ANSWER]})
+def test_an_answer_of_weight_0_is_read_and_not_learned():
+    masked = {**ANSWER, 'content': 'Five!', 'weight': 0}
+    parts = Template().parts([ASK, masked, ASK, {**ANSWER, 'weight': 1}])
+    assert learned(parts) == ['4', '\n### End\n\n']
+    assert ('Five!', False) in parts
+    with pytest.raises(ValueError, match='no answer to learn: each has weight 0'):
+        Template().parts([ASK, masked])
 
 
 @pytest.mark.parametrize('template', [None, CHATML])
@@ -46,7 +50,7 @@ def test_a_prompt_has_the_ids_that_were_learned_from(template, tokenizer):
     """Whatever an answer begins with: the boundary in front of it is one between tokens."""
     own, template = tokenizer(), Template(template)
     for answer in ('4', ' 4', '\n\n4', 'four'):
-        ids, mask = chat.encode(own, template.parts({'messages': [ASK, {**ANSWER, 'content': answer}]}))
+        ids, mask = chat.encode(own, template.parts([ASK, {**ANSWER, 'content': answer}]))
         prompt, _ = chat.encode(own, template.prompt([ASK]))
         assert ids[:len(prompt)] == prompt and mask == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
@@ -55,36 +59,31 @@ def test_a_prompt_has_the_ids_that_were_learned_from(template, tokenizer):
 @pytest.mark.parametrize('end, asked, ends', [('<|endoftext|>', '2+2?', 1), ('END', 'What is <|endoftext|>?', 0)])
 def test_only_marks_become_special_tokens(end, asked, ends):
     template, own = Template({'user': ['U:', '\n'], 'assistant': ['A:', end]}), TiktokenTokenizer('gpt2')
-    assert chat.encode(own, template.parts({'q': asked, 'a': '4'}, ('q', 'a')))[0].count(own.eot) == ends
+    conversation = [{**ASK, 'content': asked}, ANSWER]
+    assert chat.encode(own, template.parts(conversation))[0].count(own.eot) == ends
 
 
 def test_an_answer_ends_where_it_was_learned_to_end_or_where_another_turn_begins():
-    assert Template().stops == ['\n### End', '### End', '### System:', '### User:', '### Assistant:']
+    assert Template().stops == [
+        '\n### End', '### End', '### System:', '### User:', '### Assistant:', '### Tool:']
     assert Template({'user': ['Q: ', '\n'], 'assistant': ['A: ', '\n']}).stops == ['\n', 'Q:', 'A:']
 
 
 def test_a_template_is_what_meta_json_keeps_of_it():
-    assert Template(Template(CHATML).description).parts({'messages': [ASK, ANSWER]}) == Template(CHATML).parts(
-        {'messages': [ASK, ANSWER]})
+    kept = Template(CHATML).description
+    assert Template(kept).parts([ASK, ANSWER]) == Template(CHATML).parts([ASK, ANSWER])
 
 
-@pytest.mark.parametrize('row, fields, message', [
-    ({'messages': [ASK]}, (), 'no turn of the assistant'),
-    ({'messages': [{'role': 'tool', 'content': 'x'}]}, (), "message 1 has the role 'tool'; the template has system, user"),
-    ({'messages': [ASK, {'role': 'assistant'}]}, (), "message 2 has no 'content'"),
-    ({'messages': [ASK, {'content': '4'}]}, (), "message 2 has no 'role'"),
-    ({'messages': [ASK, {**ANSWER, 'content': None}]}, (), "message 2, the assistant's, is no text but NoneType"),
-    ({'messages': [ASK, {**ANSWER, 'role': ['user']}]}, (), "message 2 has the role"),
-    ({'messages': ['hello']}, (), "message 1 has no 'role'"),
-    ({'messages': []}, (), 'no "messages"'), ({'text': 'x'}, (), 'no "messages"'), ('text', (), 'no "messages"'),
-    ({'q': 'x', 'b': 'y'}, ('q', 'a'), "no 'a', only 'q', 'b'"), ('text', ('q', 'a'), "no 'q', only other things"),
-    ({'q': 'x', 'a': 4}, ('q', 'a'), "message 2, the assistant's, is no text but int"),
-    ({'q': 'I am\n### Assistant:\nmyself', 'a': 'No.'}, ('q', 'a'), "message 1, the user's, contains '### Assistant:'"),
+@pytest.mark.parametrize('messages, error', [
+    ([ASK], 'no turn of the assistant'),
+    ([{'role': 'robot', 'content': 'x'}], "message 1 has the role 'robot'; the template has system, user"),
+    ([{**ASK, 'content': 'I am\n### Assistant:\nmyself'}, ANSWER],
+     "message 1, the user's, contains '### Assistant:'"),
 ])
-def test_what_is_no_conversation_is_said_in_one_line(row, fields, message):
-    with pytest.raises(ValueError) as error:
-        Template().parts(row, fields)
-    assert message in str(error.value) and '\n' not in str(error.value)
+def test_what_a_template_can_not_write_is_said_in_one_line(messages, error):
+    with pytest.raises(ValueError) as raised:
+        Template().parts(messages)
+    assert error in str(raised.value) and '\n' not in str(raised.value)
 
 
 @pytest.mark.parametrize('description', [[], {}, {'user': ['', '']}, {'user': 'ab', 'assistant': 'cd'},
@@ -98,7 +97,8 @@ def test_what_is_no_template_is_said_in_one_line(description):
 
 def test_an_answer_that_holds_its_own_end_is_refused():
     with pytest.raises(ValueError, match=r"the assistant's, contains '\\n', which"):
-        Template({'user': ['Q: ', '\n'], 'assistant': ['A: ', '\n']}).parts({'q': 'x\ny', 'a': '4\n5'}, ('q', 'a'))
+        Template({'user': ['Q: ', '\n'], 'assistant': ['A: ', '\n']}).parts(
+            [{**ASK, 'content': 'x'}, {**ANSWER, 'content': '4\n5'}])
 
 
 def test_only_answers_count_in_a_loss(tmp_path, monkeypatch):
@@ -132,8 +132,8 @@ def test_a_dialogue_is_read_as_the_documents_it_was_learned_from():
     talk.answer('4')
     ids = talk.ask('Sure?')
     talk.answer('Yes.')
-    row = {'messages': [ASK, ANSWER, {'role': 'user', 'content': 'Sure?'}, {'role': 'assistant', 'content': 'Yes.'}]}
-    assert [0, *chat.encode(Ended(), template.parts(row))[0]][:len(ids)] == ids
+    more = {'role': 'user', 'content': 'Sure?'}, {'role': 'assistant', 'content': 'Yes.'}
+    assert [0, *chat.encode(Ended(), template.parts([ASK, ANSWER, *more]))[0]][:len(ids)] == ids
 
 
 def test_the_oldest_turns_are_left_out_where_all_do_not_fit():
@@ -162,7 +162,7 @@ def parrot(tmp_path_factory):
     """A checkpoint that knows CONVERSATION by heart."""
     torch.manual_seed(0)
     path, own, template = tmp_path_factory.mktemp('parrot') / 'ckpt.pt', ByteTokenizer(), Template()
-    ids, learned = map(torch.tensor, chat.encode(own, template.parts({'messages': CONVERSATION})))
+    ids, learned = map(torch.tensor, chat.encode(own, template.parts(CONVERSATION)))
     model = models.build('gpt', block_size=200, vocab_size=256, n_layer=1, n_head=2, n_embd=32, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(40):

@@ -2,6 +2,8 @@
 import dataclasses
 import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -54,7 +56,10 @@ def test_three_ways_to_set_one_key(words):
     (['--learning_rate=1e-4'], 'learning_rate', 1e-4),
     (['--learning_rate', '-1'], 'learning_rate', -1.0),
     (['--batch_size=1_000'], 'batch_size', 1000),
+    (['--batch_size=1e3'], 'batch_size', 1000),                         # a whole number, as it may be written
+    (['--batch_size=4.0'], 'batch_size', 4),
     (['--bias', 'True'], 'bias', True),
+    (['--bias=1'], 'bias', True),
     (['--compile=False'], 'compile', False),                            # auto settings take their real type too
     (['--compile=auto'], 'compile', 'auto'),
     (['--device=cuda:1'], 'device', 'cuda:1'),
@@ -66,13 +71,14 @@ def test_values(words, key, value):
 
 
 @pytest.mark.parametrize('words, message', [
-    (['--batch_size=4.0'], 'batch_size takes a whole number, not 4.0'),
-    (['--batch_size=1e3'], 'batch_size takes a whole number, not 1000.0'),
+    (['--batch_size=4.5'], 'batch_size takes a whole number, not 4.5'),
+    (['--batch_size=1e30'], 'batch_size takes a whole number, not 1e+30'),
     (['--batch_size=True'], 'batch_size takes a whole number, not True'),
     (['--batch_size=four'], "batch_size takes a whole number, not 'four'"),
     (['--batch_size='], "batch_size takes a whole number, not ''"),
     (['--batch_size=9999999999999999999'], 'batch_size takes a whole number, not 9999999999999999999'),
-    (['--bias=1'], 'bias takes True or False, not 1'),
+    (['--bias=2'], 'bias takes True or False, not 2'),
+    (['--bias=1.0'], 'bias takes True or False, not 1.0'),
     (['--bias=true'], "bias takes True or False, not 'true'"),
     (['--learning_rate=True'], 'learning_rate takes a number, not True'),
     (['--learning_rate=fast'], "learning_rate takes a number, not 'fast'"),
@@ -82,9 +88,9 @@ def test_values(words, key, value):
     (['--learnin_rate=1'], "there is no setting 'learnin_rate'; the nearest is 'learning_rate'"),
     (['--batch_size'], '--batch_size has no value; write --batch_size=VALUE'),
     (['--bias', '--batch_size=4'], '--bias has no value'),
-    (['--learning-rate=1'], "'--learning-rate=1' is no setting; they are written --key=value, with _ in the key"),
-    (['-batch_size=4'], "'-batch_size=4' is no setting"),
-    (['--', 'x'], "'--' is no setting"),
+    (['--learning-rate=1'], "'--learning-rate=1' is not a setting; they are written --key=value, with _ in the key"),
+    (['-batch_size=4'], "'-batch_size=4' is not a setting"),
+    (['--', 'x'], "'--' is not a setting"),
     (['--batch_size=', '4'], "there is no config file '4'"),
     (['--configure=1'], "there is no setting 'configure'"),
     (['--__name__=1'], "there is no setting '__name__'"),
@@ -144,7 +150,12 @@ def test_a_file_is_python(file, text, changed):
     ('batch_size = None', 'batch_size takes a whole number, not None'),
     ('batch_size = max', 'batch_size takes a whole number, not <built-in function max>'),
     ('out_dir = 123', 'out_dir takes text, not 123'),
-    ('bias = 0', 'bias takes True or False, not 0'),
+    ('bias = 2', 'bias takes True or False, not 2'),
+    ('bias = "True"', "bias takes True or False, not 'True'"),
+    ('out_dir = None', 'out_dir takes text, not None'),
+    ('compile = None', 'compile takes auto or a plain value, not None'),
+    ('import numpy\nbatch_size = numpy.float32(1.5)', 'batch_size takes a whole number, not '),
+    ('from pathlib import Path\nbatch_size = Path("8")', "batch_size takes a whole number, not "),
     ('import numpy\nbatch_size = numpy.zeros((2, 2))', 'batch_size takes a whole number, not array([[0., 0.], [0., 0.]])'),
     ('learning_rate = float("nan")', 'learning_rate takes a number, not nan'),
     ('def f():\n    global batch_size\n    batch_size = 1.5\nf()', 'batch_size takes a whole number, not 1.5'),
@@ -164,6 +175,151 @@ def test_mistakes_in_a_file_name_it(file, text, message):
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('text, key, value', [
+    ('batch_size = 1e3', 'batch_size', 1000),
+    ('batch_size = 64 / 4', 'batch_size', 16),
+    ('learning_rate = 1', 'learning_rate', 1.0),
+    ('bias = 1', 'bias', True),
+    ('always_save_checkpoint = 0', 'always_save_checkpoint', False),
+    ('from pathlib import Path\nout_dir = Path("runs") / "one"', 'out_dir', os.path.join('runs', 'one')),
+    ('import numpy as np\nbatch_size = np.int64(8)', 'batch_size', 8),
+    ('import numpy as np\nbatch_size = np.sqrt(16)', 'batch_size', 4),
+    ('import numpy as np\nlearning_rate = np.float32(0.5)', 'learning_rate', 0.5),
+    ('import numpy as np\ndropout = np.int32(0)', 'dropout', 0.0),
+    ('import numpy as np\nbias = np.bool_(True)', 'bias', True),
+    ('import numpy as np\ncompile = np.bool_(False)', 'compile', False),
+    ('import numpy as np\nout_dir = np.str_("out")', 'out_dir', 'out'),
+    ('import torch\ndevice = torch.device("cuda", 1)', 'device', 'cuda:1'),
+    ('import torch\ndevice = torch.device("cuda" if torch.cuda.is_available() else "cpu")', 'device', 'cpu'),
+    ('import torch\nout_dir = torch.bfloat16', 'out_dir', 'bfloat16'),        # as a dtype is written here
+])
+def test_a_file_may_say_a_value_in_another_type(file, text, key, value):
+    """Where it is the same value; what is kept, in checkpoints too, is of the setting's own type."""
+    found = of(file(text))[key]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize('text, changed', [
+    ('lr = 1e-3\nlearning_rate = 2 * lr', {'learning_rate': 2e-3}),
+    ('base, k = 4, 2\nbatch_size = base * k', {'batch_size': 8}),
+    ('batch = 4\nbatch_size = batch', {'batch_size': 4}),
+    ('layer = 3\nnum_layers = layer\nn_layer = num_layers', {'n_layer': 3}),
+    ('betas = (0.9, 0.95)\nlearning_rate = betas[0]', {'learning_rate': 0.9}),
+    ('BATCH_SIZE = 4\nbatch_size = BATCH_SIZE', {'batch_size': 4}),
+    ('tokens = 12 * 1024\nprint(f"{tokens} tokens in a step")', {}),
+    ('total = 0\nfor i, (width, _) in enumerate([(1, 2), (3, 4)]):\n    total += width\nn_layer = total', {'n_layer': 4}),
+    ('for unused in range(2):\n    batch_size *= 2', {'batch_size': 48}),
+    ('with open(__file__) as source:\n    pass', {}),
+    ('from math import pi\nfrom sys import maxsize as most', {}),
+    ('from math import *\nn_layer = floor(pi)', {'n_layer': 3}),
+    ('steps = 5\ndef f():\n    return steps\nn_layer = f()', {'n_layer': 5}),
+])
+def test_a_file_may_have_helpers(file, text, changed):
+    """A name that it reads again, or that a loop or an import binds, is its own."""
+    assert of(file(text), config_class=gpt) == {**of(config_class=gpt), **changed}
+
+
+@pytest.mark.parametrize('text, key, near', [
+    ('lr = 1e-3', 'lr', ''),                                            # never read: it was meant to do something
+    ('betas = (0.9, 0.95)', 'betas', ''),
+    ('BATCH_SIZE = 4', 'BATCH_SIZE', 'batch_size'),
+    ('steps: int = 4', 'steps', ''),
+    ('n_layers = 6\nbatch_size = n_layers', 'n_layers', 'n_layer'),      # read, but a misspelling
+    ('batchsize = 8\nn_layer = batchsize', 'batchsize', 'batch_size'),
+    ('learnin_rate = 1e-3\ndropout = learnin_rate', 'learnin_rate', 'learning_rate'),
+    ('for n_layers in (1, 2):\n    pass', 'n_layers', 'n_layer'),
+    ('from math import pi as droput', 'droput', 'dropout'),
+    ('gelus = "tanh"\nout_dir = gelus', 'gelus', 'gelu'),                # the model's fields too
+])
+def test_a_name_that_was_meant_for_a_setting(file, text, key, near):
+    path = file(text)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: there is no setting {key!r}; the nearest is '{near}")):
+        of(path, config_class=gpt)
+
+
+def test_the_data_decide_the_vocabulary(file, capsys, monkeypatch):
+    path = file('vocab_size = 50304\nn_layer = 2')
+    assert of(path, config_class=gpt)['n_layer'] == 2
+    assert capsys.readouterr().out == f"{path}: vocab_size=50304 is ignored: the dataset decides it\n"
+    monkeypatch.setenv('RANK', '1')         # said once, by the first process
+    of(path, config_class=gpt)
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match="command line: there is no setting 'vocab_size': the dataset decides it"):
+        of('--vocab_size=50304', config_class=gpt)
+
+
+def test_every_setting_of_nanogpt_is_here():
+    names = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
+        wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd
+        dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters
+        min_lr backend device dtype compile"""
+    assert set(names.split()) <= train_settings().keys()
+
+
+# ---- config files that import config files ---------------------------------------------------------------------------
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A current folder with config/base.py, which sees the device and has a helper of its own."""
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config' / 'base.py').write_text("width = 3\nn_layer = 2 * width\nout_dir = 'on-' + device\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize('text, changed', [
+    ('from config.base import *\nn_layer += 1', {'n_layer': 7, 'out_dir': 'on-cpu'}),
+    ('from config.base import n_layer', {'n_layer': 6}),
+    ('from config.base import n_layer as depth, width', {}),
+    ('from config import base\nn_layer = base.n_layer', {'n_layer': 6}),
+    ('import config.base\nn_layer = config.base.n_layer', {'n_layer': 6}),
+    ('import config.base as base\nn_layer = base.width', {'n_layer': 3}),
+    ('device = "cuda"\nfrom config.base import *', {'device': 'cuda', 'n_layer': 6, 'out_dir': 'on-cuda'}),
+    ('try:\n    from config.mine import *\nexcept ImportError:\n    n_layer = 1', {'n_layer': 1}),
+])
+def test_a_file_imports_another(project, file, text, changed):
+    assert of(file(text)) == {**of(), **changed}
+
+
+def test_what_is_imported_counts_as_set_by_the_file(project, file):
+    path = file('from config.base import *')
+    assert configure(dict(SCRIPT), [path])[1] == {'n_layer': path, 'out_dir': path}
+
+
+def test_imports_go_through_several_files_and_leave_no_trace(project, file):
+    (project / 'config' / 'small').mkdir()
+    (project / 'config' / 'small' / 'top.py').write_text('from config.base import *\nbatch_size = 2\n')
+    path = file('from config.small.top import *')
+    values = of(path)
+    assert (values['n_layer'], values['batch_size']) == (6, 2)
+    (project / 'config' / 'base.py').write_text('n_layer = 9\n')
+    assert of(path)['n_layer'] == 9         # read anew
+    assert not [name for name in sys.modules if name.split('.')[0] == 'config']
+    assert not [finder for finder in sys.meta_path if type(finder).__module__ == 'configfile']
+
+
+@pytest.mark.parametrize('where', ['elsewhere', 'repository'])
+def test_the_repositorys_configs_can_be_imported(tmp_path, monkeypatch, file, where):
+    monkeypatch.chdir(ROOT if where == 'repository' else tmp_path)
+    own = of(file('from config.train_shakespeare_char import *\nmax_iters = 7'), config_class=gpt, script=train_settings())
+    assert own['dataset'] == 'shakespeare_char' and own['ngram'] == 5 and own['max_iters'] == 7
+
+
+@pytest.mark.parametrize('base, message', [
+    ('lr = 3', "config.py: there is no setting 'lr'; the nearest is"),
+    ('x = 1 / 0', "base.py, line 1: ZeroDivisionError: division by zero"),
+    ('x = = 1', 'base.py, line 1: invalid syntax'),
+    ('from config.bse import *', "base.py, line 1: ModuleNotFoundError: No module named 'config.bse'"),
+    ('from config.base import *', 'RecursionError: '),
+])
+def test_mistakes_in_what_is_imported(project, file, base, message):
+    (project / 'config' / 'base.py').write_text(base)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        of(file('from config.base import *'))
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
 def test_a_mistake_changes_nothing(file):
     script = dict(SCRIPT)
     with pytest.raises(ValueError):
@@ -175,6 +331,23 @@ def test_a_mistake_changes_nothing(file):
 def test_a_missing_file(name):
     with pytest.raises(FileNotFoundError, match=re.escape(f"command line: there is no config file {name!r}")):
         of(name)
+
+
+@pytest.mark.parametrize('word, near', [
+    ('config/train_shakespear.py', 'config/train_shakespeare.py'),
+    ('config/train_gpt', 'config/train_gpt2.py'),
+    ('train_shakespeare_char.py', 'config/train_shakespeare_char.py'),      # which is in a folder
+    ('train_shakespeare_char', 'config/train_shakespeare_char.py'),
+    ('{folder}/mine2.py', '{folder}/mine.py'),
+])
+@pytest.mark.parametrize('where', [ROOT, None], ids=['repository', 'elsewhere'])
+def test_a_missing_file_is_nearly_another(file, tmp_path, monkeypatch, where, word, near):
+    file('', 'mine.py')
+    monkeypatch.chdir(where or tmp_path)
+    near = Path(near.format(folder=tmp_path))
+    with pytest.raises(FileNotFoundError) as caught:
+        of(word.format(folder=tmp_path))
+    assert str(caught.value).endswith(f"(the nearest is {near if where else ROOT / near})")
 
 
 @pytest.mark.parametrize('path', sorted(path.name for path in (ROOT / 'config').glob('*.py')))

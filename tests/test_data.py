@@ -1,17 +1,20 @@
 """From text to batches: what data/NAME/prepare.py writes, which windows a step sees, and what goes wrong in words."""
 import hashlib
+import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_text
+from conftest import ROOT, TINY, write_text
 
 import dataset
+import tokenizer
 from bins import write_bins
 from dataset import Dataset, RandomDataset
 from tokenizer import ByteTokenizer, CharTokenizer
@@ -92,6 +95,165 @@ def test_nanogpt_meta_pkl_is_read(tmp_path):
     assert data.bits_per_byte('val', 1.0) is None       # it doesn't say how many bytes
 
 
+CHARS = sorted(set('some text, written twice: some text'))
+
+
+@pytest.mark.parametrize('meta, chars, vocab_size', [
+    ({'itos': CHARS}, CHARS, len(CHARS)),                                       # a list; no vocab_size
+    ({'itos': dict(enumerate(CHARS)), 'vocab_size': 64}, CHARS, 64),            # padded
+    ({'itos': {np.int64(i): np.str_(c) for i, c in enumerate(CHARS)}, 'vocab_size': np.int32(len(CHARS))},
+     CHARS, len(CHARS)),
+    ({'vocab_size': np.int64(65)}, None, 65),
+    ({'vocab_size': 65}, None, 65),
+    ({'vocab_size': 65, 'itos': {}}, None, 65),
+    ({'vocab_size': 65, 'itos': {1: 'a', 2: 'b'}}, None, 65),                   # not from 0 on
+    ({'itos': ['the', ' ', 'of'] * 9}, None, 27),                               # words
+    ({'itos': dict(enumerate(range(60, 87))), 'vocab_size': 27}, None, 27),     # notes of a piano
+])
+def test_what_a_meta_pkl_may_say(tmp_path, meta, chars, vocab_size):
+    """vocab_size is enough to train; a table of single characters is a tokenizer."""
+    data = Dataset(with_meta_pkl(tmp_path, pickle.dumps(meta)), block_size=4, batch_size=1)
+    assert data.vocab_size == vocab_size and type(data.vocab_size) is int
+    if chars:
+        assert data.tokenizer == {'kind': 'char', 'chars': ''.join(chars)} and type(data.tokenizer['chars']) is str
+    else:
+        assert data.tokenizer is None and f"{tmp_path / 'meta.pkl'} has " in data.meta['no_tokenizer']
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_numpys_numbers_of_both_versions(version):
+    """NumPy 2 has another name for the module that its scalars come from. They become plain ones."""
+    values = [np.int64(-5), np.uint8(200), np.array(7, '>i4')[()], np.float32(0.5), np.bool_(True), np.str_('é')]
+    content = pickle.dumps({'vocab_size': values}, protocol=4)
+    content = content[:2] + content[11:]        # without the frame, which has a length
+    names = {1: b'\x8c\x15numpy.core.multiarray', 2: b'\x8c\x16numpy._core.multiarray'}
+    for name in names.values():
+        content = content.replace(name, names[version])
+    assert names[version] in content
+    found = tokenizer._NoCode(io.BytesIO(content)).load()['vocab_size']
+    assert found == [-5, 200, 7, 0.5, True, 'é'] and [type(x) for x in found] == [int, int, int, float, bool, str]
+
+
+@pytest.mark.parametrize('meta, message', [
+    ({'vocab_size': 5, 'itos': CHARS}, f'vocab_size=5, but its itos has {len(CHARS)} entries'),
+    ({'vocab_size': '65'}, 'vocab_size=65: it must be a whole number from 1 to 65,536'),
+    ({'vocab_size': 65.0}, 'vocab_size=65.0: it must be'),
+    ({'vocab_size': 100_000}, 'a larger vocabulary needs a meta.json that says uint32'),
+    ({'vocab_size': np.array([65])}, r'meta.pkl asks for numpy.*; it may hold only numbers, strings, lists and'),
+    ({}, 'vocab_size=0')])
+def test_a_meta_pkl_that_does_not_fit_is_refused(tmp_path, meta, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Dataset(with_meta_pkl(tmp_path, pickle.dumps(meta)), block_size=4, batch_size=1)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_ids_beyond_a_table_of_characters_are_a_replacement_character():
+    assert CharTokenizer('ab').decode([0, 1, 2, 63]) == 'ab\ufffd\ufffd'
+
+
+@pytest.mark.parametrize('meta, reason', [
+    ({'vocab_size': 40}, 'has no itos, the table with a character for each id'),
+    ({'itos': ['the', 'of'] * 20}, 'has an itos that is not a single character for each id from 0 on, and no other is '
+     'read'),
+])
+def test_a_run_without_a_tokenizer_trains_and_says_what_sampling_lacks(warm, tmp_path, meta, reason):
+    folder = with_meta_pkl(tmp_path / 'data', pickle.dumps(meta))
+    done = warm('train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path / "out"}', sample=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"no sample: {folder / 'meta.pkl'} {reason}"
+    for script in ('sample.py', 'evaluate.py'):
+        done = warm(script, f'--out_dir={tmp_path / "out"}', '--device=cpu')
+        line, = done.stderr.splitlines()
+        assert done.returncode == 2 and f"{tmp_path / 'out'} does not say which tokenizer its 40 ids belong to" in line
+        assert 'or meta.pkl (itos, one character per id)' in line
+
+
+def test_a_run_with_a_padded_table_samples_characters_only(warm, tmp_path):
+    folder = with_meta_pkl(tmp_path / 'data', pickle.dumps({'itos': CHARS, 'vocab_size': 500}))
+    done = warm('train.py', *TINY, '--max_iters=1', f'--dataset={folder}', f'--out_dir={tmp_path / "out"}', sample=True)
+    assert done.returncode == 0, done.stderr
+    done = warm('sample.py', f'--out_dir={tmp_path / "out"}', '--device=cpu', '--start=some', '--num_samples=1')
+    assert done.returncode == 0 and set(done.stdout.splitlines()[0]) <= set(CHARS)
+
+
+# ---- ids of another width --------------------------------------------------------------------------------------------
+
+def ids_like(kind, n=4000):
+    """Ids of a small vocabulary as real data have them; 0 is the line end or the space, the most frequent one."""
+    random = np.random.default_rng(1)
+    lines = np.where(np.arange(n) % 2, 0, random.integers(1, 65, n))
+    return {'text': np.minimum(random.geometric(0.3, n) - 1, 64), 'lines of one character': lines,
+            '1, 0, 1, 0': (np.arange(n) + 1) % 2, 'zeros': np.zeros(n, int), 'without 0': random.integers(1, 65, n),
+            'mostly 0': (random.random(n) < 0.02).astype(int), 'GPT-2': random.integers(0, 50257, n),
+            'short': np.array([3, 0, 0, 0, 5, 0] * 6)}[kind]
+
+
+def with_bins(folder, ids, dtype, meta=None):
+    """A dataset of these ids, written as `dtype`, with nanoGPT's meta.pkl of characters or the meta.json `meta`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ('train', 'val'):
+        ids.astype(dtype).tofile(folder / f'{split}.bin')
+    if meta is None:
+        (folder / 'meta.pkl').write_bytes(pickle.dumps({'itos': [chr(10 + i) for i in range(65)], 'vocab_size': 65}))
+    elif meta:
+        (folder / 'meta.json').write_text(json.dumps({'tokenizer': None, 'vocab_size': 60000, **meta}))
+    return folder
+
+
+@pytest.mark.parametrize('kind, dtype, meta', [
+    ('text', 'int64', None), ('text', 'int32', None), ('text', 'uint32', None), ('without 0', 'int64', None),
+    ('mostly 0', 'int64', None), ('GPT-2', 'int64', {}), ('GPT-2', 'int32', {}),
+    ('without 0', 'int32', {'dtype': 'uint16'}), ('GPT-2', 'int64', {'dtype': 'uint16', 'splits': {}}),
+    ('GPT-2', 'int64', {'dtype': 'uint32'})])
+def test_ids_of_another_width_are_noticed_and_what_is_said_mends_them(tmp_path, kind, dtype, meta):
+    ids = ids_like(kind)
+    folder, read_as = with_bins(tmp_path, ids, dtype, meta), (meta or {}).get('dtype', 'uint16')
+    for split in ('train', 'val'):
+        wide = 'int64' if dtype == 'int64' else 'int32'
+        with pytest.raises(ValueError, match=f"{split}.bin seems to hold {wide} ids: read as {read_as}, each") as caught:
+            Dataset(folder, block_size=8, batch_size=2)
+        assert '\n' not in str(caught.value)
+        program = re.search('`python -c "(.*)"` converts it', str(caught.value))[1]
+        exec(program)
+    data = Dataset(folder, block_size=8, batch_size=2)
+    assert np.array_equal(data.first('train', len(ids) + 1), ids) and data.tokens['val'] == len(ids)
+
+
+def test_a_shard_of_another_width_is_named(tmp_path):
+    folder, ids = with_bins(tmp_path, ids_like('text'), 'uint16'), ids_like('text')
+    (folder / 'train.bin').unlink()
+    ids.astype('uint16').tofile(folder / 'train-00000.bin')
+    ids.astype('int64').tofile(folder / 'train-00001.bin')
+    with pytest.raises(ValueError, match=r'train-00001\.bin seems to hold int64 ids'):
+        Dataset(folder, block_size=8, batch_size=2)
+
+
+@pytest.mark.parametrize('kind', [
+    'text', 'lines of one character', '1, 0, 1, 0', 'zeros', 'mostly 0', 'short', 'without 0'])
+def test_real_ids_are_not_taken_for_wider_ones(tmp_path, kind):
+    """Also where 0 is frequent, as the line end is."""
+    data = Dataset(with_bins(tmp_path, ids_like(kind), 'uint16'), block_size=8, batch_size=2)
+    assert np.array_equal(data.first('train', 5000), ids_like(kind))
+
+
+def test_a_meta_json_that_counts_the_tokens_is_believed(tmp_path):
+    """As every one does that this project writes."""
+    ids = np.where(np.arange(400) % 2, 0, np.arange(400))
+    splits = {split: {'tokens': 400, 'bytes': 1} for split in ('train', 'val')}
+    with pytest.raises(ValueError, match='int32'):
+        Dataset(with_bins(tmp_path, ids, 'uint16', {'dtype': 'uint16'}), block_size=8, batch_size=2)
+    Dataset(with_bins(tmp_path, ids, 'uint16', {'dtype': 'uint16', 'splits': splits}), block_size=8, batch_size=2)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float64', '>u2', '>i8', 'uint8'])
+def test_ids_of_another_kind_are_beyond_the_vocabulary(tmp_path, dtype):
+    with pytest.raises(ValueError, match=r'train\.bin holds the id \d+, but its vocabulary has 65 entries; prepare it '
+                       'again, with ids written as uint16'):
+        Dataset(with_bins(tmp_path, ids_like('text'), dtype), block_size=8, batch_size=2)
+
+
+# ---- a meta.pkl that can't be read -----------------------------------------------------------------------------------
+
 def test_a_hostile_meta_pkl_is_refused_and_not_executed(tmp_path):
     class Hostile:
         def __reduce__(self):
@@ -104,7 +266,7 @@ def test_a_hostile_meta_pkl_is_refused_and_not_executed(tmp_path):
     assert (tmp_path / 'executed').exists()     # so it was a hostile one
 
 
-@pytest.mark.parametrize('content', [b'', b'not a pickle', pickle.dumps([]), pickle.dumps({'itos': {0: 'two'}}),
+@pytest.mark.parametrize('content', [b'', b'not a pickle', pickle.dumps([]), pickle.dumps({'itos': 3}),
                                      pickle.dumps({'itos': {1: 'a'}})])
 def test_a_meta_pkl_of_another_form_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match=r'meta\.pkl'):

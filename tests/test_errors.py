@@ -145,9 +145,9 @@ SETTINGS = [
     ('--learnin_rate=1', "command line: there is no setting 'learnin_rate'; the nearest is 'learning_rate'"),
     ('--learning-rate=1', 'written --key=value, with _ in the key'),
     ('--batch_size', '--batch_size has no value; write --batch_size=VALUE'),
-    ('--batch_size=4.0', 'batch_size takes a whole number, not 4.0'),
+    ('--batch_size=4.5', 'batch_size takes a whole number, not 4.5'),
     ('--learning_rate=fast', "learning_rate takes a number, not 'fast'"),
-    ('--bias=1', 'bias takes True or False, not 1'),
+    ('--bias=2', 'bias takes True or False, not 2'),
     ('--n_expert=8', "there is no setting 'n_expert'"),
     ('--gelu=relu', "gelu='relu' is unknown: take exact or tanh"),
     ('config/nope.py', "there is no config file 'config/nope.py'"),
@@ -237,7 +237,7 @@ def test_mps_where_there_is_none():
     (lambda: tokenizer.load({'kind': 'char'}), 'its kind must be char (with chars)'),
     (lambda: tokenizer.load('char'), 'unknown tokenizer char'),
     (lambda: tokenizer.load({'kind': 'tiktoken', 'name': 'gpt5'}), "tiktoken has no encoding 'gpt5': take one of gpt2"),
-    (lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {0: 'ab'}})), 'something other than single characters'),
+    (lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})), 'meta.pkl says vocab_size=0'),
     (lambda: tokenizer.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
 ])
 def test_values_that_a_module_does_not_know(call, message):
@@ -446,7 +446,8 @@ DAMAGE = {
     'an optimizer as text': with_state(optimizer='adamw'),
     'progress as list': with_state(progress=[]),
     'an evaluation as text': with_state(progress={'evaluated': '3'}),
-    'a guard of three': with_state(progress={'guard': [1, 2, 3]}),
+    'a guard of three numbers': with_state(progress={'guard': [1, 2, 3]}),
+    'a guard without its average': with_state(progress={'guard': {'seen': 3}}),
     'resolved as number': with_state(resolved=3),
     'threads as text': with_state(resolved={'threads': 'all'}),
 }
@@ -612,6 +613,25 @@ def test_resuming_where_there_is_no_run(warm, tmp_path, name):
     check(done, f"out_dir='{out_dir}' has no ckpt.pt to resume from")
 
 
+@pytest.mark.parametrize('script, words, near', [
+    ('sample.py', '--out_dir={folder}/out-shakespear', '{folder}/out-shakespeare'),
+    ('sample.py', '--init_from={folder}/exportd', '{folder}/exported'),
+    ('sample.py', '--init_from=gpt2-x1', 'gpt2-xl'),
+    ('train.py', '--init_from={folder}/out-shakespeer', '{folder}/out-shakespeare'),
+    ('train.py', '--init_from=scrach', 'scratch'),
+    ('train.py', '--init_from=resume --out_dir={folder}/out-shakespear', '{folder}/out-shakespeare'),
+    ('train.py', '--init_from=resume --out_dir={folder}/out-shakespears', '{folder}/out-shakespeare'),
+])
+def test_a_run_that_is_nearly_another(warm, text_folder, tmp_path, script, words, near):
+    """Named is the nearest folder that holds a model."""
+    for name in ('out-shakespeare/ckpt.pt', 'exported/config.json', 'out-shakespears/text.txt'):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    data = [f'--dataset={text_folder}', *TINY] if script == 'train.py' else []
+    done = warm(script, *words.format(folder=tmp_path).split(), *data, cwd=tmp_path)
+    check(done, f"; the nearest is '{near.format(folder=tmp_path)}'")
+
+
 def test_a_damaged_checkpoint_and_the_scripts(copy, warm):
     run = copy('run')
     changed(run, 'ckpt.pt', flipped(0.5)((run / 'ckpt.pt').read_bytes()))
@@ -674,7 +694,7 @@ def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
 
 @pytest.mark.parametrize('init_from, message', [
     ('gpt2', 'cannot download config.json of openai-community/gpt2: no answer, and'),
-    ('gpt3', "'gpt3' does not exist; the names that need no folder are gpt2, gpt2-medium"),
+    ('gpt3', "'gpt3' does not exist; the nearest is 'gpt2'; the names that need no folder are gpt2, gpt2-medium"),
     ('', 'no Hugging Face model'),
     ('resumee', "'resumee' does not exist"),
     ('train.py', 'train.py is damaged or no checkpoint'),
@@ -785,7 +805,7 @@ def test_benching_generation(warm, word, message):
 
 @pytest.mark.parametrize('word, message', [
     ('--steps=0', 'steps=0'),
-    ('--profile=1', 'profile takes True or False, not 1'),
+    ('--profile=2', 'profile takes True or False, not 2'),
     ('nope.py', "there is no config file 'nope.py'"),
     ("--versus='unclosed", 'versus'),
 ])

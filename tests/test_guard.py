@@ -1,4 +1,5 @@
-"""Bad steps are left out on the device, and nothing else is; what the guard decides is the same after a resume."""
+"""Bad steps are skipped on the device, and nothing else is; a finite spike never ends a run; what the guard decides is
+the same after a resume."""
 import math
 
 import pytest
@@ -6,7 +7,16 @@ import torch
 
 import checkpoint
 import guard
-from guard import IN_A_ROW, MEMORY, Guard
+from guard import (
+    FAR,
+    FLOOR,
+    LEAST_STEPS,
+    MEMORY,
+    NOT_FINITE_IN_A_ROW,
+    PATIENCE,
+    SPIKES_IN_A_ROW,
+    Guard,
+)
 from optimizer import build
 
 SIGMAS = 6.0
@@ -27,7 +37,7 @@ def made(lrs=None, name='adamw', scaler=None):
 
 
 def step(watch, optimizer, scaler, params, loss, gradient=1.0, grad_norm=None):
-    """One step as train.py does it; returns the bad loss that it hears of, or None."""
+    """One step as train.py does it; returns the loss of a step whose update was skipped, or None."""
     for p in params:
         p.grad = torch.full_like(p, gradient)
     scaler.scale(torch.zeros(()))       # which makes an enabled scaler ready
@@ -35,7 +45,8 @@ def step(watch, optimizer, scaler, params, loss, gradient=1.0, grad_norm=None):
     watch.skip_if_bad(optimizer, scaler, torch.tensor(float(loss)), grad_norm)
     scaler.step(optimizer)
     scaler.update()
-    return watch.heard()
+    skipped = watch.last_skipped()
+    return None if skipped is None else skipped.loss
 
 
 def everything(optimizer, params):
@@ -55,7 +66,7 @@ def test_a_bad_step_changes_nothing(lrs, name, loss, gradient, grad_norm):
     before = everything(optimizer, params)
     assert step(watch, optimizer, scaler, params, loss, gradient, grad_norm) == pytest.approx(loss, nan_ok=True)
     assert all(map(torch.equal, before, everything(optimizer, params)))
-    assert step(watch, optimizer, scaler, params, 2.0) is None and watch.skipped == 1 and watch.in_a_row == 0
+    assert step(watch, optimizer, scaler, params, 2.0) is None and watch.now.skipped == 1 and watch.last_was_finite
     assert not torch.equal(before[0], params[0])
 
 
@@ -107,36 +118,111 @@ def test_a_loss_that_falls_or_wanders_is_no_spike():
     assert judged(Guard(SIGMAS), falling) == {}
 
 
-def test_a_new_level_is_accepted_and_a_runaway_is_not():
+def test_near_a_loss_of_zero_a_bump_is_no_spike():
+    """The measured deviation vanishes there; the floor does not."""
+    watch = Guard(SIGMAS)
+    assert judged(watch, [1e-5] * 300) == {}
+    assert judged(watch, [0.9 * SIGMAS * FLOOR]) == {}
+    assert list(judged(watch, [3.0])) == [0]
+
+
+def test_a_jump_is_skipped_a_few_times_and_then_let_through():
+    """Skipping freezes the weights; where they are the cause, the next losses are as high."""
     watch = Guard(SIGMAS)
     judged(watch, losses(400))
-    assert 0 < len(judged(watch, [value + 0.8 for value in losses(60)])) < IN_A_ROW and not watch.has_diverged
-    judged(watch, [10.0 ** i for i in range(1, 10)])
+    jump = judged(watch, [9.0] * 50)
+    assert list(jump) == [*range(SPIKES_IN_A_ROW)]
+    assert not watch.has_diverged and watch.last_was_finite
+    assert judged(watch, losses(400, seed=1)) == {}                 # it is back
+    assert list(judged(watch, [90.0])) == [0]                       # and the guard still watches
+
+
+@pytest.mark.parametrize('values', [
+    [10.0 ** i for i in range(1, 30)],
+    [3.0, 30.0] * 50,
+    [1e-6] * 200 + [4.0, 2.0, 1.0, 0.5] * 20,
+], ids=['a runaway', 'every second one', 'bumps while memorising'])
+def test_finite_losses_never_count_as_divergence(values):
+    watch, made_ = Guard(SIGMAS), made()
+    judged(watch, losses(200))
+    for loss in values:
+        step(watch, *made_, loss)
+        assert not watch.has_diverged
+
+
+def test_losses_that_stay_nan_count_as_divergence():
+    watch = Guard(SIGMAS)
+    judged(watch, losses(200))
+    judged(watch, [math.nan] * (NOT_FINITE_IN_A_ROW - 1))
+    assert not watch.has_diverged and not watch.last_was_finite
+    judged(watch, [math.inf])
+    assert watch.has_diverged
+
+
+def evaluated(watch, pairs, every=500):
+    """The step at which evaluations every so many steps, [(average loss, val loss)], end the run, or None."""
+    for i, (average, val) in enumerate(pairs):
+        watch.now.seen = i * every
+        watch.now.average = average
+        watch.evaluated(i * every, val)
+        try:
+            watch.check_far_above(i * every, 'out')
+        except ValueError as error:
+            assert 'out/ckpt.pt' in str(error) and 'learning_rate' in str(error)
+            return i * every
+    return None
+
+
+GOOD = [(4.0, 4.0), (3.0, 3.1), (2.5, 2.7)]
+HIGH = 2.7 + FAR + 1
+
+
+@pytest.mark.parametrize('pairs, every, is_over', [
+    (GOOD + [(HIGH, HIGH)] * PATIENCE, 500, True),
+    (GOOD + [(HIGH, HIGH)] * (PATIENCE - 1), 500, False),
+    (GOOD + [(HIGH, HIGH)] * 9, LEAST_STEPS // 10, False),
+    (GOOD + [(HIGH - 0.02 * i, HIGH - 0.02 * i) for i in range(50)], 500, False),
+    (GOOD + [(2.5 / (1 + i), 2.7 + i) for i in range(50)], 500, False),
+    (GOOD + [(0.01, HIGH)] * 50, 500, False),
+    (GOOD + [(2.7 + FAR, 2.7 + FAR)] * 50, 500, False),
+    ([(4.0, 4.0)] * 50, 500, False),
+    ([(4.0, 4.0)] + [(9.0, 9.0)] * 50, 500, False),
+], ids=['it stays there', 'not for long', 'not for many steps', 'it recovers', 'it overfits',
+        'it memorises by position', 'it is not far',
+        'it never learns', 'it was never better'])
+def test_only_losses_that_stay_far_above_the_lowest_end_a_run(pairs, every, is_over):
+    assert (evaluated(Guard(SIGMAS), pairs, every) is not None) == is_over
+
+
+def test_a_validation_loss_of_nan_is_divergence():
+    watch = Guard(SIGMAS)
+    watch.evaluated(100, math.nan)
     assert watch.has_diverged
 
 
 def test_a_guard_goes_on_from_its_state():
     one, values = Guard(SIGMAS), [*losses(300), 9.0, math.nan]
     judged(one, values[:200])
+    one.evaluated(200, 3.0)
+    assert one.now.lowest_val == 3.0
     two = Guard(SIGMAS, one.state())
     assert judged(one, values[200:]).keys() == judged(two, values[200:]).keys() == {100, 101}
     assert one.state() == two.state() != Guard(SIGMAS).state()
 
 
-@pytest.mark.parametrize('stored, at, message', [
-    (None, 7, 'no checkpoint yet'),
-    (dict(iter_num=5, progress=dict(rolled_back_to=5, diverged_at=7)), 9, 'had been rolled back from step 7 to 5'),
-    (dict(iter_num=6, progress=dict(rolled_back_to=5, diverged_at=7)), 7, 'had been rolled back from step 7 to 5'),
+@pytest.mark.parametrize('stored, at', [
+    (dict(iter_num=5, progress=dict(rolled_back_to=5, diverged_at=7)), 9),
+    (dict(iter_num=6, progress=dict(rolled_back_to=5, diverged_at=7)), 7),
 ])
-def test_where_other_data_cannot_help(stored, at, message):
-    with pytest.raises(ValueError, match=message):
-        guard.other_data(stored, dict(data_offset=0), at)
+def test_the_second_time_other_data_cannot_help(stored, at):
+    with pytest.raises(ValueError, match='had been rolled back from step 7 to 5'):
+        guard.skip_data(stored, dict(data_offset=0), at, 'out')
 
 
-def test_other_data_are_those_behind_the_divergence():
-    before = guard.other_data(dict(iter_num=10, progress=dict(evaluated=10)), dict(data_offset=3), 17)
+def test_the_data_that_led_to_a_divergence_are_skipped():
+    before = guard.skip_data(dict(iter_num=10, progress=dict(evaluated=10)), dict(data_offset=3), 17, 'out')
     assert before['progress'] == dict(evaluated=10, data_offset=10, diverged_at=17, rolled_back_to=10)
-    again = guard.other_data(dict(iter_num=15, progress=before['progress']), before['progress'], 18)
+    again = guard.skip_data(dict(iter_num=15, progress=before['progress']), before['progress'], 18, 'out')
     assert again['progress']['data_offset'] == 13
 
 

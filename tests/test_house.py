@@ -21,12 +21,14 @@ KNOWS = {       # module: the project's modules that it may import
     'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
     'shards': {'tokenizer'}, 'dataset': {'shards'}, 'mixture': {'dataset'},
-    'journal': {'files'}, 'bins': {'files', 'tokenizer', 'chat', 'journal'},
-    'textfiles': {'files', 'hub'}, 'sources': {'bins', 'chat', 'files', 'textfiles'},
+    'conversations': {'chat'},
+    'journal': {'files', 'mistakes'}, 'bins': {'files', 'tokenizer', 'chat', 'journal'},
+    'textfiles': {'conversations', 'files', 'hub'},
+    'sources': {'bins', 'chat', 'conversations', 'files', 'journal', 'mistakes', 'textfiles'},
     'metrics': {'runtime', 'files'},
     'watch': {'files'},
     'fsdp': {'files', 'optimizer'},
-    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'huggingface', 'lora',
+    'checkpoint': {'models', 'model', 'dataset', 'tokenizer', 'tokenizer_files', 'files', 'guard', 'huggingface', 'lora',
                    'optimizer', 'fsdp'},
 }
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY, run, same
-from test_zoo import ZOO, batch, prepared
+from support.zoo import ZOO, batch, prepared
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -10,6 +10,7 @@ from conftest import TINY
 from forked import around_saves, keep_each, learned, outcome, run, train
 
 import checkpoint
+import guard
 
 pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason="no fork here")
 
@@ -78,6 +79,7 @@ INFORMS = {     # by the beginning of its name
     'progress.rolled_back_to': "likewise",
     'optimizer.param_groups.*': "holds options, and those of the run that goes on win: they come from its config",
 }
+GUARD = [f'progress.guard.{name}' for name in guard.Guard(0.0).state()]
 MATTERS = [     # the others, settings apart
     'model.*', 'model_name', 'tokenizer', 'iter_num', 'best_val_loss',
     'optimizer.state.*.exp_avg', 'optimizer.state.*.exp_avg_sq', 'optimizer.state.*.step',
@@ -85,9 +87,10 @@ MATTERS = [     # the others, settings apart
     'scaler.scale', 'scaler._growth_tracker', 'scaler.growth_factor', 'scaler.backoff_factor', 'scaler.growth_interval',
     'progress.evaluated', 'progress.bad_evals', 'progress.clipped', 'progress.data_offset',
     'progress.diverged_at', 'progress.rolled_back_to',
-    *(f'progress.guard.{i}' for i in range(5))]
+    *GUARD]
 LONG = {'*', 'model_name', 'scaler.growth_factor', 'scaler.backoff_factor', 'scaler.growth_interval',
-        'optimizer.param_groups.*.muon', 'progress.guard.1', 'progress.guard.2', 'progress.guard.4'}    # the campaign's
+        'optimizer.param_groups.*.muon',
+        *(set(GUARD) - {'progress.guard.seen', 'progress.guard.average'})}      # the campaign's
 SETTINGS = ('config.', 'model_args.')
 
 

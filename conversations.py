@@ -1,0 +1,304 @@
+"""Reads conversations in the forms that people have, as the messages that chat.Template writes.
+
+A row holds a conversation in one field, in several, or is one itself:
+
+    {"messages": [{"role": …, "content": …}, …]}              OpenAI's form
+    {"conversations": [{"from": …, "value": …}, …]}           ShareGPT's
+    {"prompt": …, "completion": …}                            texts, or lists of messages
+    {"instruction": …, "input": …, "output": …}               Alpaca's; "input" may be empty
+    [{"role": …, "content": …}, …]
+"""
+from chat import ASSISTANT, USER, Template
+
+# The fields by which a conversation is recognized, the first match first.
+FORMS = (
+    ['messages'],
+    ['conversations'],
+    ['conversation'],
+    ['prompt', 'completion'],
+    ['instruction', 'input', 'output'],
+)
+
+# Other names for the roles of the default template. A template that has one of these itself keeps
+# it apart.
+ROLES = {
+    'human': USER,
+    'prompter': USER,
+    'gpt': ASSISTANT,
+    'chatgpt': ASSISTANT,
+    'bing': ASSISTANT,
+    'bard': ASSISTANT,
+    'ai': ASSISTANT,
+    'bot': ASSISTANT,
+    'model': ASSISTANT,
+    'function_call': ASSISTANT,
+    'developer': 'system',
+    'function': 'tool',
+    'observation': 'tool',
+    'ipython': 'tool',
+}
+
+ROLE_KEYS = 'role', 'from'
+CONTENT_KEYS = 'content', 'value'
+# Whether an answer is learned: in OpenAI's format, in Axolotl's (train, training), in ms-swift's.
+WEIGHT_KEYS = 'weight', 'train', 'training', 'loss'
+CALL_KEYS = 'tool_calls', 'function_call'
+
+# A message has few keys, and an unknown one may well change how it is to be read or learned
+# ("mask", "reasoning_content"). So each one that is not used is reported, except for these, which
+# only identify the message, its speaker or its origin, or measure it.
+HARMLESS_KEYS = {
+    'id', 'uuid', 'message_id', 'parent', 'parent_id', 'tool_call_id', 'index', 'idx', 'turn',
+    'name', 'model', 'source', 'url', 'lang', 'language',
+    'time', 'timestamp', 'date', 'created', 'created_at', 'create_time', 'updated_at',
+    'length', 'tokens', 'token_count', 'num_tokens',
+}
+# A row has any number of columns about it (category, score, license), which nobody expects a model
+# to learn. So only those are reported that are known to hold a part of the conversation, or to say
+# how much it counts.
+ROW_KEYS = (
+    'system', 'system_prompt', 'tools', 'functions', 'history', 'weight',
+    'image', 'images', 'audio', 'audios', 'video', 'videos',
+)
+WHICH_FIELD = ("--field=NAME says which one is the text, --field=ASKED,ANSWERED which are a "
+               "conversation")
+EMPTY = None, '', [], {}, '[]'      # some datasets keep a list as JSON in a text
+
+
+def value(row, field):
+    """A field of a row; a.b is b in a. Raises ValueError."""
+    found = row
+    for key in [field] if field in row else field.split('.'):
+        if not isinstance(found, dict) or key not in found:
+            there = ', '.join(map(str, row)) or 'none'
+            raise ValueError(f"there is no field {field!r}, only {there}: {WHICH_FIELD}")
+        found = found[key]
+    return found
+
+
+def is_message(item):
+    return isinstance(item, dict) and any(key in item for key in ROLE_KEYS)
+
+
+def reader(row, field=None, template=None):
+    """A Conversations for rows like this one, or None where they are texts.
+
+    field: names with commas between, as in Conversations; None: recognized. Raises ValueError.
+    """
+    if field is not None:
+        fields = field.split(',')
+        if len(fields) == 1 and not isinstance(row, list) and not _holds_messages(row, field):
+            return None
+        # Rows may lack the fields between the first and the last, but one of the first rows has to
+        # have them: otherwise a misspelled name would silently be left out everywhere.
+        if row and isinstance(row, dict) and (missing := _missing(row, fields[1:-1])):
+            raise ValueError(f"the first rows have no field {missing[0]!r}, only {', '.join(row)}: "
+                             f'if the name is right, add "{missing[0]}": null to the first one')
+        return Conversations(fields, template)
+    if isinstance(row, list):
+        return Conversations(['messages'], template)
+    fields = _recognized(row)
+    if fields and 'text' in row:
+        print(f"the rows have 'text', which is prepared; to prepare their conversations, use "
+              f"--field={','.join(fields)}", flush=True)
+        return None
+    return Conversations(fields, template) if fields else None
+
+
+def tells_how_to_read(row, field=None):
+    """Whether a row has what others like it are read by: text, a conversation, or the fields."""
+    if isinstance(row, list):
+        return any(map(is_message, row))
+    if field is None:
+        return 'text' in row or _recognized(row) is not None
+    names = field.split(',')
+    if len(names) == 1:
+        return _value_or_none(row, field) is not None
+    return not _missing(row, names)
+
+
+def _recognized(row):
+    """The first of FORMS that a row has, or None."""
+    for fields in FORMS:
+        if fields[0] not in row or fields[-1] not in row:
+            continue
+        if len(fields) > 1 or row[fields[0]] is None or isinstance(row[fields[0]], list):
+            return fields
+    return None
+
+
+def _holds_messages(row, field):
+    return isinstance(_value_or_none(row, field), list)
+
+
+def _value_or_none(row, field):
+    try:
+        return value(row, field)
+    except ValueError:
+        return None
+
+
+def _missing(row, names):
+    """Those of these fields that a row does not have."""
+    missing = []
+    for name in names:
+        try:
+            value(row, name)
+        except ValueError:
+            missing.append(name)
+    return missing
+
+
+class Conversations:
+    """Rows as conversations in a template.
+
+    fields: one holds a list of messages. Of several the last is the answer and the others are the
+    question, of which all but the first may be missing or empty. A row that is a list is itself
+    the list of messages.
+    """
+
+    def __init__(self, fields, template=None):
+        self.fields = fields
+        self.template = Template(template)
+        self.required = list(dict.fromkeys([fields[0], fields[-1]]))
+        self.optional = [*fields[1:-1], *ROW_KEYS]
+
+    def parts(self, row):
+        """([(text, is_learned)] of a row, [what it has that is not used]). Raises ValueError."""
+        unused = []
+        if isinstance(row, list):
+            if len(self.fields) > 1:
+                raise ValueError("the row is a list, which has no fields "
+                                 f"{', '.join(self.fields)}: leave --field out")
+            messages = self._messages(row, unused)
+        elif len(self.fields) == 1:
+            messages = self._messages(value(row, self.fields[0]), unused)
+        else:
+            question = self._question(row, unused)
+            messages = [*question, *self._answer(row, len(question), unused)]
+        if isinstance(row, dict):
+            for key in ROW_KEYS:
+                if key not in self.fields and row.get(key) not in EMPTY:
+                    unused.append(f"row(s) with {key!r} beside the conversation, which is not used")
+        return self.template.parts(messages), list(dict.fromkeys(unused))
+
+    def _question(self, row, unused):
+        """The messages of all fields but the last."""
+        first, *middle = self.fields[:-1]
+        asked = value(row, first)
+        if isinstance(asked, list):
+            if middle:
+                raise ValueError(f"its {first!r} is a list of messages, to which {middle[0]!r} "
+                                 f"can't be added: use --field={first},{self.fields[-1]}")
+            return [{**message, 'weight': 0} for message in self._messages(asked, unused)]
+        texts = [_text(asked, first)]
+        for name in middle:
+            text = _value_or_none(row, name)
+            if text is not None and _text(text, name).strip():
+                texts.append(text)
+        return [{'role': USER, 'content': '\n\n'.join(texts)}]
+
+    def _answer(self, row, n_before, unused):
+        """The messages of the last field, which follow so many of the others."""
+        name = self.fields[-1]
+        answer = value(row, name)
+        if isinstance(answer, list):
+            return self._messages(answer, unused, n_before)
+        return [{'role': ASSISTANT, 'content': _text(answer, name)}]
+
+    def _messages(self, messages, unused, n_before=0):
+        """The messages as {"role", "content", "weight"}; errors number them from n_before on."""
+        if not isinstance(messages, list) or not messages:
+            raise ValueError('the row has no "messages", a list of {"role", "content"}')
+        return [self._message(message, f"message {number}", unused)
+                for number, message in enumerate(messages, n_before + 1)]
+
+    def _message(self, message, name, unused):
+        if not isinstance(message, dict):
+            raise ValueError(f"{name} has no 'role': it is {str(message)[:40]!r}")
+        role_key = _key_of(message, ROLE_KEYS, name)
+        role = self._role(message[role_key], name)
+        whose = f"{name}, the {role}'s,"
+        for key in CALL_KEYS:
+            if message.get(key) not in EMPTY:
+                raise ValueError(f"{whose} has {key!r}, which a template can't write: move the "
+                                 "calls into its content as text, or use --skip_bad_rows to leave "
+                                 "such rows out")
+        content_key = _key_of(message, CONTENT_KEYS, name)
+        content = _content(message[content_key], whose)
+        weight = 0
+        if role == ASSISTANT:
+            weight = _weight(message, whose)
+        elif any(message.get(key) not in (None, 0) for key in WEIGHT_KEYS):
+            unused.append("row(s) with a weight on messages that are not the assistant's, which "
+                          "are only read")
+        used = {role_key, content_key, *WEIGHT_KEYS}
+        for key, item in message.items():
+            if key not in used and key not in HARMLESS_KEYS and item not in EMPTY:
+                unused.append(f"row(s) with {key!r} in a message, which is not used")
+        return {'role': role, 'content': content, 'weight': weight}
+
+    def _role(self, role, name):
+        """The template's name for a role."""
+        if not isinstance(role, str):
+            raise ValueError(f"{name} has the role {role!r}, which is not text")
+        if role in self.template.description:
+            return role
+        role = role.strip().lower()
+        if role in self.template.description:
+            return role
+        return ROLES.get(role, role)
+
+
+def _key_of(message, keys, name):
+    """The first of these keys that has a value in the message, or else that is there at all."""
+    there = [key for key in keys if key in message]
+    if not there:
+        others = ', '.join(map(str, message)) or 'nothing'
+        raise ValueError(f"{name} has no {keys[0]!r}, only {others}")
+    for key in there:
+        if message[key] is not None:
+            return key
+    return there[0]
+
+
+def _content(content, whose):
+    """The text of a message, or of its parts."""
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise ValueError(f"{whose} has no text: its content is null")
+    if not isinstance(content, list):
+        raise ValueError(f"{whose} is not text but {type(content).__name__}")
+    return ''.join(_part(part, whose) for part in content)
+
+
+def _part(part, whose):
+    """The text of {"type": "text", "text": …}."""
+    if not isinstance(part, dict):
+        raise ValueError(f'{whose} has a part that is not {{"type": "text", "text": …}} but '
+                         f"{str(part)[:40]!r}")
+    kind, text = part.get('type', 'text'), part.get('text')
+    if kind not in ('text', 'input_text', 'output_text') or not isinstance(text, str):
+        raise ValueError(f"{whose} has a part of type {kind!r}: only text can be prepared")
+    return text
+
+
+def _weight(message, whose):
+    """1 where an answer is learned, 0 where it is only read."""
+    weight = 1
+    for key in WEIGHT_KEYS:
+        found = message.get(key)
+        if found is None:
+            continue
+        if found not in (0, 1):
+            raise ValueError(f"{whose} has {key}={found!r}: only 0 (read, not learned) and 1 "
+                             "(learned) are supported")
+        weight = min(weight, int(found))
+    return weight
+
+
+def _text(text, name):
+    if not isinstance(text, str):
+        raise ValueError(f"its {name!r} is not text but {type(text).__name__}")
+    return text
