@@ -1,10 +1,11 @@
 """Kinds of causal self-attention, one class each; the setting attention_kind says which a model has (KINDS).
 
-All are built alike, kind(config, layer, qk_norm, dropout), and called alike, forward(x, rotary, past=None): x (B, T, C) to
-(B, T, C). rotary: what layers.rotary has for these T places; past: a layers.Past, which keeps `cache_shapes` of each token.
+All are built alike, kind(config, layer, qk_norm, dropout, bias), and called alike,
+forward(x, rotary, past=None): x (B, T, C) to (B, T, C). rotary: layers.rotary's rows for these T
+places; past: a layers.Past, which keeps `cache_shapes` of each token.
 
-Shapes: B batch, T new tokens, L all tokens, C channels, H heads, G heads of keys and values, D head size, R latent, E the
-rotated channels beside it.
+Shapes: B batch, T new tokens, L all tokens, C channels, H heads, G heads of keys and values, D head
+size (C/H unless head_dim says otherwise), R latent, E the rotated channels beside it.
 """
 import math
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class AttentionConfig:
     """The fields of a Config whose model takes its attention from here; it has n_head, n_embd and vocab_size too."""
 
     attention_kind: str = 'mha'     # mha, gqa, mqa, sliding, banded, differential, mla, gated, sinks, alibi
+    head_dim: int = 0               # channels of a head; 0: n_embd / n_head
     n_kv_head: int = 0              # gqa's heads of keys and values; 0: a quarter of n_head, or the next that divides it
     window: int = 128               # tokens that sliding and banded attention sees, the query's own among them
     kv_rank: int = 0                # mla's numbers per token for all keys and values; 0: four heads' size
@@ -31,6 +33,12 @@ class AttentionConfig:
         kind, H = self.attention_kind, self.n_head
         if kind not in KINDS:
             raise ValueError(f"attention_kind={kind!r} is unknown: take {', '.join(KINDS)}")
+        if not self.head_dim and self.n_embd % (2 * H):
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={H}: "
+                             "rotation is of pairs")
+        if self.head_dim < 0 or self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: use 0 for n_embd / n_head, or an even "
+                             "number: rotation is of pairs")
         for name, whose in (('n_kv_head', 'gqa'), ('kv_rank', 'mla'), ('rope_dim', 'mla')):
             value = getattr(self, name)
             if value < 0 or (value and kind != whose):
@@ -53,15 +61,21 @@ class AttentionConfig:
         return {'mqa': 1, 'gqa': self.n_kv_head or quarter}.get(self.attention_kind, self.n_head)
 
     @property
+    def head_size(self):
+        """D, the channels of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
     def latent(self):
         """R, what mla keeps of a token besides the rotated key."""
-        return self.kv_rank or 4 * (self.n_embd // self.n_head)
+        return self.kv_rank or 4 * self.head_size
 
     @property
     def rotary_dim(self):
         """The channels of a head that rotate."""
-        D = self.n_embd // self.n_head
-        return D if self.attention_kind != 'mla' else self.rope_dim or 2 * math.ceil(D / 4)
+        if self.attention_kind == 'mla':
+            return self.rope_dim or 2 * math.ceil(self.head_size / 4)
+        return self.head_size
 
 
 def build(config, layer, **options):
@@ -85,26 +99,27 @@ def seen(q, k, past):
 class Attention(nn.Module):
     """mha: every head with queries, keys and values of its own (arXiv 1706.03762), rotated.
 
-    qk_norm: of queries and keys, before they are rotated; dropout: probability on the attention weights.
+    qk_norm: of queries and keys, before they are rotated; dropout: probability on the attention
+    weights; bias: of the projections to queries, keys and values and of the output projection.
     """
 
-    def __init__(self, config, layer, qk_norm=same, dropout=0.0):
+    def __init__(self, config, layer, qk_norm=same, dropout=0.0, bias=False):
         super().__init__()
-        self.n_head, self.C, self.D = config.n_head, config.n_embd, config.n_embd // config.n_head
+        self.n_head, self.C, self.D = config.n_head, config.n_embd, config.head_size
+        self.width = self.n_head * self.D       # of all heads side by side
         self.qk_norm, self.dropout, self.cache_shapes = qk_norm, dropout, [(config.kv_heads, self.D)] * 2
-        self.init_projections(config)
-        self.c_proj = nn.Linear(self.C, self.C, bias=False)
+        self.init_projections(config, bias)
+        self.c_proj = nn.Linear(self.width, self.C, bias=bias)
 
-    def init_projections(self, config):
-        self.c_attn = nn.Linear(self.C, 3 * self.C, bias=False)
+    def init_projections(self, config, bias):
+        self.c_attn = nn.Linear(self.C, 3 * self.width, bias=bias)
 
     def forward(self, x, rotary, past=None):
         return self.c_proj(self.mix(x, rotary, past))
 
     def mix(self, x, rotary, past):
-        """What the heads bring, side by side: (B, T, C)."""
-        B, T, C = x.shape
-        return self.attend(*self.heads(x, rotary), past).transpose(1, 2).reshape(B, T, C)
+        """What the heads bring, side by side: (B, T, H·D)."""
+        return self.attend(*self.heads(x, rotary), past).transpose(1, 2).flatten(2)
 
     def heads(self, x, rotary):
         """q (B, H, T, D), k and v (B, G, T, D)."""
@@ -126,16 +141,16 @@ class Attention(nn.Module):
 
     def flops_per_token(self, T):
         """FLOPs of forward and backward for scores and sums over T tokens, which PaLM counts as if all were seen."""
-        return 12 * self.C * T
+        return 12 * self.width * T
 
 
 class GroupedQuery(Attention):
     """gqa, mqa: H/G neighbouring heads share keys and values, so that the cache shrinks (arXiv 2305.13245, 1911.02150)."""
 
-    def init_projections(self, config):
+    def init_projections(self, config, bias):
         self.n_kv_head = config.kv_heads
-        self.c_q = nn.Linear(self.C, self.C, bias=False)
-        self.c_kv = nn.Linear(self.C, 2 * self.n_kv_head * self.D, bias=False)
+        self.c_q = nn.Linear(self.C, self.width, bias=bias)
+        self.c_kv = nn.Linear(self.C, 2 * self.n_kv_head * self.D, bias=bias)
         self.c_kv.weight.n_matrices = 2     # to Muon
 
     def heads(self, x, rotary):
@@ -214,9 +229,9 @@ class Sinks(Attention):
 class Gated(Attention):
     """gated: what the heads bring times a gate from the token itself, σ(x W), before the projection (arXiv 2505.06708)."""
 
-    def init_projections(self, config):
-        super().init_projections(config)
-        self.c_gate = nn.Linear(self.C, self.C, bias=False)
+    def init_projections(self, config, bias):
+        super().init_projections(config, bias)
+        self.c_gate = nn.Linear(self.C, self.width, bias=False)
 
     def forward(self, x, rotary, past=None):
         return self.c_proj(self.mix(x, rotary, past) * self.c_gate(x).sigmoid())
@@ -244,7 +259,7 @@ class Differential(Attention):
         return F.rms_norm(layers.at_least_float32(y), (2 * self.D,), eps=1e-5).type_as(y) * (1 - self.lambda_0)
 
     def flops_per_token(self, T):
-        return 18 * self.C * T      # the values are twice as wide
+        return 18 * self.width * T      # the values are twice as wide
 
 
 class Up(nn.Linear):
@@ -264,13 +279,14 @@ class Latent(Attention):
         self.cache_shapes = [(1, self.R + self.E)]
         self.scale = (self.D + self.E) ** -0.5
 
-    def init_projections(self, config):
+    def init_projections(self, config, bias):
         self.R, self.E = config.latent, config.rotary_dim
         self.c_q = nn.Linear(self.C, self.n_head * (self.D + self.E), bias=False)
         self.c_kv = nn.Linear(self.C, self.R, bias=False)
         self.c_rope = nn.Linear(self.C, self.E, bias=False)
         self.ln_kv = layers.RMSNorm(self.R, 1e-6)
-        self.c_up = Up(self.R, 2 * self.C, bias=False)      # all heads' keys, and all heads' values below them
+        # all heads' keys, and all heads' values below them
+        self.c_up = Up(self.R, 2 * self.width, bias=False)
         self.c_up.weight.n_matrices = 2
 
     def heads(self, x, rotary):

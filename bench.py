@@ -10,8 +10,14 @@ files there take the place of the first side's. The two take turns, so that a ma
 With --target, each side runs to its own end, and the clock is a user's, from the start of the command (start-up lasts
 until the loop begins) to its end. The loss that counts is the last one, over the whole validation split.
 """
+from mistakes import begin_script
+
+begin_script()      # before the imports, which take seconds
+
 import contextlib
 import json
+import os
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -39,7 +45,9 @@ profile = False  # also write a trace into out-bench/profile
 # ----------------------------------------------------------------------------------------------------------------------
 
 if sys.argv[1:2] == ['generation']:
-    sys.exit(subprocess.call([sys.executable, str(Path(__file__).with_name('bench_generation.py')), *sys.argv[2:]]))
+    sys.argv = [str(Path(__file__).with_name('bench_generation.py')), *sys.argv[2:]]
+    runpy.run_path(sys.argv[0], run_name='__main__')
+    sys.exit()
 with user_errors():
     files, wishes, _wants_help = parse(sys.argv[1:])
     own = {k: v for k, v in wishes.items() if k in globals() and not k.startswith('_')}
@@ -70,13 +78,15 @@ def arguments(files, wishes):
 def train(words, out_dir, name, is_over=lambda: False):
     """Run train.py to its end or until is_over(); returns when it began and ended, its exit code and its last words."""
     out_dir.mkdir(exist_ok=True)
-    (out_dir / 'metrics.jsonl').write_text('')      # there may be an earlier profile's
+    (out_dir / 'metrics.jsonl').write_text('', encoding='utf-8')      # there may be an earlier profile's
     script, lines = str(Path(__file__).with_name('train.py')), ['']
     words = [script, *words, f'--out_dir={out_dir}', '--log_to=', '--wandb_log=False']
-    with (open(out_dir / 'train.log', 'w') as output, open(out_dir / 'train.log', errors='replace') as log,
+    with (open(out_dir / 'train.log', 'wb') as output,
+          open(out_dir / 'train.log', encoding='utf-8', errors='replace') as log,
           tqdm(bar_format='{desc}', leave=False, dynamic_ncols=True, disable=None) as bar):     # on a terminal only
         began = time.time()
-        run = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT)
+        environment = os.environ | {'PYTHONIOENCODING': 'utf-8'}        # of the log
+        run = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             while run.poll() is None and not is_over():
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -95,15 +105,15 @@ def time_steps(words, out_dir, name):
     path, enough, began = out_dir / 'metrics.jsonl', warmup + min(steps, 3), time.monotonic()
 
     def is_over():
-        done = path.read_text().count('"ms"')
+        done = path.read_text(encoding='utf-8').count('"ms"')
         return done >= warmup + steps or (done >= enough and time.monotonic() - began > seconds)
 
     words += ['--log_interval=1', '--eval_interval=0', '--save_minutes=0', f'--profile={profile}']
     *_, last_words = train(words, out_dir, name, is_over)
-    lines = [json.loads(line) for line in path.read_text().split('\n')[:-1] if '"ms"' in line][warmup:]
+    lines = [json.loads(line) for line in path.read_text(encoding='utf-8').split('\n')[:-1] if '"ms"' in line][warmup:]
     if len(lines) < enough - warmup:
         fail(f"train.py ended before it had taken {enough} steps (a larger --max_iters?): {last_words}")
-    facts = json.loads((out_dir / 'config.json').read_text())['resolved']
+    facts = json.loads((out_dir / 'config.json').read_text(encoding='utf-8'))['resolved']
     ms = sorted(line['ms'] for line in lines)
     median, low, high = statistics.median(ms), ms[len(ms) // 10], ms[-1 - len(ms) // 10]
     speed, device, dtype = facts['tokens_per_step'] / median * 1e3, facts['device'], facts['dtype']
@@ -118,11 +128,15 @@ def time_steps(words, out_dir, name):
 def time_run(words, out_dir, name):
     """Run train.py to its end; returns a line on it, its seconds and its final loss."""
     began, ended, code, last_words = train(words, out_dir, name)
-    records = [] if code else map(json.loads, (out_dir / 'metrics.jsonl').read_text().splitlines())
+    records = []
+    if not code:
+        lines = (out_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+        records = [json.loads(line) for line in lines]
     evaluations = [record for record in records if 'val_loss' in record]
     if not evaluations:
         fail(f"{name}: train.py ended {f'with exit code {code}' if code else 'without training'}: {last_words}")
-    if 'is not prepared yet' in (out_dir / 'train.log').read_text(errors='replace')[:1000]:
+    log = (out_dir / 'train.log').read_text(encoding='utf-8', errors='replace')
+    if 'is not prepared yet' in log[:1000]:
         print(f"{name}: its data had to be prepared first; once more without that", flush=True)
         return time_run(words, out_dir, name)
     last, took, start_up = evaluations[-1], ended - began, (out_dir / 'config.json').stat().st_mtime - began

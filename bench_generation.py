@@ -8,6 +8,10 @@
 The sides take turns, so that a machine whose speed drifts is fair to all; a token's time is the median of the rounds. A
 token has to read the weights of every product, and the keys and values so far: over the measured bandwidth, its limit.
 """
+from mistakes import begin_script
+
+begin_script()      # before the imports, which take seconds
+
 import copy
 import dataclasses
 import functools
@@ -103,7 +107,7 @@ with user_errors():
     if plot and (not Path(plot).parent.is_dir() or Path(plot).suffix not in ('.png', '.svg', '.pdf')):
         fail(f"plot={plot!r}: take a .png, .svg or .pdf in a folder that is there")
     runtime.be_fast()
-    runtime.seed_everything(seed, 1)
+    runtime.seed_everything(seed, 1, device=device)
     if init_from:
         plain = checkpoint.load_model(init_from, device)
     else:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import chat
 import files
 import journal
+import mistakes
 import tokenizer as tokenizers
 from journal import SPLITS, Remark
 
@@ -249,25 +250,12 @@ def _workers(n, encoder, tokenizer):
     pool = ProcessPoolExecutor(n, multiprocessing.get_context('spawn'), _start, (encoder, tokenizer.describe()))
 
     def submit(piece):
-        with _no_interrupt():       # which the processes that this starts would tell of
+        with mistakes.no_interrupt():       # which the processes that this starts would tell of
             return functools.partial(_wait, pool, pool.submit(_encode, piece))
     try:
         yield submit
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _no_interrupt():
-    """Ctrl-C waits for the end of this, and never reaches the processes that are started in it."""
-    if not hasattr(signal, 'pthread_sigmask'):      # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(pool, future):

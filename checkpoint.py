@@ -119,7 +119,7 @@ def make_out_dir(out_dir, init_from='resume'):
 
 def _read_sums(folder):
     try:
-        sums = json.loads((folder / SUMS).read_text())
+        sums = json.loads((folder / SUMS).read_text(encoding='utf-8'))
         return {name: known for name, known in sums.items() if isinstance(known, list)}
     except (OSError, ValueError, AttributeError, RecursionError):   # not there, or damaged: checkpoints have their own
         return {}
@@ -298,9 +298,12 @@ def adopt_run(config, given, state, out_dir):
     """`adopt` what the run in out_dir, of which `state` is, had: of its model all, of its settings what isn't given."""
     if any(config[key] != state['config'].get(key, config[key]) for key in NOISE & given.keys()):
         state.get('progress', {}).pop('guard', None)        # what it has seen tells nothing about these losses
-    kept = {'model': state.get('model_name', 'gpt')} | state['model_args']
-    return (adopt(config, given, kept, out_dir, models.FREE) |
-            adopt(config, given, settings(state), out_dir, config.keys()))
+    name = state.get('model_name', 'gpt')
+    changes = adopt(config, given, {'model': name}, out_dir, models.FREE)
+    fields = dataclasses.fields(models.architecture(name).Config)
+    args = {field.name: field.default for field in fields}      # of fields newer than the run
+    changes |= adopt(config, given, args | state['model_args'], out_dir, models.FREE)
+    return changes | adopt(config, given, settings(state), out_dir, config.keys())
 
 
 def model_config(values):
@@ -312,7 +315,7 @@ def model_config(values):
     folder = values['out_dir'] if init_from == 'resume' or init_from.split(':')[0] == 'auto' else init_from
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # what is wrong is said later
         if folder == init_from or any(os.path.lexists(Path(folder, file)) for file in RESUMABLE):
-            name = json.loads(Path(folder, 'config.json').read_text())['model']
+            name = json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))['model']
     Config = models.architecture(name).Config
     for key in ('bias', 'dropout'):
         if values.get(key) and key not in {field.name for field in dataclasses.fields(Config)}:
@@ -434,7 +437,7 @@ def _merged(state, settings):
 
 def _preference(folder):
     try:
-        latest = json.loads((folder / 'config.json').read_text())['always_save_checkpoint']
+        latest = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['always_save_checkpoint']
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         latest = False
     return ('ckpt.pt', 'ckpt.prev.pt', 'best.pt') if latest else ('best.pt', 'ckpt.pt', 'ckpt.prev.pt')

@@ -6,18 +6,23 @@
 It needs each run's metrics.jsonl and config.json, no more. The loss is that of the last evaluation, which a finished run
 makes over the whole validation split; time is what the steps took, without start-up and evaluations.
 """
+from mistakes import begin_script
+
+begin_script()      # before the imports, which take seconds
+
 import json
 import os
 import sys
 from pathlib import Path
 
 import files
-from configurator import configure
+from configurator import Texts, configure, divided
 from metrics import seconds, short
+from mistakes import fail, user_errors
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 out = 'compare.png'  # the picture, .png, .svg or .pdf
-names = ''  # what to call the runs, with commas between; else their folders' names
+names = Texts()  # what to call the runs, with commas between, or as a list; else their folders' names
 # ----------------------------------------------------------------------------------------------------------------------
 
 COLOURS = '#1f5fa8', '#d1602c', '#3a8a4d', '#8a4fa3', '#a8842c', '#3f98a0', '#b0476a', '#666666'
@@ -83,18 +88,20 @@ def draw(runs):
     return figure
 
 
-try:
+with user_errors():
     folders = [word for word in sys.argv[1:] if os.path.isdir(word) or ('=' not in word and word[:1] != '-')]
     configure(globals(), [word for word in sys.argv[1:] if word not in folders])
-    labels = [name.strip() for name in names.split(',')] if names else [folder.rstrip('/') for folder in folders]
+    labels = divided(names, ',') or [folder.rstrip('/') for folder in folders]
+    labels = [label.encode(errors='replace').decode() for label in labels]      # a folder's name may be no text
     if len(set(labels)) != len(folders) or not folders:
         raise ValueError("give the out_dir of at least one run" if not folders else
                          f"{len(folders)} runs, {len(set(labels))} names: names= takes one for each, with commas between")
     runs = {label: read(Path(folder)) for label, folder in zip(labels, folders)}
     print(table(runs))
+    try:
+        figure = draw(runs)
+    except ImportError as error:
+        fail(f"{error}: pip install matplotlib")
     with files.replacing(out) as file:
-        draw(runs).savefig(file, format=Path(out).suffix[1:] or 'png')
+        figure.savefig(file, format=Path(out).suffix[1:] or 'png')
     print(f"picture: {out}")
-except (ValueError, OSError, ImportError) as error:
-    from runtime import fail
-    fail(f"{error}: pip install matplotlib" if isinstance(error, ImportError) else error)

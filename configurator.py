@@ -2,7 +2,7 @@
 
     python train.py config/train_gpt2.py --batch_size=8 --compile False learning_rate=1e-4
 
-A setting is a global of type bool, int, float or str. A config file is Python, run over those
+A setting is a global of type bool, int, float, str or Texts. A config file is Python, run over those
 globals; what it assigns is checked like the command line: the key must exist, the type must fit.
 The command line is applied before the files, so that a file sees the wished device, and again
 after them, so that it wins. Settings whose default is 'auto' also accept their real type; whoever
@@ -27,25 +27,37 @@ import configfile
 import confighelp
 
 PLAIN = (bool, int, float, str)
+LIST = re.compile(r"""\s*[\[(]\s*['"]""")     # how a list of texts begins on the command line
 # A name that is so much like a setting (difflib's ratio) is that setting misspelt, even if the file
 # reads it again, as in `max_iter = 100; lr_decay_iters = max_iter`. Above this are max_iter,
 # n_layers, devices, beta; below it layer, betas, num_layers, d_model, batch, max_steps.
 MISSPELT = 0.85
 
 
+class Texts(list):
+    """The default of a setting that is one text or several: a list in Python's notation, or the setting repeated.
+
+        --stop=END    --stop="['a, b', 'c|d']"    --stop='a, b' --stop='c|d'
+
+    Its value is a str where one text was given, so that a script can divide that, else a list of str.
+    """
+
+
 def configure(settings, argv, resolve_device=None, config_class=None):
     """Override `settings`, a script's `globals()`, in place from `argv` (without its name).
 
-    resolve_device(str) -> str turns 'auto' into a device before a file is read.
-    config_class(values) -> dataclass gives the chosen model's Config once the files are read: its
-    fields are settings too, except vocab_size, which the data decides.
+    resolve_device(str) -> str turns 'auto' into the device that a file sees; the setting itself
+    stays 'auto', which the script resolves. config_class(values) -> dataclass gives the chosen
+    model's Config once the files are read: its fields are settings too, except vocab_size, which
+    the data decides.
 
     Returns (config, given): every setting's final value; and for those that were set, where
     ("command line" or the file). Raises ValueError or FileNotFoundError with one line for the user;
     exits after --help.
     """
-    files, wishes, wants_help = parse(argv)
-    defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in PLAIN}
+    files, wishes, wants_help = _parse(argv)
+    kinds = (*PLAIN, Texts)
+    defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in kinds}
     values = dict(defaults)
     given = {}
     later = []      # (key, value, where, is_own): perhaps fields of a model that is not known yet
@@ -59,11 +71,11 @@ def configure(settings, argv, resolve_device=None, config_class=None):
         given[key] = where
 
     def assign_command_line():
-        for key, text in wishes.items():
-            assign(key, text, 'command line')
+        for key, words in wishes.items():
+            assign(key, words, 'command line')
 
     assign_command_line()
-    if resolve_device and 'device' in values:
+    if resolve_device and files and 'device' in values:
         values['device'] = resolve_device(values['device'])
     for path in files:
         if os.path.realpath(path) == os.path.realpath(settings.get('__file__', '')):
@@ -73,6 +85,8 @@ def configure(settings, argv, resolve_device=None, config_class=None):
             is_tool = isinstance(value, types.ModuleType) or callable(value)
             if not key.startswith('_') and not (is_tool and key not in defaults):
                 assign(key, value, path, key in own_names)
+    if 'device' in defaults and 'device' not in given:
+        values['device'] = defaults['device']
     assign_command_line()
 
     Config = config_class(values) if config_class else None
@@ -92,20 +106,33 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     return values, given
 
 
+def divided(value, separator):
+    """The texts of a setting of Texts: those of a list as they are; a single text is divided at the separator."""
+    if isinstance(value, list):
+        return value
+    return [text.strip() for text in value.split(separator) if text.strip()]
+
+
 def parse(argv):
     """Config files in order, {key: text} and whether help is wanted, out of command-line words."""
+    files, wishes, wants_help = _parse(argv)
+    return files, {key: words[-1] for key, words in wishes.items()}, wants_help
+
+
+def _parse(argv):
+    """Like `parse`, with {key: [text]}: a setting may be repeated."""
     files, wishes, wants_help = [], {}, False
     words = iter(argv)
     for word in words:
         if word in ('-h', '--help'):
             wants_help = True
         elif match := re.match(r'(?:--)?([A-Za-z_]\w*)=(.*)', word, re.DOTALL):
-            wishes[match[1]] = match[2]
+            wishes.setdefault(match[1], []).append(match[2])
         elif re.fullmatch(r'--[A-Za-z_]\w*', word):
             text = next(words, None)
             if text is None or text.startswith('--'):
                 raise ValueError(f"command line: {word} has no value; write {word}=VALUE")
-            wishes[word[2:]] = text
+            wishes.setdefault(word[2:], []).append(text)
         elif word.startswith('-'):
             raise ValueError(f"command line: {_show(word)} is not a setting; they are written "
                              "--key=value, with _ in the key")
@@ -154,8 +181,14 @@ def _refuse(key, value, where, settings):
     raise ValueError(f"{where}: there is no setting {key!r}; the nearest is {near!r} ({hint})")
 
 
-def _from_text(key, text, default, where):
-    """The value that the command line's `text` stands for: a Python literal; for a str itself."""
+def _from_text(key, words, default, where):
+    """The value that the command line's words for a setting stand for.
+
+    The last word counts, except for Texts: a Python literal; for a str itself.
+    """
+    if type(default) is Texts:
+        return _texts(key, words, where)
+    text = words[-1]
     if type(default) is str and default != 'auto':
         return text
     try:
@@ -167,11 +200,42 @@ def _from_text(key, text, default, where):
     return _checked(key, value, default, where)
 
 
+def _texts(key, words, where):
+    """The value of a setting of Texts: a str for a single word that is not a list, else a list."""
+    if len(words) == 1 and not LIST.match(words[0]):
+        return words[0]
+    texts = []
+    for word in words:
+        if LIST.match(word):
+            texts += _list(key, word, where)
+        else:
+            texts.append(word)
+    return texts
+
+
+def _list(key, word, where):
+    """The list of texts that `word` is in Python's notation."""
+    try:
+        value = ast.literal_eval(word.strip())
+        if type(value) is not str:      # what brackets around one text alone are
+            return _checked(key, value, Texts(), where)
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(f"{where}: {key}={word} begins like a list of texts, but is not one; a list is written "
+                     f"--{key}=\"['a', 'b']\"")
+
+
 def _checked(key, given, default, where):
     """The value `given` in the default's type. ValueError where it is another value there.
 
     1e6 is a whole number, 1 is a float, and as a bool it is True.
     """
+    if type(default) is Texts:
+        if isinstance(given, (list, tuple)) and all(type(text) is str for text in given):
+            return list(given)
+        if type(given) is str:
+            return given
+        raise ValueError(f"{where}: {key} takes a text or a list of texts, not {_show(given)}")
     value = _plain(given)
     if type(default) is float and type(value) is int and abs(value) < 1e300:
         value = float(value)

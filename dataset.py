@@ -6,12 +6,15 @@ for each split its tokens, bytes of text and sha256. Windows are block_size toke
 import difflib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
+import mistakes
 from shards import LOOKED_AT, Shards, read_meta, wider_dtype
 
 ROOT = Path(__file__).resolve().parent / 'data'
@@ -318,7 +321,8 @@ def folder_of(name):
     first, second = ROOT / name, Path(name)
     if is_path(name):
         first, second = Path(os.path.expanduser(name)), ROOT / name
-    if second.is_dir() and not first.is_dir():
+    # Unlike Path.is_dir, os.path.isdir is False of a name that no folder can have.
+    if os.path.isdir(second) and not os.path.isdir(first):
         return second
     return first
 
@@ -363,6 +367,27 @@ def prepare_if_small(name):
     if float(size[1]) >= 100:
         raise FileNotFoundError(f"data/{name} is not prepared, and it is large: run `python data/{name}/prepare.py` first")
     print(f"data/{name} is not prepared yet: running data/{name}/prepare.py", flush=True)
-    done = subprocess.run([sys.executable, str(script)])
-    if done.returncode:
-        raise SystemExit(done.returncode)   # it has said why
+    code = _run(script)
+    if code:
+        raise SystemExit(code)      # it has said why
+
+
+def _run(script):
+    """Run a script of the project to its end; returns its exit code.
+
+    A terminal sends Ctrl-C to the script too, which cleans up and says so. KeyboardInterrupt where it was not told.
+    """
+    interrupts = []     # when: an exception in the wait could lose the exit code
+    with mistakes.no_interrupt():
+        process = subprocess.Popen([sys.executable, str(script)])
+        before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(time.monotonic()))
+    try:
+        while process.poll() is None:
+            time.sleep(0.05)
+            if interrupts and time.monotonic() > interrupts[0] + 5:
+                process.terminate()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts and process.returncode != mistakes.STOPPED:
+        raise KeyboardInterrupt
+    return process.returncode

@@ -78,7 +78,7 @@ static void multiply(void **matrix, const float *x, float *y, long B, long n, lo
 }
 
 /* by each thread for itself, which is less work than to wait for another */
-static void norm(void **layer, const float *x, float *y, long B, long C)
+static void norm(void **layer, const float *x, float *y, long B, long C, float eps)
 {
     const float *weight = layer[0], *bias = layer[2];
     for (long b = 0; b < B; b++) {
@@ -88,7 +88,7 @@ static void norm(void **layer, const float *x, float *y, long B, long C)
         mean /= C;
         for (long i = b * C; i < (b + 1) * C; i++)
             square += (x[i] - mean) * (x[i] - mean);
-        float scale = 1 / sqrtf(square / C + 1e-5f);
+        float scale = 1 / sqrtf(square / C + eps);
         for (long i = 0; i < C; i++)
             y[b * C + i] = (x[b * C + i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
     }
@@ -139,12 +139,18 @@ static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, f
         }
 }
 
-static void gelu(float *x, long n, int is_tanh)
+enum {EXACT, TANH, RELU};      /* GELU by erf or by tanh, or ReLU */
+
+static void activate(float *x, long n, int activation)
 {
-    if (is_tanh) {
+    if (activation == TANH) {
         #pragma omp for simd schedule(static)
         for (long i = 0; i < n; i++)
             x[i] /= 1 + fast_exp(-1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+    } else if (activation == RELU) {
+        #pragma omp for simd schedule(static)
+        for (long i = 0; i < n; i++)
+            x[i] = x[i] > 0 ? x[i] : 0;
     } else {
         #pragma omp for schedule(static)
         for (long i = 0; i < n; i++)
@@ -159,22 +165,23 @@ void product(void **matrix, const float *x, float *y, long B, long n, long k)
 }
 
 /* GPT-2's blocks, one after the other: x (B, C), in place; layers: of each block the (weight, scale, bias) of ln_1, c_attn,
-   c_proj, ln_2, c_fc and c_proj; kv: its k and v; space: 5 B C floats */
+   c_proj, ln_2, c_fc and c_proj; kv: its k and v; F: the MLP's channels;
+   space: B (C + max(3 C, F)) floats */
 void blocks(void **layers, long n_layer, float *x, void **kv, const int64_t *first, float *space,
-            long B, long C, long H, long length, long at, long is_tanh)
+            long B, long C, long H, long F, long length, long at, long activation, float eps)
 {
-    float *wide = space, *attended = space + 4 * B * C;
-    #pragma omp parallel if (12 * B * C * C > ALONE)
+    float *attended = space, *wide = space + B * C;
+    #pragma omp parallel if (B * C * (4 * C + 2 * F) > ALONE)
     for (long i = 0; i < n_layer; i++) {
         void **w = layers + 18 * i;
         float normed[B * C];
-        norm(w, x, normed, B, C);
+        norm(w, x, normed, B, C, eps);
         multiply(w + 3, normed, wide, B, 3 * C, C, 0);
         attend(wide, kv[2 * i], kv[2 * i + 1], first, attended, B, H, C / H, length, at);
         multiply(w + 6, attended, x, B, C, C, 1);
-        norm(w + 9, x, normed, B, C);
-        multiply(w + 12, normed, wide, B, 4 * C, C, 0);
-        gelu(wide, B * 4 * C, is_tanh);
-        multiply(w + 15, wide, x, B, C, 4 * C, 1);
+        norm(w + 9, x, normed, B, C, eps);
+        multiply(w + 12, normed, wide, B, F, C, 0);
+        activate(wide, B * F, activation);
+        multiply(w + 15, wide, x, B, C, F, 1);
     }
 }

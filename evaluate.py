@@ -14,6 +14,10 @@ The figures are lm-evaluation-harness's for lambada_openai, hellaswag and, with 
 Bits per byte and word perplexity compare models with different tokenizers. Where one loses some of a text, they are of the
 text as it was: --limit takes a share of its bytes, and prepared data has no words. Probabilities are over padded ids too.
 """
+from mistakes import begin_script
+
+begin_script()      # before the imports, which take seconds
+
 import difflib
 import functools
 import json

@@ -6,6 +6,10 @@
 The first word may be all that sample.py's --init_from takes; the words are the settings out_dir and folder. The way back is
 --init_from=FOLDER, of train.py, sample.py, evaluate.py and this.
 """
+from mistakes import begin_script
+
+begin_script()      # before the imports, which take seconds
+
 import json
 import os
 import shutil
@@ -29,13 +33,22 @@ folder = ''  # to write: one that is not there yet, or empty
 dtype = 'float32'  # of the weights: float32, bfloat16, float16
 # ----------------------------------------------------------------------------------------------------------------------
 
+
+def as_settings(words):
+    """The words, with each plain one, which is not the value of a --key before it, as the next of out_dir and folder."""
+    settings, keys, before = [], ['out_dir', 'folder'], ''
+    for word in words:
+        is_value = before.startswith('--') and '=' not in before
+        if keys and '=' not in word and not word.startswith('-') and not is_value:
+            settings.append(f'--{keys.pop(0)}={word}')
+        else:
+            settings.append(word)
+        before = word
+    return settings
+
+
 with user_errors():
-    words, keys, after = [], ['out_dir', 'folder'], ''
-    for word in sys.argv[1:]:       # a plain word, not the value of a --key before it, is the next of the keys
-        is_plain = keys and '=' not in word and word[:1] != '-' and not (after.startswith('--') and '=' not in after)
-        words.append(f'--{keys.pop(0)}={word}' if is_plain else word)
-        after = word
-    configure(globals(), words)
+    configure(globals(), as_settings(sys.argv[1:]))
     if dtype not in runtime.DTYPES:
         fail(f"dtype={dtype!r} is unknown: take {', '.join(runtime.DTYPES)}")
     path = Path(folder)

@@ -51,7 +51,7 @@ def workplace(folder):
 
 def lock(path):
     """Open a file that no other process can have locked like this until it is closed. Raises BlockingIOError, OSError."""
-    file = open(path, 'w')
+    file = open(path, 'wb')
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -93,7 +93,8 @@ def write(out_dir, step, model, optimizer):
     try:
         _each(lambda: rank == 0 and (shutil.rmtree(fresh, ignore_errors=True), fresh.mkdir()))
         with _errors(OSError, f"cannot write {fresh}"):
-            dcp.save({key: tensors[key] for key in _names(index)}, storage_writer=_Writer(fresh),
+            dcp.save({key: tensors[key] for key in _names(index)},
+                     storage_writer=_Writer(fresh, per_thread_copy_ahead=0),
                      planner=DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=True))
         mine = [*fresh.glob(f'__{rank}_*'), *([fresh / '.metadata'] if rank == 0 else [])]
         sums = _each(lambda: {path.name: files.sha256(path) for path in mine})
@@ -207,6 +208,9 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _Writer(dcp.FileSystemWriter):
+    """per_thread_copy_ahead=0 copies tensors to the CPU one by one. To copy ahead, DCP opens a CUDA
+    context, even for a model on the CPU, which fails where the GPU has no room for it."""
+
     def storage_meta(self):     # the path of the folder while it is written, in this system's own type
         return None
 

@@ -236,34 +236,51 @@ class Text:
         return text
 
     def finish(self):
-        """What was held back; nothing comes after it."""
-        text, self.done = self.add([], final=True), True
+        """The text that was held back; nothing is added after it."""
+        text = self.add([], final=True)
+        self.done = True
         return text
 
 
-def texts(context, max_new_tokens, sampling, seeds=None, stops=(), end=None):
-    """Yield, token by token, the text that each row gained: [str]; until max_new_tokens, or a stop in every row, or `end`,
-    an id that is no text."""
+def texts(context, max_new_tokens, sampling, seeds=None, stops=(), ends=()):
+    """Yield, token by token, the text that each row gained: [str]. A row ends at a text of `stops` or an id of `ends`,
+    neither of which is part of it; the last row's end, or max_new_tokens, ends all."""
     outs = [Text(context.model.tokenizer, stops) for _ in context.rows]
     for ids in stream(context, max_new_tokens, sampling, seeds):
-        yield [out.finish() if i == end else out.add([i]) for out, i in zip(outs, ids.tolist())]
+        gained = []
+        for out, i in zip(outs, ids.tolist()):
+            if i in ends:
+                gained.append(out.finish())
+            else:
+                gained.append(out.add([i]))
+        yield gained
         if all(out.done for out in outs):
             return
     yield [out.add([], final=True) for out in outs]
 
 
-def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=()):
-    """The texts of `beam_search`, [(score, text)]; they are complete at a stop, or at the tokenizer's end of text.
+def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=(), ends=()):
+    """The texts of `beam_search`, [(score, text)]. One is complete at a text of `stops`, an id of `ends` or the
+    tokenizer's end of text, none of which is part of it.
 
     Raises ValueError for numbers that no search has.
     """
     if num_beams > 10_000 or abs(length_penalty) > 100:
         raise ValueError(f"num_beams={num_beams}, length_penalty={length_penalty}: take at most 10000 beams, and a "
                          "penalty from -100 to 100")
-    own, eot = context.model.tokenizer, getattr(context.model.tokenizer, 'eot', None)
-    found = beam_search(context, max_new_tokens, num_beams, length_penalty, lambda ids: (
-        ids[-1] == eot or any(stop in own.decode_bytes(ids).decode(errors='replace') for stop in stops)))
-    return [(score, Text(own, stops).add(ids[:-1] if ids[-1:] == [eot] else ids, final=True)) for score, ids in found]
+    own = context.model.tokenizer
+    ends = {*ends, getattr(own, 'eot', None)}
+
+    def is_end(ids):
+        text = own.decode_bytes(ids).decode(errors='replace')
+        return ids[-1] in ends or any(stop in text for stop in stops)
+
+    results = []
+    for score, ids in beam_search(context, max_new_tokens, num_beams, length_penalty, is_end):
+        if ids and ids[-1] in ends:
+            ids = ids[:-1]
+        results.append((score, Text(own, stops).add(ids, final=True)))
+    return results
 
 
 def closing_sample(model, description, start, out_dir, meta):

@@ -71,13 +71,15 @@ class SkippedUpdate:
 
 
 class Guard:
-    """sigmas: standard deviations that make a spike; 0: nothing is a spike.
+    """sigmas: standard deviations that make a spike; 0: nothing is a spike. guessing: the loss of a
+    model that guesses among all ids, ln V, in nats.
 
     state: `state()` of an earlier guard; a guard that continues from it decides the same, to the bit.
     """
 
-    def __init__(self, sigmas, state=None):
+    def __init__(self, sigmas, guessing, state=None):
         self.sigmas = sigmas
+        self.guessing = guessing
         self.now = GuardState(**(state or {}))
         self.read_pending = None        # a function that waits for the last step's [is_finite, loss]
         self.pending_limit = math.inf   # the loss above which the last step was a spike
@@ -152,12 +154,15 @@ class Guard:
         if not math.isfinite(val_loss):
             now.not_finite = NOT_FINITE_IN_A_ROW
             return
-        if not now.seen:    # Rates that are high at first may raise the loss above that of untrained
-            return          # weights for long, and bring it down as they decay.
         gap = val_loss - now.lowest_val
         is_far_above = gap > FAR and now.average - now.lowest_average > FAR
+        if now.lowest_val > self.guessing - FAR:
+            # Nothing was learned yet. A rate that is high at first may hold the loss above that of
+            # guessing for most of a run, which recovers as the rate decays.
+            is_far_above = False
         now.lowest_val = min(val_loss, now.lowest_val)
-        now.lowest_average = min(now.average, now.lowest_average)
+        if now.seen:
+            now.lowest_average = min(now.average, now.lowest_average)
         if not is_far_above:
             now.low_since_jump = math.inf
             now.evals_since_low = 0
@@ -190,6 +195,16 @@ class Guard:
         above = loss - now.average
         now.average += weight * above
         now.variance += weight * ((1 - weight) * above * above - now.variance)
+
+
+def all_finite(parameters):
+    """Whether this process's part of the parameters has neither NaN nor infinity."""
+    for p in parameters:
+        if hasattr(p, 'to_local'):      # sharded
+            p = p.to_local()
+        if not p.isfinite().all():
+            return False
+    return True
 
 
 def _read_later(values):

@@ -2,8 +2,9 @@
 
 TWINS has the architectures that `transformers` has too, each with a class that says what its config and weights are there.
 """
-import itertools
 import json
+import math
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -20,58 +21,200 @@ OPENAI = {
 FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
 
 
+class Keys:
+    """The values of a config.json, each checked when it is asked for.
+
+    problems: a sentence for each that can't be used.
+    assumed: {key: default} of the sizes that are missing.
+    inside: the key under which these lie, where that is not the file itself.
+    """
+
+    def __init__(self, config, inside=''):
+        self.config = config
+        self.inside = f'{inside}.' if inside else ''
+        self.problems = []
+        self.assumed = {}
+
+    def has(self, key):
+        """Whether the key is there with a value: null leaves it to the default."""
+        return self.config.get(key) is not None
+
+    def refuse(self, key, reason):
+        self.problems.append(f"{self.inside}{key}={shortened(self.config[key])} {reason}")
+
+    def size(self, key, default):
+        """A whole number from 1 up. Where the key is missing, it is noted in `assumed`."""
+        if key not in self.config:
+            self.assumed[key] = default
+            return default
+        if type(self.config[key]) is not int or self.config[key] < 1:
+            self.refuse(key, "is not a whole number from 1 up")
+            return default
+        return self.config[key]
+
+    def optional_size(self, key, default):
+        """A whole number from 1 up; without the key, or with null, it is the default."""
+        return self.size(key, default) if self.has(key) else default
+
+    def number(self, key, default=None):
+        """A number above 0; without the key, or with null, it is the default, if there is one."""
+        value = self.config[key] if self.has(key) else default
+        if value is None and default is None:
+            self.problems.append(f"{self.inside}{key} is missing")
+            return 1.0
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            self.refuse(key, "is not a number above 0")
+            return 1.0
+        return float(value)
+
+    def flag(self, key, default):
+        """true or false; without the key, or with null, it is the default."""
+        value = self.config[key] if self.has(key) else default
+        if type(value) is not bool:
+            self.refuse(key, "is neither true nor false")
+            return default
+        return value
+
+    def choice(self, key, choices, default):
+        """choices[value]; where the key is missing or null, choices[default]."""
+        value = self.config[key] if self.has(key) else default
+        if type(value) is str and value in choices:
+            return choices[value]
+        self.refuse(key, f"is not supported, only {', '.join(choices)}")
+        return choices[default]
+
+    def only(self, key, supported):
+        """Refuse any other value than this one; without the key, or with null, it is supported."""
+        value = self.config.get(key, supported)
+        if value is not None and value != supported:
+            self.refuse(key, f"is not supported, only {supported}")
+
+
+def shortened(value):
+    """A value of a config.json as it stands in a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f'{text[:57]}...'
+
+
 class GPT2:
-    """model.GPT as GPT2LMHeadModel: linear weights lie (in, out) there, biases are always there, the head is wte."""
+    """model.GPT as GPT2LMHeadModel: linear weights lie (in, out) there, biases are always there.
+
+    Activations that differ in rounding alone are one here. reorder_and_upcast_attn is ignored: it
+    changes nothing but the rounding of scores in half precision, and transformers' default kernel
+    ignores it too.
+    """
 
     model_type, architecture = 'gpt2', 'GPT2LMHeadModel'
-    names = (('block_size', 'n_positions'), *((name, name) for name in ('vocab_size', 'n_layer', 'n_head', 'n_embd')))
-    gelus = (('gelu', 'exact'), ('gelu_new', 'tanh'), ('gelu_pytorch_tanh', 'tanh'))    # the last is torch's own kernel
+    # {our field: (their key, transformers' default)}
+    sizes = {'block_size': ('n_positions', 1024), 'vocab_size': ('vocab_size', 50257),
+             'n_layer': ('n_layer', 12), 'n_head': ('n_head', 12), 'n_embd': ('n_embd', 768)}
+    # {their key: another that transformers reads as the same}
+    aliases = {'n_positions': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
+               'n_head': 'num_attention_heads', 'n_embd': 'hidden_size'}
+    activations = {'gelu': 'exact', 'gelu_python': 'exact', 'gelu_new': 'tanh', 'gelu_fast': 'tanh',
+                   'gelu_accurate': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_python_tanh': 'tanh',
+                   'relu': 'relu'}
+    # what export writes: torch's own kernels there
+    written = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'relu': 'relu'}
     linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-
-    @staticmethod
-    def fixed(n_embd):      # what another GPT-2's config.json may say otherwise
-        return dict(n_inner=4 * n_embd, layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True,
-                    scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    tables = ('transformer.wte.weight', 'lm_head.weight')       # a row per id
+    without_bias = (*tables, 'transformer.wpe.weight')
 
     @classmethod
     def config(cls, c):
         """config.json's part of a Config `c`."""
-        return {**{theirs: getattr(c, ours) for ours, theirs in cls.names}, **cls.fixed(c.n_embd), 'n_ctx': c.block_size,
-                **dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout),
-                'activation_function': {ours: theirs for theirs, ours in cls.gelus}[c.gelu]}
+        sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
+        dropout = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout)
+        return {**sizes, **dropout,
+                'n_ctx': c.block_size,
+                'n_inner': c.inner,
+                'layer_norm_epsilon': c.norm_eps,
+                'activation_function': cls.written[c.gelu],
+                'tie_word_embeddings': c.tied,
+                'scale_attn_weights': True,
+                'scale_attn_by_inverse_layer_idx': False,
+                'add_cross_attention': False}
 
     @classmethod
-    def fields(cls, config):
-        """The Config fields of a config.json. Raises ValueError."""
-        act, sizes = config.get('activation_function', 'gelu_new'), {ours: config[theirs] for ours, theirs in cls.names}
-        if act not in dict(cls.gelus) or {*map(type, sizes.values())} != {int} or any(
-                config.get(k) not in (None, v) for k, v in cls.fixed(config['n_embd']).items()):
-            raise ValueError("a GPT-2 whose activation, sizes, attention, norms or head differ from GPT's")
-        return {**sizes, 'bias': True, 'gelu': dict(cls.gelus)[act]}
+    def keys(cls, config):
+        """The Keys of a config.json by their own names."""
+        aliases = {name: alias for name, alias in cls.aliases.items() if alias in config}
+        return Keys(config | {name: config[alias] for name, alias in aliases.items()})
+
+    @classmethod
+    def fields(cls, keys):
+        """The Config fields of a config.json; what can't be used is in keys.problems."""
+        fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
+        n_inner = keys.optional_size('n_inner', 4 * fields['n_embd'])
+        keys.only('add_cross_attention', False)
+        keys.flag('scale_attn_weights', True)       # this and the next are for `state`
+        keys.flag('scale_attn_by_inverse_layer_idx', False)
+        return {**fields,
+                'n_inner': 0 if n_inner == 4 * fields['n_embd'] else n_inner,
+                'bias': True,
+                'gelu': keys.choice('activation_function', cls.activations, 'gelu_new'),
+                'tied': keys.flag('tie_word_embeddings', True),
+                'norm_eps': keys.number('layer_norm_epsilon', 1e-5)}
 
     @classmethod
     def stored(cls, state, c, vocab_size):
-        """What is stored there, out of the state dict of a model with the Config `c`; of wte the first vocab_size rows."""
-        state = {k: v.t() if k.endswith(cls.linear) else v for k, v in state.items() if k != 'lm_head.weight'}
-        state['transformer.wte.weight'] = state['transformer.wte.weight'][:vocab_size]
-        return {k.removesuffix('weight') + 'bias': v.new_zeros(v.shape[-1]) for k, v in state.items()
-                if k.endswith('.weight') and k not in ('transformer.wte.weight', 'transformer.wpe.weight')} | state
+        """What is stored there of a model with this state dict and Config, for vocab_size ids."""
+        stored = {}
+        for name, value in state.items():
+            if name == 'lm_head.weight' and c.tied:
+                continue
+            if name in cls.tables:
+                value = value[:vocab_size]
+            if name.endswith(cls.linear):
+                value = value.t()
+            stored[name] = value
+            stem, _, kind = name.rpartition('.')
+            if kind == 'weight' and name not in cls.without_bias and f'{stem}.bias' not in state:
+                stored[f'{stem}.bias'] = value.new_zeros(value.shape[-1])
+        return stored
 
     @classmethod
-    def state(cls, stored, fields):
+    def state(cls, stored, keys, fields):
         """The state dict out of what is stored there, whose names may lack `transformer.`; fields: of `fields`."""
-        stored = {'transformer.' + k.removeprefix('transformer.'): v for k, v in stored.items()}
-        state = {k: v.t() if k.endswith(cls.linear) else v for k, v in stored.items()
-                 if not k.endswith(('.attn.bias', '.attn.masked_bias', '.lm_head.weight'))}     # masks, and wte once more
-        return state | {'lm_head.weight': state.get('transformer.wte.weight')}
+        state = {}
+        for name, value in stored.items():
+            if name.endswith(('.attn.bias', '.attn.masked_bias')):      # masks
+                continue
+            if name != 'lm_head.weight':
+                name = 'transformer.' + name.removeprefix('transformer.')
+            state[name] = value.t() if name.endswith(cls.linear) else value
+        if fields['tied']:
+            state['lm_head.weight'] = state.get('transformer.wte.weight')
+        cls._scale_queries(state, keys, fields)
+        return state
+
+    @classmethod
+    def _scale_queries(cls, state, keys, fields):
+        """Multiply the queries' weights, in place, where scores have factors other than 1/√D there:
+        the function is the same."""
+        C = fields['n_embd']
+        D = C // fields['n_head']
+        factor = 1.0 if keys.flag('scale_attn_weights', True) else math.sqrt(D)
+        is_by_layer = keys.flag('scale_attn_by_inverse_layer_idx', False)
+        for layer in range(fields['n_layer']):
+            own = factor / (layer + 1) if is_by_layer else factor
+            for kind in ('weight', 'bias'):
+                name = f'transformer.h.{layer}.attn.c_attn.{kind}'
+                if own != 1 and name in state:
+                    queries, others = state[name][:C], state[name][C:]
+                    state[name] = torch.cat([queries.double() * own, others.double()])
 
 
 class Llama:
     """models/transformerpp.py as LlamaForCausalLM: queries, keys and values have matrices of their own there."""
 
     model_type, architecture = 'llama', 'LlamaForCausalLM'
-    names = (('block_size', 'max_position_embeddings'), ('vocab_size', 'vocab_size'), ('n_layer', 'num_hidden_layers'),
-             ('n_head', 'num_attention_heads'), ('n_embd', 'hidden_size'))
+    # {our field: (their key, transformers' default)}
+    sizes = {'block_size': ('max_position_embeddings', 2048), 'vocab_size': ('vocab_size', 32000),
+             'n_layer': ('num_hidden_layers', 32), 'n_head': ('num_attention_heads', 32),
+             'n_embd': ('hidden_size', 4096), 'n_hidden': ('intermediate_size', 11008)}
+    # {their rope_type: our rope_scaling}
+    ropes = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3'}
     outside = {'transformer.wte': 'model.embed_tokens', 'transformer.ln_f': 'model.norm', 'lm_head': 'lm_head'}
     q, k, v = 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'
     block = {'ln_1': 'input_layernorm', 'ln_2': 'post_attention_layernorm', 'attn.c_attn': f'{q} {k} {v}', 'attn.c_q': q,
@@ -80,15 +223,14 @@ class Llama:
 
     @classmethod
     def pairs(cls, n_layer):
-        """(our name, [their names]): of which ours has the matrices one above the other."""
-        yield from ((f'{ours}.weight', [f'{theirs}.weight']) for ours, theirs in cls.outside.items())
-        for layer, (ours, theirs) in itertools.product(range(n_layer), cls.block.items()):
-            names = [f'model.layers.{layer}.{name}.weight' for name in theirs.split()]
-            yield f'transformer.h.{layer}.{ours}.weight', names
-
-    @staticmethod
-    def fixed(n_embd, n_head):      # what another Llama's config.json may say otherwise
-        return dict(hidden_act='silu', attention_bias=False, mlp_bias=False, head_dim=n_embd // n_head)
+        """(our name, [their names]): ours has their matrices, or biases, one above the other."""
+        for ours, theirs in cls.outside.items():
+            yield f'{ours}.weight', [f'{theirs}.weight']
+        for layer in range(n_layer):
+            for ours, theirs in cls.block.items():
+                for kind in ('weight', 'bias'):
+                    names = [f'model.layers.{layer}.{name}.{kind}' for name in theirs.split()]
+                    yield f'transformer.h.{layer}.{ours}.{kind}', names
 
     @classmethod
     def config(cls, c):
@@ -97,34 +239,91 @@ class Llama:
             if getattr(c, name) not in known:
                 raise ValueError(f"can't be exported: Hugging Face's Llama has no {name}={getattr(c, name)!r}, but "
                                  f"{', '.join(known)}")
-        return {**{theirs: getattr(c, ours) for ours, theirs in cls.names}, **cls.fixed(c.n_embd, c.n_head),
-                'intermediate_size': c.hidden, 'num_key_value_heads': c.kv_heads, 'rms_norm_eps': c.norm_eps,
-                'rope_theta': c.rope_theta, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta},
-                'attention_dropout': c.attn_dropout or c.dropout, 'tie_word_embeddings': c.tied}
+        if c.n_embd % c.n_head:
+            raise ValueError(f"can't be exported: n_embd={c.n_embd} is not divisible by "
+                             f"n_head={c.n_head}, which Hugging Face's Llama requires")
+        sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
+        return {**sizes, **cls.rope_keys(c),
+                'intermediate_size': c.hidden,      # n_hidden may be 0
+                'num_key_value_heads': c.kv_heads,
+                'head_dim': c.head_size,
+                'hidden_act': 'silu',
+                'attention_bias': c.attention_bias,
+                'mlp_bias': c.mlp_bias,
+                'rms_norm_eps': c.norm_eps,
+                'attention_dropout': c.attn_dropout or c.dropout,
+                'tie_word_embeddings': c.tied}
+
+    @staticmethod
+    def rope_keys(c):
+        """What config.json says of the rotations: in rope_parameters, and in the two keys that
+        transformers read before version 5."""
+        rope = {'rope_type': 'default'}
+        if c.rope_scaling != 'none':
+            rope = {'rope_type': c.rope_scaling, 'factor': c.rope_factor}
+        if c.rope_scaling == 'llama3':
+            rope |= {'low_freq_factor': c.rope_low_freq, 'high_freq_factor': c.rope_high_freq,
+                     'original_max_position_embeddings': c.rope_original}
+        return {'rope_theta': c.rope_theta,
+                'rope_scaling': None if c.rope_scaling == 'none' else rope,
+                'rope_parameters': rope | {'rope_theta': c.rope_theta}}
 
     @classmethod
-    def fields(cls, config):
-        """The Config fields of a config.json. Raises ValueError."""
-        sizes = {ours: config[theirs] for ours, theirs in (*cls.names, ('n_hidden', 'intermediate_size'))}
-        if {*map(type, sizes.values())} != {int} or min(sizes.values()) < 1:
-            raise ValueError("a Llama whose sizes are not all whole numbers from 1 up")
-        H, rope = sizes['n_head'], {**(config.get('rope_scaling') or {}), **(config.get('rope_parameters') or {})}
-        found = {**config, 'rope_type': rope.get('rope_type', rope.get('type'))}
-        other = [f'{k}={found[k]!r}' for k, v in {**cls.fixed(sizes['n_embd'], H), 'rope_type': 'default'}.items()
-                 if found.get(k) not in (None, v)]
-        if other:
-            raise ValueError(f"a Llama with {', '.join(other)}, which transformerpp does not have")
-        G = config.get('num_key_value_heads') or H
-        if type(G) is not int or not 0 < G <= H:
-            raise ValueError(f"a Llama whose num_key_value_heads={G!r} is no number of heads up to {H}")
+    def keys(cls, config):
+        """The Keys of a config.json."""
+        return Keys(config)
+
+    @classmethod
+    def fields(cls, keys):
+        """The Config fields of a config.json; what can't be used is in keys.problems."""
+        fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
+        H = fields['n_head']
+        G = keys.optional_size('num_key_value_heads', H)
+        if H % G:
+            keys.refuse('num_key_value_heads', f"is not a divisor of num_attention_heads={H}")
         kind = 'mha' if G == H else 'mqa' if G == 1 else 'gqa'
-        return {**sizes, 'attention_kind': kind, 'n_kv_head': G if kind == 'gqa' else 0,
-                'tied': bool(config.get('tie_word_embeddings', False)), 'norm_eps': float(config.get('rms_norm_eps', 1e-6)),
-                'rope_theta': float(rope.get('rope_theta', config.get('rope_theta', 1e4)))}
+        D = keys.optional_size('head_dim', max(1, fields['n_embd'] // H))
+        keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')    # one, by two names
+        keys.only('partial_rotary_factor', 1.0)
+        return {**fields,
+                'attention_kind': kind,
+                'n_kv_head': G if kind == 'gqa' else 0,
+                'head_dim': 0 if D * H == fields['n_embd'] else D,
+                'attention_bias': keys.flag('attention_bias', False),
+                'mlp_bias': keys.flag('mlp_bias', False),
+                'tied': keys.flag('tie_word_embeddings', False),
+                'norm_eps': keys.number('rms_norm_eps', 1e-6),
+                **cls.rope_fields(keys, fields['block_size'])}
+
+    @classmethod
+    def rope_fields(cls, keys, block_size):
+        """The Config fields of the rotations, from rope_parameters, or from rope_scaling, where
+        transformers wrote them before version 5."""
+        name = 'rope_scaling' if keys.config.get('rope_scaling') else 'rope_parameters'
+        found = keys.config.get(name) or {}
+        if type(found) is not dict:
+            keys.refuse(name, "is not an object")
+            return {}
+        rope = Keys(found, inside=name)
+        type_key = 'rope_type' if rope.has('rope_type') else 'type'
+        scaling = rope.choice(type_key, cls.ropes, 'default')
+        rope.only('partial_rotary_factor', 1.0)
+        theta = rope if rope.has('rope_theta') else keys
+        fields = {'rope_theta': theta.number('rope_theta', 1e4), 'rope_scaling': scaling}
+        if scaling != 'none':
+            fields['rope_factor'] = rope.number('factor')
+        if scaling == 'llama3':
+            fields['rope_low_freq'] = rope.number('low_freq_factor')
+            fields['rope_high_freq'] = rope.number('high_freq_factor')
+            original = 'original_max_position_embeddings'
+            where = keys if keys.has(original) else rope        # transformers looks in this order
+            fields['rope_original'] = where.optional_size(original, block_size)
+        keys.problems += rope.problems
+        return fields
 
     @classmethod
     def stored(cls, state, c, vocab_size):
-        """What is stored there, out of the state dict of a model with the Config `c`; of ids the first vocab_size."""
+        """What is stored there of a model with this state dict and Config, for vocab_size ids."""
         stored = {}
         for ours, theirs in cls.pairs(c.n_layer):
             if ours in state and not (ours == 'lm_head.weight' and c.tied):
@@ -132,16 +331,19 @@ class Llama:
         return {k: v[:vocab_size] if 'embed' in k or 'head' in k else v for k, v in stored.items()}
 
     @classmethod
-    def state(cls, stored, fields):
+    def state(cls, stored, keys, fields):
         """The state dict out of what is stored there; fields: of `fields`."""
         stored = {k: v for k, v in stored.items() if not k.endswith('inv_freq')}       # old versions' angles
-        state, absent = {}, ('c_q.weight', 'c_kv.weight') if fields['attention_kind'] == 'mha' else ('c_attn.weight',)
         if fields['tied']:
             stored['lm_head.weight'] = stored.get('model.embed_tokens.weight')
+        absent = ('attn.c_attn',)
+        if fields['attention_kind'] == 'mha':
+            absent = ('attn.c_q', 'attn.c_kv')
+        state = {}
         for ours, theirs in cls.pairs(fields['n_layer']):
-            if not ours.endswith(absent):
-                parts = [stored.pop(name, None) for name in theirs]
-                state[ours] = None if any(part is None for part in parts) else torch.cat(parts)
+            is_here = all(name in stored for name in theirs)    # else `fill` says what is missing
+            if is_here and not ours.rpartition('.')[0].endswith(absent):
+                state[ours] = torch.cat([stored.pop(name) for name in theirs])
         return state | stored       # nothing should be left
 
 
@@ -149,25 +351,62 @@ TWINS = {'gpt': GPT2, 'transformerpp': Llama}
 
 
 def read(source):
-    """(architecture, Config fields, state dict) of an OpenAI size, a folder or a .safetensors file. ValueError, OSError."""
+    """(architecture, Config fields, state dict) of an OpenAI size, a folder or a .safetensors file.
+
+    Prints which sizes config.json leaves to transformers' defaults. Raises ValueError, OSError.
+    """
     path = Path(source) if Path(source).is_dir() or str(source).endswith('.safetensors') else _download(source)
     folder = path.parent if path.suffix == '.safetensors' else path
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        known = {twin.model_type: (name, twin) for name, twin in TWINS.items()}
-        if config.get('model_type') not in known:
-            raise ValueError(f"the folder holds a {config.get('model_type')!r} model, not {' or '.join(known)}")
-        name, twin = known[config['model_type']]
-        fields = twin.fields(config)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{folder / 'config.json'} can't be used ({type(error).__name__}: {error})") from None
+    name, keys = _read_config(folder / 'config.json')
+    twin = TWINS[name]
+    fields = twin.fields(keys)
+    if keys.has('quantization_config'):
+        keys.refuse('quantization_config', "is not supported: use the weights as they were trained")
+    if keys.problems:
+        problems = '; '.join(keys.problems)
+        raise ValueError(f"{folder / 'config.json'} can't be loaded as --model={name}: {problems}")
     stored = _weights(path)
-    if fields['n_layer'] > len(stored):
-        raise ValueError(f"{path} has {len(stored)} weights, too few for the {fields['n_layer']} layers of its config.json")
+    _check_depth(stored, twin.sizes['n_layer'][0], keys, path)
+    if keys.assumed:
+        defaults = ', '.join(f'{key}={default}' for key, default in keys.assumed.items())
+        missing = ', '.join(keys.assumed)
+        print(f"{folder}/config.json lacks {missing}: using transformers' {defaults}", flush=True)
     try:
-        return name, fields, twin.state(stored, fields)
+        return name, fields, twin.state(stored, keys, fields)
     except RuntimeError as error:       # torch's, of other shapes
         raise ValueError(f"{path}: weights don't fit its config.json ({' '.join(str(error).split())[:120]})") from None
+
+
+def _read_config(path):
+    """(architecture, Keys) of a config.json in any Unicode encoding. Raises ValueError, OSError."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if type(config) is not dict:
+        raise ValueError(f"{path} can't be used: it holds a {type(config).__name__}, not an object")
+    known = {twin.model_type: name for name, twin in TWINS.items()}
+    supported = ' and '.join(f"{theirs} (as --model={ours})" for theirs, ours in known.items())
+    if 'model_type' not in config:
+        raise ValueError(f"{path} can't be used: model_type is missing; supported are {supported}")
+    model_type = config['model_type']
+    if type(model_type) is not str or model_type not in known:
+        raise ValueError(f"{path} can't be used: model_type={shortened(model_type)} is not "
+                         f"supported, only {supported}")
+    name = known[model_type]
+    return name, TWINS[name].keys(config)
+
+
+def _check_depth(stored, key, keys, path):
+    """ValueError where the weights are of more or fewer layers than config.json says with `key`."""
+    matches = (re.search(r'(?:^|\.)(?:h|layers)\.(\d+)\.', name) for name in stored)
+    n_layer = len({match[1] for match in matches if match})
+    expected = keys.assumed.get(key) or keys.config[key]
+    if n_layer != expected:
+        says = f"says {key}={expected}"
+        if key in keys.assumed:
+            says = f"lacks {key}, for which transformers uses {expected}"
+        raise ValueError(f"{path} has the weights of {n_layer} layers, and its config.json {says}")
 
 
 def fill(model, weights, source):
@@ -209,7 +448,7 @@ def _weights(path):
             return dict(found)
         if path.suffix != '.json':
             return safetensors.torch.load_file(path)
-        names = sorted(set(json.loads(path.read_text())['weight_map'].values()))
+        names = sorted(set(json.loads(path.read_bytes())['weight_map'].values()))
         if wrong := [name for name in names if not name.endswith(('.safetensors', '.bin')) or '..' in Path(name).parts
                      or Path(name).is_absolute()]:
             raise ValueError(f"it names {wrong[0]!r}, which is no file of weights in this folder")

@@ -13,13 +13,14 @@ ATTENTION = 'auto'      # 'auto' | 'sdpa' | 'plain'; set by use_attention
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension (C) whose bias is optional."""
 
-    def __init__(self, C, bias):
+    def __init__(self, C, bias, eps=1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(C))
         self.bias = nn.Parameter(torch.zeros(C)) if bias else None
+        self.eps = eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -244,10 +245,18 @@ def norm(x):
     return F.layer_norm(x, x.shape[-1:]).type_as(x)     # CUDA's autocast returns float32
 
 
-def rotary(T, D, base=10000):
-    """(2, T, D): the cosines and signed sines by which `rotate` turns positions 0 … T-1."""
-    angles = torch.outer(torch.arange(T), base ** (-torch.arange(0, D, 2) / D))         # (T, D/2)
-    return torch.stack([torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)])
+def rotary(T, D, base=10000, scale=None):
+    """(2, T, D): the cosines and signed sines by which `rotate` turns positions 0 … T-1.
+
+    scale: a function that changes the frequencies (D/2,), in radians per position. Far from the
+    start the last bit of a frequency shows in its angle: they are rounded as transformers does.
+    """
+    frequencies = 1.0 / base ** (torch.arange(0, D, 2) / D)                             # (D/2,)
+    if scale:
+        frequencies = scale(frequencies)
+    angles = torch.outer(torch.arange(T), frequencies)                                  # (T, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
 class _Rotate(torch.autograd.Function):

@@ -1,16 +1,47 @@
-"""How a script ends on a user's mistake: one line on stderr, exit code 2. Apart from runtime.py, which loads torch."""
+"""How a script ends: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and exit code 130.
+
+Every script calls `begin_script` before its other imports, so this module imports nothing slow (runtime.py loads torch).
+"""
+import atexit
+import codecs
 import contextlib
-import json
 import os
 import signal
 import sys
 import time
 
+STOPPED = 128 + signal.SIGINT   # a shell's exit codes: of a program that Ctrl-C ended,
+PIPE_CLOSED = 128 + 13          # and of one whose output nobody reads any more (SIGPIPE, which Windows does not have)
+REPLACED = 'nanogpt-replaced'   # the name of the error handler below
+_lacking = set()                # the encoding of standard output, once something could not be printed in it
+
+
+def begin_script():
+    """Prepare the process for a user at a terminal; the first call of every script.
+
+    Ctrl-C, from here on until the process ends, is one line and exit code 130. A closed pipe (`| head`) ends the script
+    without a word. A character that standard output can't encode is printed as `?`, and a line at the end says so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:   # else nohup or the like has it ignored
+        signal.signal(signal.SIGINT, _stop_at_once)
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])     # see no_interrupt
+    sys.excepthook = _end
+    sys.unraisablehook = _end_where_nobody_catches
+    codecs.register_error(REPLACED, _replaced)
+    if hasattr(sys.stdout, 'reconfigure') and sys.stdout.errors in ('strict', 'surrogateescape'):
+        sys.stdout.reconfigure(errors=REPLACED)     # stderr's own way, backslashes, never fails
+    atexit.unregister(_finish_output)
+    atexit.register(_finish_output)
+
+
+# ---- a user's mistakes -----------------------------------------------------------------------------------------------
 
 def fail(message):
     """End the script on a user's mistake: one line on stderr, exit code 2."""
     line = one_line(message)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"error: {line}", file=sys.stderr, flush=True)
     tell_torchrun(line)
     raise SystemExit(2)
 
@@ -31,23 +62,121 @@ def one_line(message):
 
 
 def tell_torchrun(line):
-    """Under torchrun, have it repeat `line` at its end, as what this process failed of."""
-    if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):
-        with contextlib.suppress(OSError), open(path, 'w') as file:
-            json.dump({'message': line, 'timestamp': int(time.time())}, file)
+    """Under torchrun, have it repeat `line` at its end, as the reason why this process failed."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if not path:
+        return
+    import json  # 5 ms, in which Ctrl-C would still be a traceback
+    with contextlib.suppress(OSError), open(path, 'w', encoding='utf-8') as file:
+        json.dump({'message': line, 'timestamp': int(time.time())}, file)
 
 
 @contextlib.contextmanager
 def user_errors():
     """The project's modules raise ValueError and OSError with a line for the user; inside this, that line ends the
     script. Only around calls that check what a user gave."""
+    if signal.getsignal(signal.SIGINT) is _stop_at_once:    # the imports are done: from now on there is work to clean up
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
-    except BrokenPipeError:     # `| head` has seen enough; what is left of the output goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None
+    except BrokenPipeError:
+        _discard_output()
+        raise SystemExit(PIPE_CLOSED) from None
     except (ValueError, OSError) as error:
-        fail(f"{error.filename}: {error.strerror}" if getattr(error, 'filename', None) else error)
+        if getattr(error, 'filename', None):
+            fail(f"{error.filename}: {error.strerror}")
+        fail(error)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
+        _say_stopped()
+        raise SystemExit(STOPPED) from None
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+def _stop_at_once(number, frame):
+    """The handler of SIGINT during imports. There is nothing to clean up, and an exception could be caught there."""
+    _say_stopped()
+    os._exit(STOPPED)
+
+
+@contextlib.contextmanager
+def no_interrupt():
+    """Ctrl-C waits for the end of this. It never reaches the processes that are started in it, unless they are scripts of
+    the project: those it reaches in begin_script."""
+    if not hasattr(signal, 'pthread_sigmask'):      # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _say_stopped():
+    with contextlib.suppress(ValueError):       # not in the main thread
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(STOPPED))   # pressed again: do not clean up
+    with contextlib.suppress(OSError, RuntimeError):    # nobody reads it; a handler called in the middle of a print
+        print("stopped", file=sys.stderr, flush=True)
+
+
+def _end(kind, error, traceback):
+    """sys.excepthook: of what user_errors did not see, Ctrl-C and a closed pipe end quietly, the rest with a traceback."""
+    if _was_interrupted(error):
+        _say_stopped()
+        raise SystemExit(STOPPED)       # from an excepthook, this sets the exit code
+    if isinstance(error, BrokenPipeError):
+        _discard_output()
+        raise SystemExit(PIPE_CLOSED)
+    sys.__excepthook__(kind, error, traceback)
+
+
+def _was_interrupted(error):
+    """Whether KeyboardInterrupt is what happened first: libraries turn it into errors of their own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _end_where_nobody_catches(unraisable):
+    """sys.unraisablehook: Python drops an exception in a destructor or in a function of atexit, and Ctrl-C with it."""
+    if _was_interrupted(unraisable.exc_value):
+        _say_stopped()
+        os._exit(STOPPED)
+    sys.__unraisablehook__(unraisable)
+
+
+# ---- standard output -------------------------------------------------------------------------------------------------
+
+def _replaced(error):
+    """The error handler of standard output: `?` for each character that its encoding lacks."""
+    _lacking.add(sys.stdout.encoding)
+    return codecs.replace_errors(error)
+
+
+def _discard_output():
+    """What is still to be written to a stream that nobody reads goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+
+
+def _finish_output():
+    """At the end: write what is left, and say whether something could not be printed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(2)
+    for encoding in sorted(_lacking):
+        hint = '' if codecs.lookup(encoding).name == 'utf-8' else '; PYTHONIOENCODING=utf-8 prints it'
+        with contextlib.suppress(OSError):
+            print(f"? stands for text that standard output can't show, as it is {encoding}{hint}", file=sys.stderr)

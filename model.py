@@ -3,6 +3,7 @@
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 GPT-2: Radford et al. 2019, https://github.com/openai/gpt-2 (pre-LayerNorm, learned positions, scaled residual init).
 """
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -103,7 +104,10 @@ class GPTConfig:
     n_embd: int = 768           # channels (C)
     dropout: float = 0.0        # probability, on embeddings, attention weights and both residual branches
     bias: bool = True           # in Linears and LayerNorms, as GPT-2 has it; without is a bit better and faster
-    gelu: str = 'exact'         # 'exact' (nanoGPT's, with erf) or 'tanh' (OpenAI's approximation)
+    gelu: str = 'exact'         # 'exact' (nanoGPT's), 'tanh' (OpenAI's approximation), or 'relu'
+    n_inner: int = 0            # the MLP's channels; 0: 4 of n_embd
+    tied: bool = True           # the head is the embeddings' table; False: a matrix of its own
+    norm_eps: float = 1e-5      # added to the variance in LayerNorm
     eot: int = -1               # the token that begins a document, which sees no other one; -1: they are read through
 
     def __post_init__(self):
@@ -116,8 +120,20 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: take a probability from 0 up to, not including, 1")
         if not -1 <= self.eot < self.vocab_size:
             raise ValueError(f"eot={self.eot}: take -1, or an id below vocab_size={self.vocab_size}")
-        if self.gelu not in ('exact', 'tanh'):
-            raise ValueError(f"gelu={self.gelu!r} is unknown: take exact or tanh")
+        if self.gelu not in ACTIVATIONS:
+            raise ValueError(f"gelu={self.gelu!r} is unknown: use {', '.join(ACTIVATIONS)}")
+        if self.n_inner < 0:
+            raise ValueError(f"n_inner={self.n_inner}: use 0 for 4 x n_embd, or the channels")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps={self.norm_eps} must be above 0")
+
+    @property
+    def inner(self):
+        """The MLP's channels."""
+        return self.n_inner or 4 * self.n_embd
+
+
+ACTIVATIONS = {'exact': nn.GELU, 'tanh': functools.partial(nn.GELU, 'tanh'), 'relu': nn.ReLU}
 
 
 class CausalSelfAttention(nn.Module):
@@ -140,9 +156,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU('none' if config.gelu == 'exact' else 'tanh')
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.inner, bias=config.bias)
+        self.gelu = ACTIVATIONS[config.gelu]()
+        self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -152,9 +168,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = LayerNorm(config.n_embd, config.bias, config.norm_eps)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, past=None):
@@ -172,9 +188,10 @@ class GPT(LanguageModel):
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=LayerNorm(config.n_embd, config.bias)))
+            ln_f=LayerNorm(config.n_embd, config.bias, config.norm_eps)))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight   # tied
+        if config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):  # 2 per block write to the residual stream: keep its variance at 1
@@ -214,8 +231,10 @@ class GPT(LanguageModel):
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
     def flops_per_token(self, T):
-        """6 per parameter, and 12·C·T per layer for the attention products (PaLM, arXiv 2204.02311, appendix B)."""
-        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+        """6 per parameter that is multiplied with, and 12·C·T per layer for the attention products
+        (PaLM, arXiv 2204.02311, appendix B)."""
+        table = 0 if self.config.tied else self.transformer.wte.weight.numel()      # only looked up
+        return 6 * (self.num_params() - table) + 12 * self.config.n_layer * self.config.n_embd * T
 
     def crop_block_size(self, block_size):
         """Shorten the longest context, in place; the position embeddings beyond it are gone."""

@@ -29,6 +29,8 @@ def start(backend, device, kind='ddp'):
     if kind not in ('ddp', 'fsdp'):
         raise ValueError(f"parallel={kind!r} is unknown: take ddp or fsdp")
     if not IS_LAUNCHED:
+        if ':' in device:       # cuda:1, say: events and streams belong to the current device
+            torch.cuda.set_device(device)
         return device
     type_ = device.split(':')[0]
     if type_ == 'mps':

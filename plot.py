@@ -8,6 +8,10 @@ It needs metrics.jsonl and config.json, no more. Points are evaluations, thin li
 logged ones around it, but lr's. The log has the wall time of evaluations, and how much of it went into steps: those between
 two are spread evenly over that time from the first on, the rest is the second's; those after the last take what was logged.
 """
+from mistakes import begin_script
+
+begin_script()      # before the imports, which take seconds
+
 import json
 import os
 import sys
@@ -15,12 +19,13 @@ import textwrap
 from pathlib import Path
 
 import files
-from configurator import configure
+from configurator import Texts, configure, divided
+from mistakes import fail, user_errors
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 y = 'loss'  # what to draw: loss (training and validation) or other names in metrics.jsonl, with commas between
 out = ''  # the picture, .png, .svg or .pdf; else named after y, in the run's folder, or here for several runs
-names = ''  # what to call the runs, with commas between; else their folders' names
+names = Texts()  # what to call the runs, with commas between, or as a list; else their folders' names
 # ----------------------------------------------------------------------------------------------------------------------
 
 COLOURS = '#1f5fa8', '#d1602c', '#3a8a4d', '#8a4fa3', '#a8842c', '#3f98a0', '#b0476a', '#666666'
@@ -113,18 +118,20 @@ def draw(runs):
     return figure
 
 
-try:
+with user_errors():
     folders = [word for word in sys.argv[1:] if os.path.isdir(word) or ('=' not in word and word[:1] != '-')]
     configure(globals(), [word for word in sys.argv[1:] if word not in folders])
     wanted = list(dict.fromkeys(name.strip() for name in y.split(',') if name.strip())) or ['loss']
-    labels = [name.strip() for name in names.split(',')] if names else [folder.rstrip('/') for folder in folders]
+    labels = divided(names, ',') or [folder.rstrip('/') for folder in folders]
+    labels = [label.encode(errors='replace').decode() for label in labels]      # a folder's name may be no text
     if len(set(labels)) != len(folders) or not folders:
         raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and as many names")
     path = Path(out or Path(folders[0] if len(folders) == 1 else '', f"{'-'.join(wanted)}.png".replace('/', '-')))
-    figure = draw({label: read(Path(folder), wanted) for label, folder in zip(labels, folders)})
+    runs = {label: read(Path(folder), wanted) for label, folder in zip(labels, folders)}
+    try:
+        figure = draw(runs)
+    except ImportError as error:
+        fail(f"{error}: pip install matplotlib")
     with files.replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:] or 'png')
     print(f"picture: {path}")
-except (ValueError, OSError, ImportError) as error:
-    from runtime import fail  # it imports torch, which takes seconds
-    fail(f"{error}: pip install matplotlib" if isinstance(error, ImportError) else error)

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,6 +99,14 @@ class StopRequest:
         signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, daemon=True).start()
 
+    def release(self):
+        """Once nothing is left to save: SIGINT and SIGTERM end the process, as by default, and SIGUSR1 does nothing."""
+        signal.set_wakeup_fd(-1)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def _note(self, number, frame):
         self.signal = self.signal or number
 
@@ -127,26 +136,47 @@ class StopRequest:
 
 # ---- device and number format ----------------------------------------------------------------------------------------
 
-def resolve_device(device):
-    """'auto' | 'cpu' | 'cuda[:N]' | 'mps' -> a device that is there. Raises ValueError where it is not."""
+def resolve_device(device, recorded=None):
+    """'auto' | 'cpu' | 'cuda[:N]' | 'mps' -> a device that is there. Raises ValueError where it isn't.
+
+    'auto' is the fastest device; where a run is resumed, the one that it used before (`recorded`),
+    if this machine has it. No other device than the one named is asked about: a run on the CPU must
+    work where a GPU is full or reserved.
+    """
+    if device == 'auto' and recorded:
+        try:
+            return resolve_device(recorded)
+        except ValueError:
+            fastest = _fastest_device()
+            if os.environ.get('RANK', '0') == '0':
+                print(f"the run used device={recorded!r}, which can't be used here: "
+                      f"it goes on with device={fastest!r}", flush=True)
+            return fastest
     if device == 'auto':
-        if torch.cuda.is_available():
-            missing = _missing_kernels('cuda')
-            if not missing:
-                return 'cuda'
-            print(f"{missing}; using the CPU", file=sys.stderr)
-        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+        return _fastest_device()
     kind, _, index = str(device).partition(':')
     if kind not in ('cpu', 'cuda', 'mps') or (index and not (kind == 'cuda' and index.isdigit())):
         raise ValueError(f"device={device!r} is unknown: take auto, cpu, cuda, cuda:0, cuda:1, … or mps")
-    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
-    if not there[kind]:
+    if kind == 'cpu':
+        return 'cpu'
+    backend = torch.cuda if kind == 'cuda' else torch.backends.mps
+    if not backend.is_available():
         raise ValueError(f"device={device!r} is not available here: take --device=auto, or install a torch built for it")
     if kind == 'cuda' and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
     if kind == 'cuda' and (missing := _missing_kernels(device)):
         raise ValueError(f"{missing}; install an older torch or take --device=cpu")
     return str(device)
+
+
+def _fastest_device():
+    """cuda, mps or cpu: the first of them that this machine and the installed torch have."""
+    if torch.cuda.is_available():
+        missing = _missing_kernels('cuda')
+        if not missing:
+            return 'cuda'
+        print(f"{missing}; using the CPU", file=sys.stderr)
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
 def _missing_kernels(device):
@@ -186,7 +216,7 @@ def cpu_has_bfloat16():
         probes = (getattr(torch.cpu, name, None) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
         return any(probe() for probe in probes if probe)
     try:
-        with open('/proc/cpuinfo') as cpuinfo:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as cpuinfo:
             return ' bf16' in cpuinfo.read()
     except OSError:
         return False
@@ -256,13 +286,16 @@ def peak_memory(device):
 
 # ---- randomness ------------------------------------------------------------------------------------------------------
 
-def seed_everything(*key):
-    """Make torch's random numbers, on every device, a function of `key` alone: non-negative integers, the last not 0."""
+def seed_everything(*key, device):
+    """Make torch's random numbers, on the CPU and on `device`, a function of `key` alone.
+
+    key: non-negative integers, the last not 0.
+    """
     number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    torch.default_generator.manual_seed(number)     # torch.manual_seed does all of this, ten times slower
-    if torch.cuda.is_available():
+    torch.default_generator.manual_seed(number)     # torch.manual_seed takes ten times as long
+    if device.startswith('cuda'):
         torch.cuda.manual_seed_all(number)
-    elif torch.backends.mps.is_available():
+    elif device == 'mps':
         torch.mps.manual_seed(number)
 
 
@@ -307,7 +340,9 @@ def compile_model(model, try_step, wish, insist, device, steps, processes):
                 print("compiling, which takes a minute", flush=True)
             for part in parts:
                 part.compile()
-            try_step()
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Error detected in')     # the traceback of a step that Ctrl-C ends
+                try_step()
         except Exception as error:      # the compiler's ways to fail are many and undocumented
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -340,13 +375,18 @@ def _seconds_of(try_step, device):
         return math.inf
 
 
-def profiler(folder):
+def profiler(folder, device):
     """A profiler that skips 5 steps, warms up for 5, and writes the next 5 as a trace into `folder`; call its step().
     Without a folder it does nothing."""
     if not folder:
         return SimpleNamespace(step=lambda: None)
-    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=5, warmup=5, active=5, repeat=1),
-                                  on_trace_ready=torch.profiler.tensorboard_trace_handler(folder), record_shapes=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.startswith('cuda'):
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(
+        activities=activities, record_shapes=True,
+        schedule=torch.profiler.schedule(wait=5, warmup=5, active=5, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(folder))
 
 
 # ---- peak speed ------------------------------------------------------------------------------------------------------

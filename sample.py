@@ -6,6 +6,10 @@
     python sample.py --init_from=gpt2 --interactive=True
     python sample.py --out_dir=out-chat --chat=True --interactive=True      # a run on conversations answers
 """
+from mistakes import begin_script
+
+begin_script()      # before the imports, which take seconds
+
 import itertools
 import sys
 import time
@@ -18,7 +22,7 @@ import prompts
 import runtime
 import weights
 from chat import Dialogue, Template
-from configurator import configure
+from configurator import Texts, configure
 from runtime import fail, user_errors
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -33,7 +37,7 @@ top_k = 200  # draw only from so many likeliest tokens; 0: from all
 top_p = 1.0  # draw only from the likeliest tokens that together have this probability
 min_p = 0.0  # draw only from tokens at least this times as probable as the likeliest
 repetition_penalty = 1.0  # above 1: tokens that are there already become less likely
-stop = ''  # a text that ends a sample; several with | between
+stop = Texts()  # what ends a sample: a text, a special token (<|im_end|>); several: repeat it, or "['a', 'b']", or a|b
 num_beams = 0  # search the likeliest texts over so many beams, in place of drawing; 0: draw
 length_penalty = 1.0  # of the search: above 0, longer texts score better
 interactive = False  # read a line, continue it, read the next: the context stays
@@ -53,7 +57,7 @@ def draw(texts):
     context.logits()
     print(samples[0], end='', flush=True)
     read = time.perf_counter()
-    for news in generate.texts(context, max_new_tokens, sampling, range(seed, seed + len(rows)), stops, end):
+    for news in generate.texts(context, max_new_tokens, sampling, range(seed, seed + len(rows)), stops, ends):
         samples = [sample + new for sample, new in zip(samples, news)]
         print(news[0], end='', flush=True)
     took, tokens = time.perf_counter() - read, sum(map(len, context.rows)) - sum(map(len, rows))
@@ -66,7 +70,8 @@ def search(text):
     """Print the likeliest continuations of the text, the best first, with their scores."""
     ids = encode(text)
     context = generate.Context(model, [ids], len(ids) + max_new_tokens)
-    for score, new in generate.likeliest(context, max_new_tokens, num_beams, length_penalty, stops)[:num_samples]:
+    found = generate.likeliest(context, max_new_tokens, num_beams, length_penalty, stops, ends)
+    for score, new in found[:num_samples]:
         print(f"{text}{chr(10) * chat}{new}\n{'-' * 15} {score:.4f}", flush=True)
     print(f"{num_beams} beams{context.history()}", file=sys.stderr)
 
@@ -87,7 +92,7 @@ def converse(text):
             print(f"error: {error}", file=sys.stderr)
             continue
         reply = ''
-        for new, in generate.texts(context, max_new_tokens, sampling, [turn], stops, end):
+        for new, in generate.texts(context, max_new_tokens, sampling, [turn], stops, ends):
             print(new, end='', flush=True)
             reply += new
         print(flush=True)
@@ -104,7 +109,7 @@ with user_errors():
     runtime.check_between(1, 1_000_000, globals(), 'num_samples')
     runtime.check_at_least(0, globals(), 'seed num_beams max_new_tokens')
     sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
-    stops, texts = [text for text in stop.split('|') if text], prompts.read(prompt or start)
+    texts = prompts.read(prompt or start)
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
         fail("several prompts, num_beams and interactive=True can't be combined: take one of them")
     source = out_dir if init_from == 'resume' else init_from
@@ -113,8 +118,16 @@ with user_errors():
         fail(checkpoint.no_tokenizer(source, model))
     if chat and not getattr(model, 'template', None):
         fail("chat=True is for a run on conversations, which keeps their template: this model has none")
-    talk = Dialogue(Template(model.template), model.tokenizer, model.config.block_size * 3 // 4) if chat else None
-    encode, stops, end = (talk.ask, stops + talk.stops, talk.end) if chat else (model.tokenizer.encode, stops, None)
+    stops = prompts.stops(stop, model.tokenizer)
+    if isinstance(stop, str) and len(stops) > 1:
+        print(f"a sample ends at {' or '.join(map(repr, stops))}", file=sys.stderr)
+    ends = [prompts.special_id(model.tokenizer, text) for text in stops]
+    encode = model.tokenizer.encode
+    if chat:
+        talk = Dialogue(Template(model.template), model.tokenizer, model.config.block_size * 3 // 4)
+        encode = talk.ask
+        stops += talk.stops
+        ends.append(talk.end)
     runtime.be_fast()
     weights.prepare(model, dtype, compile)
     with runtime.memory_errors("take a smaller model, or another --device"):

@@ -170,7 +170,7 @@ def from_file(path):
         if path.suffix == '.model':
             return tokenizer.load(_sentencepiece(path)).describe()
         config = _read(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').is_file() else {}
-        text = path.read_text(encoding='utf-8')
+        text = path.read_text(encoding='utf-8-sig')     # a byte order mark is not part of it
         if path.name == 'merges.txt':
             lines = [line for line in text.split('\n') if line and not line.startswith('#version')]
             text = byte_level(_read(folder / 'vocab.json'), lines)
@@ -187,7 +187,7 @@ def _sentencepiece(path):
 
 
 def _read(path):
-    return json.loads(path.read_text(encoding='utf-8'))
+    return json.loads(path.read_bytes())
 
 
 def to_json_of_bert(vocab, config=MappingProxyType({})):

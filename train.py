@@ -7,7 +7,10 @@
 """
 import time
 
+from mistakes import begin_script
+
 _start = time.perf_counter()    # before the imports: they are part of what a user waits for
+begin_script()      # also before them: Ctrl-C is one line from here on
 
 import dataclasses
 import math
@@ -79,7 +82,7 @@ warmup_lr = 0.0  # what it rises from
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
 min_lr = 6e-5  # usually learning_rate / 10; rates of their own fall by the same factor
 # the machine
-device = 'auto'  # auto, cpu, cuda, cuda:1, mps
+device = 'auto'  # cpu, cuda, cuda:1, mps, or auto: the fastest; when resuming, the run's own
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = 'auto'  # True, False, or auto: where the run is long enough to pay for it
 backend = 'auto'  # between processes: auto, nccl, gloo
@@ -102,9 +105,11 @@ runtime.check_ranges(config, processes.WORLD_SIZE)
 # ---- the machine -----------------------------------------------------------------------------------------------------
 with processes.lost_peers(), user_errors():
     runtime.be_deterministic(deterministic)
-    device = processes.start(backend, runtime.resolve_device(device), parallel)
+    recorded = stored.get('resolved', {}) if stored else {}     # what 'auto' meant before
+    device = runtime.resolve_device(device, recorded.get('device'))
+    device = processes.start(backend, device, parallel)
     device_type = device.split(':')[0]
-    before = stored['resolved'] if (stored or {}).get('resolved', {}).get('device') == device_type else {}    # of 'auto'
+    before = recorded if recorded.get('device') == device_type else {}
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
     compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
     use_attention(attention)
@@ -118,7 +123,7 @@ ctx = runtime.autocast(device, dtype)
 with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
     with processes.master_first():
         prepare_if_small(dataset)
-    runtime.seed_everything(seed, 1)
+    runtime.seed_everything(seed, 1, device=device)
     if stored:
         model, trained_on = checkpoint.restore(stored, config, processes.IS_LAUNCHED and parallel == 'fsdp')
     elif init_from != 'scratch':
@@ -144,7 +149,8 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smalle
         max_norm=max_norm, lr_schedule=lr_schedule)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
-guard, stop = guards.Guard(spike_sigmas, progress['guard']), None
+guessing = math.log(model.config.vocab_size)
+guard, stop = guards.Guard(spike_sigmas, guessing, progress['guard']), None
 _start -= progress['wall_seconds']
 del stored      # its tensors are in the model and the optimizer now
 
@@ -152,7 +158,7 @@ del stored      # its tensors are in the model and the optimizer now
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
     idx, targets, share = data.train_batch(step + progress['data_offset'], micro)
-    runtime.seed_everything(seed, step + 1, micro + 1)
+    runtime.seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
         _, loss = wrapped(*runtime.to_device(device, idx, targets))
     scaler.scale(loss * share * processes.WORLD_SIZE).backward()     # averaged over processes: now it is the sum
@@ -203,17 +209,16 @@ def roll_back():
     stored = checkpoint.begin('auto', out_dir)[1]
     processes.check_shared(out_dir, stored and stored['iter_num'])      # all have read it before the master saves
     if not stored:
-        has_nan = any(not p.isfinite().all() for p in model.parameters())
-        if has_nan:
-            raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint yet: its weights are NaN, "
-                             f"so nothing is saved; {guards.ADVICE}, and set --save_minutes lower")
+        if processes.anyone(not guards.all_finite(model.parameters())):
+            raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights "
+                             f"are NaN, so nothing is saved: {guards.ADVICE}")
         save('ckpt.pt')
         raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights from "
                          f"before the first bad step are in {out_dir}/ckpt.pt: {guards.ADVICE}")
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
     optimizer.zero_grad(set_to_none=True)
     iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)      # best.pt is still the best
-    guard = guards.Guard(spike_sigmas, progress['guard'])
+    guard = guards.Guard(spike_sigmas, guessing, progress['guard'])
     metrics.rewind(iter_num, progress)
     save('ckpt.pt')
     clock.go_on()
@@ -228,7 +233,7 @@ processes.say(plan(config, model, data, tokens_per_step, max_iters, iter_num, (d
 advice = runtime.memory_advice(batch_size, gradient_accumulation_steps)
 is_over = progress['evaluated'] == iter_num and (iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals'])
 if eval_only or is_over:
-    with processes.lost_peers(), runtime.memory_errors(advice):
+    with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         losses = {split: evaluate(split, eval_iters) for split in ('train', 'val') if eval_only}
     name = f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from
     processes.say(evaluation_table(name, model, losses, data) if eval_only else f"{name}: this run is at its end" + (
@@ -252,7 +257,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
 stop = runtime.StopRequest()
 with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
-    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile')
+    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile', device)
     while True:     # evaluate, and save
         is_stopped, is_late = processes.anyone(bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at)
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
@@ -338,6 +343,7 @@ del wrapped
 processes.stop()
 if is_stopped:
     sys.exit(stop.exit_code)
+stop.release()      # all is saved: Ctrl-C ends the sample
 if processes.IS_MASTER and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
         generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)

@@ -130,7 +130,8 @@ class Watch:
         lines.append({'iter': step} | {name: _histogram(values) for name, values in samples.items()})
         with files.replacing(self.folder / 'health.jsonl') as file:
             file.writelines(json.dumps(line).encode() + b'\n' for line in lines)
-        title = f"{self.folder.name}: {type(self.model).__name__}, step {self.history[-1]['iter']}"
+        folder = self.folder.name.encode(errors='replace').decode()     # a name may be no text
+        title = f"{folder}: {type(self.model).__name__}, step {self.history[-1]['iter']}"
         with files.replacing(self.folder / 'health.png') as file:
             page(title, self.history, samples, self.matrices, self.grad_clip).savefig(file, format='png')
         return samples

@@ -22,6 +22,7 @@ import model as gpt
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
 # decode.c's WEIGHT and CACHE for each; bfloat16 is two bytes to C.
 C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}
+ACTIVATIONS = {'exact': 0, 'tanh': 1, 'relu': 2}    # GPTConfig's gelu, as decode.c numbers them
 FEW = 16    # rows, for which decode.c is the faster way
 
 
@@ -45,7 +46,8 @@ def prepare(model, dtype, compile=False):
             if type(child) is nn.Linear:
                 setattr(module, name, Linear(child, DTYPES[dtype], library))
     if library and isinstance(model, gpt.GPT):
-        model.transformer.h = nn.ModuleList([Blocks(model.transformer.h, library, model.cache_dtype)])
+        blocks = Blocks(model.transformer.h, model.config, library, model.cache_dtype)
+        model.transformer.h = nn.ModuleList([blocks])
 
 
 def can_int8():
@@ -87,12 +89,17 @@ class Linear(nn.Module):
 class Blocks(nn.Module):
     """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`, with their Linears."""
 
-    def __init__(self, blocks, library, cache_dtype):
+    def __init__(self, blocks, config, library, cache_dtype):
         super().__init__()
-        self.blocks, self.run, self.n_head, self.cache_dtype = blocks, library.blocks, blocks[0].attn.n_head, cache_dtype
-        self.tanh = blocks[0].mlp.gelu.approximate == 'tanh'
-        layers = [x for b in blocks for x in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)]
-        self.layers = _pointers(*(x for layer in layers for x in (layer.weight, getattr(layer, 'scale', None), layer.bias)))
+        self.blocks = blocks
+        self.config = config
+        self.run = library.blocks
+        self.cache_dtype = cache_dtype
+        tensors = []
+        for b in blocks:
+            for layer in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj):
+                tensors += layer.weight, getattr(layer, 'scale', None), layer.bias
+        self.layers = _pointers(*tensors)
 
     def forward(self, x, past=None):
         B, T, C = x.shape
@@ -100,10 +107,13 @@ class Blocks(nn.Module):
             for block, own in zip(self.blocks, past.cache.layers if past else itertools.repeat(None)):
                 x = block(x, own)
             return x
-        space, cache = x.new_empty(5 * B * C), past.cache
-        kv, first = _pointers(*itertools.chain(*cache.kept)), None if cache.first is None else cache.first.data_ptr()
+        config, cache = self.config, past.cache
+        kv = _pointers(*itertools.chain(*cache.kept))
+        first = None if cache.first is None else cache.first.data_ptr()
+        space = x.new_empty(B * (C + max(3 * C, config.inner)))
         self.run(self.layers, len(self.blocks), x.data_ptr(), kv, first, space.data_ptr(),
-                 B, C, self.n_head, cache.room, cache.length - 1, self.tanh)
+                 B, C, config.n_head, config.inner, cache.room, cache.length - 1,
+                 ACTIVATIONS[config.gelu], config.norm_eps)
         return x
 
 
@@ -126,8 +136,8 @@ def _library(weight, cache):
     flags = (f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC '      # and sums in any order
              '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno').split()
     flags += ['-mprefer-vector-width=512'] * (platform.machine().lower() in ('x86_64', 'amd64'))
-    about = [source.read_text(), platform.machine(), platform.processor(), *flags]
-    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+    about = [source.read_text(encoding='utf-8'), platform.machine(), platform.processor(), *flags]
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
         about += [line for line in file if line.startswith(('flags', 'Features', 'model name'))]
     try:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'
@@ -151,5 +161,6 @@ def _library(weight, cache):
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.product.argtypes, library.product.restype = [pointer] * 3 + [number] * 3, None
-    library.blocks.argtypes, library.blocks.restype = [pointer, number, *[pointer] * 4, *[number] * 6], None
+    library.blocks.argtypes = [pointer, number, *[pointer] * 4, *[number] * 7, ctypes.c_float]
+    library.blocks.restype = None
     return library

@@ -9,8 +9,8 @@
     python data/prepare.py mine HuggingFaceFW/fineweb-edu:sample/10BT --shard_tokens=100_000_000
     zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
 
-NAME is a folder in this repository's data/. With a slash in it, or a dot in front, it is a path
-from where you stand.
+NAME is a folder in this repository's data/. With a slash in it, or a dot in front, it is a path,
+and a relative one begins where you stand.
 
 SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as .gz or .zst, folders of
 these, globs in quotes, - for standard input, and owner/name[@REVISION][:FOLDER-OR-GLOB] for a dataset on the Hugging
@@ -49,6 +49,11 @@ from pathlib import Path
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
+
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
 
 import bins
 import files

@@ -41,8 +41,6 @@ class ModernConfig(attention.AttentionConfig):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'ngram_rows'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a modern GPT needs at least 1")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={self.n_head}: rotation is of pairs")
         for name in ('dropout', 'ngram_dropout'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: take a probability from 0 up to, not including, 1")

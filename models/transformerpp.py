@@ -2,14 +2,17 @@
 
 Changes from GPT (model.py): RMSNorm for LayerNorm; rotary positions (arXiv 2104.09864) for learned ones; SwiGLU (arXiv
 2002.05202) for GELU, with a third matrix and so two thirds of the width; no biases. attention_kind has grouped heads, as
-the larger Llamas do, and more. A folder of a LlamaForCausalLM loads as it is (--init_from), and export.py writes one.
+the larger Llamas do, and more; rope_scaling has Llama 3's rotations for long contexts. A folder of
+a LlamaForCausalLM loads as it is (--init_from), and export.py writes one.
 
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
+import functools
 import itertools
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +34,14 @@ class TransformerppConfig(attention.AttentionConfig):
     n_hidden: int = 0           # SwiGLU's channels; 0: 8/3 of n_embd, up to the next multiple of multiple_of
     multiple_of: int = 32       # see n_hidden; a larger power of two may be faster
     tied: bool = True           # the head is the embeddings' table; False: a matrix of its own
+    attention_bias: bool = False    # in attention's projections
+    mlp_bias: bool = False      # in SwiGLU's matrices
     rope_theta: float = 1e4     # the longest rotation takes 2π times about so many tokens
+    rope_scaling: str = 'none'  # slower rotations, to extend the context: none, linear, llama3
+    rope_factor: float = 1.0    # linear, llama3: how many times slower
+    rope_low_freq: float = 1.0  # llama3: rotations of fewer turns in rope_original tokens slow down
+    rope_high_freq: float = 4.0     # llama3: rotations of more turns stay; those between, in part
+    rope_original: int = 8192   # llama3: the model's longest context before it was extended
     norm_eps: float = 1e-5      # added to the mean square in RMSNorm
     norm_place: str = 'pre'     # 'pre': a norm in front of each branch; 'post': one behind each sum
 
@@ -39,8 +49,6 @@ class TransformerppConfig(attention.AttentionConfig):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'multiple_of'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a Transformer++ needs at least 1")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by 2 x n_head={self.n_head}: rotation is of pairs")
         for name in ('dropout', 'attn_dropout'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: take a probability from 0 up to, not including, 1")
@@ -50,7 +58,29 @@ class TransformerppConfig(attention.AttentionConfig):
             raise ValueError(f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: both must be above 0")
         if self.norm_place not in BLOCKS:
             raise ValueError(f"norm_place={self.norm_place!r} is unknown: take {' or '.join(BLOCKS)}")
+        if self.attention_bias and self.attention_kind == 'mla':
+            raise ValueError("attention_bias=True: attention_kind='mla' has none, leave it out")
+        self._check_rope()
         super().__post_init__()
+
+    def _check_rope(self):
+        if self.attention_kind == 'alibi' and self.rope_scaling != 'none':
+            raise ValueError(f"rope_scaling={self.rope_scaling!r}: attention_kind='alibi' rotates "
+                             "nothing, leave it out")
+        if self.rope_scaling not in ROPE_SCALINGS:
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: "
+                             f"use {', '.join(ROPE_SCALINGS)}")
+        used = {'none': (), 'linear': ('rope_factor',), 'llama3': ROPE_FIELDS}[self.rope_scaling]
+        for name in ROPE_FIELDS:
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0")
+            if name not in used and value != getattr(type(self), name):     # the field's default
+                raise ValueError(f"{name}={value} has no effect with "
+                                 f"rope_scaling={self.rope_scaling!r}: leave it out or change that")
+        if self.rope_low_freq >= self.rope_high_freq:
+            raise ValueError(f"rope_low_freq={self.rope_low_freq} must be below "
+                             f"rope_high_freq={self.rope_high_freq}")
 
     @property
     def hidden(self):
@@ -58,15 +88,42 @@ class TransformerppConfig(attention.AttentionConfig):
         return self.n_hidden or self.multiple_of * -(-8 * self.n_embd // (3 * self.multiple_of))
 
 
+def unscaled(frequencies, config):
+    return frequencies
+
+
+def linear(frequencies, config):
+    """Position interpolation (arXiv 2306.15595): rope_factor times the tokens, the same angles."""
+    return frequencies / config.rope_factor
+
+
+def llama3(frequencies, config):
+    """Llama 3.1's (arXiv 2407.21783): only those that make few turns in the old context are slowed.
+
+    frequencies (D/2,). Below rope_low_freq turns they are divided by the factor, above
+    rope_high_freq they stay; between the two the share that stays grows from 0 to 1.
+    """
+    low, high, factor = config.rope_low_freq, config.rope_high_freq, config.rope_factor
+    wavelengths = 2 * math.pi / frequencies                 # tokens per turn
+    share = (config.rope_original / wavelengths - low) / (high - low)
+    scaled = (1 - share) * frequencies / factor + share * frequencies
+    scaled = torch.where(wavelengths > config.rope_original / low, frequencies / factor, scaled)
+    return torch.where(wavelengths < config.rope_original / high, frequencies, scaled)
+
+
+ROPE_SCALINGS = {'none': unscaled, 'linear': linear, 'llama3': llama3}
+ROPE_FIELDS = 'rope_factor', 'rope_low_freq', 'rope_high_freq', 'rope_original'
+
+
 class MLP(nn.Module):
     """SwiGLU: (silu(x Wg) ⊙ x Wf) Wp."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_gate = nn.Linear(config.n_embd, config.hidden, bias=False)
-        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=False)
+        self.c_gate = nn.Linear(config.n_embd, config.hidden, bias=config.mlp_bias)
+        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=config.mlp_bias)
         self.silu = nn.SiLU()
-        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.c_proj(self.silu(self.c_gate(x)) * self.c_fc(x))
@@ -76,7 +133,8 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = attention.build(config, layer, dropout=config.attn_dropout or config.dropout)
+        dropout = config.attn_dropout or config.dropout
+        self.attn = attention.build(config, layer, dropout=dropout, bias=config.attention_bias)
         self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -114,10 +172,14 @@ class Transformerpp(LanguageModel):
             if isinstance(module, (nn.Linear, nn.Embedding)):   # 2 per block write to the residual stream, as in GPT
                 is_out = name.endswith('c_proj')
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * config.n_layer) if is_out else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         self.register_buffer('rotary', self._rotary(), persistent=False)    # (2, block_size, D)
 
     def _rotary(self):
-        return layers.rotary(self.config.block_size, self.config.rotary_dim, self.config.rope_theta)
+        c = self.config
+        scale = functools.partial(ROPE_SCALINGS[c.rope_scaling], config=c)
+        return layers.rotary(c.block_size, c.rotary_dim, c.rope_theta, scale)
 
     def forward(self, idx, targets=None, cache=None):
         B, T = idx.shape

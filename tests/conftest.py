@@ -1,4 +1,9 @@
-"""What the tests share: a small dataset, and the scripts run as a user runs them."""
+"""What the tests share: a small dataset, and the scripts run as a user runs them.
+
+The suite runs on the CPU, whatever the machine has: GPUs are hidden here, before torch is imported,
+from this process and all that it starts. A test that is marked `cuda` runs what needs a GPU in a
+process of its own: `run(…, gpu=True)`.
+"""
 import hashlib
 import http.server
 import json
@@ -9,7 +14,18 @@ import threading
 from pathlib import Path
 
 import pytest
+
+# What the user had set, for `with_gpus`. With NANOGPT_TEST_DEVICE=cuda nothing is hidden, and tests
+# that use the fixture `device` run on the GPU.
+os.environ.setdefault('NANOGPT_TEST_GPUS', os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))
+if os.environ.get('NANOGPT_TEST_DEVICE', 'cpu') == 'cpu':
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 import torch
+
+# torch asks the driver once and keeps the answer: forks of this process inherit it, and one that has
+# a limit on its memory could not load the driver.
+torch.cuda.is_available()
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,12 +39,30 @@ TINY = ['--model=gpt', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size
         '--eval_interval=3', '--eval_iters=2', '--learning_rate=1e-2', '--compile=False', '--dtype=float32']
 
 
-def run(script, *arguments, processes=1, env=None, cwd=ROOT, timeout=120, stdin=None):
-    """Run a script of the project on the text `stdin`; returns its CompletedProcess with text output."""
-    command = [sys.executable] if processes == 1 else [
-        sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+def with_gpus(environment):
+    """A copy of `environment` in which the GPUs are visible that the suite hides."""
+    environment = dict(environment)
+    visible = environment['NANOGPT_TEST_GPUS']
+    if visible == 'all':
+        environment.pop('CUDA_VISIBLE_DEVICES', None)
+    else:
+        environment['CUDA_VISIBLE_DEVICES'] = visible
+    return environment
+
+
+def run(script, *arguments, processes=1, torchrun=False, gpu=False, env=None, cwd=ROOT, timeout=120,
+        stdin=None):
+    """Run a script of the project on the text `stdin`; returns its CompletedProcess with text output.
+
+    torchrun: by torchrun, also a single process. gpu: with the GPUs that the suite hides.
+    """
+    command = [sys.executable]
     environment = {**os.environ, 'PYTHONPATH': '', 'WANDB_MODE': 'offline', **(env or {})}
-    if processes == 1:
+    if gpu:
+        environment = with_gpus(environment)
+    if torchrun or processes > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    else:
         environment.setdefault('OMP_NUM_THREADS', '1')      # tiny tensors: threads only cost
     return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True, input=stdin,
                           env=environment, cwd=cwd, timeout=timeout)
@@ -41,6 +75,30 @@ def warm(tmp_path_factory):
     forked = Forked(tmp_path_factory.mktemp('warm'))
     yield forked
     forked.close()
+
+
+NAME_OF_THE_GPU = '''
+import torch
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name())
+'''
+
+
+@pytest.fixture(scope='session')
+def gpu():
+    """The name of the GPU for `run(…, gpu=True)`. Where there is none, the test is skipped."""
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this torch is built without CUDA")
+    name = run('-c', NAME_OF_THE_GPU, gpu=True).stdout.strip()
+    if not name:
+        pytest.skip("there is no GPU here that this torch can use")
+    return name
+
+
+@pytest.fixture(scope='session')
+def device():
+    """The device of tests that can run on several: cpu, or NANOGPT_TEST_DEVICE."""
+    return os.environ.get('NANOGPT_TEST_DEVICE', 'cpu')
 
 
 def write_text(folder, text):

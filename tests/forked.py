@@ -175,11 +175,29 @@ def _leave(closing):
 
 
 def processes_of(parent=None, session=None):
-    """The ids of the processes with this parent, or in this session."""
-    table = subprocess.run(['ps', '-eo', 'pid=,ppid=,sess=,stat='], capture_output=True, text=True).stdout
-    rows = [line.split() for line in table.splitlines()]
-    return sorted(int(pid) for pid, ppid, sid, stat in rows
-                  if (int(ppid) == parent or int(sid) == session) and not stat.startswith('Z'))
+    """The ids of the processes with this parent, or in this session, that have not ended."""
+    return sorted(pid for pid, state, its_parent, its_session in _processes()
+                  if (its_parent == parent or its_session == session) and state[0] != 'Z')
+
+
+def _processes():
+    """[(id, state, parent, session)] of all processes: from /proc, since small containers have no ps."""
+    found = []
+    if not Path('/proc/self/stat').exists():
+        command = ['ps', '-eo', 'pid=,stat=,ppid=,sess=']
+        table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for line in table.splitlines():
+            pid, state, parent, session = line.split()
+            found.append((int(pid), state, int(parent), int(session)))
+    for path in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            pid, _, rest = path.read_text(errors='replace').partition(' ')
+        except OSError:     # it has ended meanwhile
+            continue
+        after_name = rest.rpartition(')')[2]     # the name, in brackets, may hold anything
+        state, parent, _group, session, *_ = after_name.split()
+        found.append((int(pid), state, int(parent), int(session)))
+    return found
 
 
 def run(script, *words, processes=1, **options):
@@ -254,6 +272,36 @@ def outcome(out_dir):
 def both(*hooks):
     for hook in hooks:
         hook()
+
+
+class AskedForCuda(BaseException):
+    """Not an Exception: nothing recovers from it."""
+
+
+def forbid_cuda():
+    """Be on a machine whose GPU must be left alone, because another program has all of it, say.
+
+    torch itself may ask whether there is one; the project may not, and whatever would initialize
+    CUDA ends the process.
+    """
+    def is_available():
+        path = Path(sys._getframe(1).f_code.co_filename).resolve()
+        if path.parent in (ROOT, ROOT / 'models'):
+            raise AskedForCuda(f"torch.cuda.is_available, by {path.name}")
+        return True
+
+    def forbidden(name):
+        def function(*args, **kwargs):
+            raise AskedForCuda(f"torch.cuda.{name}")
+        return function
+
+    harmless = dict(is_available=is_available, is_initialized=lambda: False, device_count=lambda: 1,
+                    is_current_stream_capturing=lambda: False)
+    for name, value in list(vars(torch.cuda).items()):
+        is_its_own = str(getattr(value, '__module__', '')).startswith('torch.cuda')
+        if callable(value) and is_its_own and (name[0] != '_' or name == '_lazy_init'):
+            setattr(torch.cuda, name, harmless.get(name) or forbidden(name))
+    torch.backends.cuda.is_built = lambda: True
 
 
 def around_saves(before=None, after=None):

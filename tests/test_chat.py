@@ -204,7 +204,7 @@ def test_a_conversation_knows_what_was_said(sample):
 def test_an_answer_ends_at_the_end_of_text(parrot):
     model, talk = checkpoint.load_model(parrot), Dialogue(Template(), ByteTokenizer(), room=150)
     context = generate.Context(model, [talk.ask('Hi')], 200)
-    news = list(generate.texts(context, 50, generate.Sampling(temperature=0), end=ord('!')))
+    news = list(generate.texts(context, 50, generate.Sampling(temperature=0), ends=[ord('!')]))
     assert ''.join(new for new, in news) == 'Hello' and len(news) == 6
 
 

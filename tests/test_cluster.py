@@ -27,8 +27,9 @@ import arithmetic
 CLUSTER = ROOT / 'cluster'
 FILES = ('slurm.sh', 'trainjob.yaml', 'skypilot.yaml')
 LONGER = ['--max_iters=120', '--lr_decay_iters=120', '--eval_interval=60', '--save_minutes=0.05', '--log_interval=10']
-needs_bash = pytest.mark.skipif(not (shutil.which('bash') and shutil.which('pkill') and Path('/proc/self').exists()),
-                                reason="needs Linux's bash and pkill")
+HAS_TOOLS = all(shutil.which(tool) for tool in ('bash', 'pgrep', 'pkill'))
+HAS_PROC = Path('/proc/self').exists()
+needs_bash = pytest.mark.skipif(not (HAS_TOOLS and HAS_PROC), reason="needs Linux's bash and pkill")
 
 # ---- stand-ins -------------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,35 @@ def test_three_ways_to_set_one_key(words):
     assert of(*words) == {**of(), 'batch_size': 8}
 
 
+@pytest.mark.parametrize('words, value', [
+    ([], []), (['--stop='], ''), (['--stop=a|b'], 'a|b'), (['--stop=3'], '3'), (['--stop=[1]'], '[1]'),
+    (['--stop=a', '--stop', 'b, c'], ['a', 'b, c']),                    # repeated
+    (["--stop=['a', 'b|c']"], ['a', 'b|c']), (['--stop=("a", )'], ['a']),
+    (["--stop=['a']", '--stop=b'], ['a', 'b']), (['--stop=()'], '()'),
+    ([r"--stop=['\n\n']"], ['\n\n'])])
+def test_a_setting_of_several_texts(words, value):
+    assert of(*words, script={'stop': configurator.Texts()})['stop'] == value
+
+
+def test_a_config_file_gives_a_text_or_a_list_of_them(file):
+    script = {'stop': configurator.Texts()}
+    assert of(file("stop = 'a|b'"), script=script)['stop'] == 'a|b'
+    assert of(file("stop = ('a', 'b')"), script=script)['stop'] == ['a', 'b']
+    assert of(file("stop = ['a']"), '--stop=b', script=script)['stop'] == 'b'
+    with pytest.raises(ValueError, match=r"config.py: stop takes a text or a list of texts, not \['a', 3\]"):
+        of(file("stop = ['a', 3]"), script=script)
+
+
+@pytest.mark.parametrize('word', ["['a', 'b'", "['a', 3]", "('a')", "['a' 'b']]", '["a"'])
+def test_what_begins_like_a_list_of_texts_is_one(word):
+    with pytest.raises(ValueError, match="begins like a list of texts, but is not one; a list is written --stop="):
+        of(f'--stop={word}', script={'stop': configurator.Texts()})
+
+
+def test_a_repeated_setting_of_another_type_has_its_last_value():
+    assert of('--batch_size=3', '--batch_size=4', '--out_dir=a', '--out_dir=b') == {**of(), 'batch_size': 4, 'out_dir': 'b'}
+
+
 @pytest.mark.parametrize('words, key, value', [
     (['--out_dir=a=b'], 'out_dir', 'a=b'),                              # everything behind the first = is the value
     (['--out_dir', 'a=b'], 'out_dir', 'a=b'),

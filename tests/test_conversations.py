@@ -492,7 +492,7 @@ def test_one_conversation_alone_as_an_array_of_its_messages(
     error = failure(capsys, tmp_path / 'out', f'a.json{packed}', *options)
     lines = follow(re.search('`(.*)` writes its rows as lines', error)[1])
     assert lines == 'a.jsonl'
-    assert [json.loads(line) for line in open(lines)] == [ROWS['bare'](0)]
+    assert [json.loads(line) for line in open(lines, encoding='utf-8')] == [ROWS['bare'](0)]
     assert textfiles.find(lines)[0].kind == 'jsonl'
 
 

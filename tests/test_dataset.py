@@ -171,6 +171,14 @@ def test_how_a_mixture_is_said(words, expected):
     assert parse(words) == expected
 
 
+def test_a_folder_that_is_there_is_no_mixture_whatever_its_name(tmp_path):
+    for name in ('a,b', 'a:1,b:2', 'a,b:2'):
+        (tmp_path / name).mkdir()
+        assert parse(str(tmp_path / name)) == [(str(tmp_path / name), 1)]
+    with pytest.raises(ValueError, match='a name in it has no comma'):
+        parse(f'{tmp_path}/a,b:1,{tmp_path}/c:1')
+
+
 @pytest.mark.parametrize('words, message', [
     ('a:0.7,b', 'a mixture is NAME:WEIGHT,NAME:WEIGHT'), ('a,b', 'a weight behind each name'),
     ('a:1,b:0', 'weights must be above 0'), ('a:0,b:0', 'above 0'),

@@ -38,6 +38,7 @@ try:
 except ImportError:
     resource = None
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])     # imports for a second
+torch.cuda.is_available()       # a child with little memory could not start the driver to find out
 for line in sys.stdin:
     asked = json.loads(line)
     script, *arguments = asked['words']
@@ -48,6 +49,9 @@ for line in sys.stdin:
             os.dup2(file.fileno(), number)
         os.chdir(asked['cwd'])
         os.environ.update(asked['env'])
+        if 'PYTHONIOENCODING' in asked['env']:
+            sys.stdout.reconfigure(encoding=asked['env']['PYTHONIOENCODING'], errors='strict')
+            sys.stderr.reconfigure(encoding=asked['env']['PYTHONIOENCODING'])
         if not asked['sample']:
             generate.closing_sample = lambda *args: None
         if asked['memory']:
@@ -149,7 +153,7 @@ SETTINGS = [
     ('--learning_rate=fast', "learning_rate takes a number, not 'fast'"),
     ('--bias=2', 'bias takes True or False, not 2'),
     ('--n_expert=8', "there is no setting 'n_expert'"),
-    ('--gelu=relu', "gelu='relu' is unknown: take exact or tanh"),
+    ('--gelu=swish', "gelu='swish' is unknown: use exact, tanh, relu"),
     ('config/nope.py', "there is no config file 'config/nope.py'"),
     ('train.py', 'train.py is the script, not a config file'),
     ('--batch_size=0', 'batch_size=0 must be at least 1'),
@@ -670,11 +674,12 @@ def hugging_face(folder, config, **content):
 
 SMALL = dict(model_type='gpt2', n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=65)
 @pytest.mark.parametrize('config, content, message', [
-    ({'model_type': 'bloom'}, {}, "holds a 'bloom' model, not gpt2"),
-    ({}, {}, 'holds a None model, not gpt2'),
+    ({'model_type': 'bloom'}, {}, "model_type='bloom' is not supported, only gpt2"),
+    ({}, {}, 'model_type is missing; supported are gpt2'),
     (SMALL, {}, 'has no model.safetensors or pytorch_model.bin'),
-    (SMALL, {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})}, "weights are missing or don't fit"),
-    ({**SMALL, 'activation_function': 'relu'}, {}, 'a GPT-2 whose activation'),
+    (SMALL, {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})}, 'has the weights of 0 layers'),
+    (SMALL, {'pytorch_model_bin': saved({'h.0.ln_1.weight': torch.ones(16)})}, "weights are missing or don't fit"),
+    ({**SMALL, 'activation_function': 'silu'}, {}, "activation_function='silu' is not supported, only gelu"),
     ('', {}, 'hf/config.json'),
     ('[]', {}, 'hf'),
     ({'model_type': 'gpt2'}, {}, 'hf'),
@@ -707,7 +712,7 @@ def test_training_from_what_is_not_there(train, init_from, message):
 def test_a_folder_of_another_model_type(warm, tmp_path, text_folder, script):
     folder = hugging_face(tmp_path / 'hf', {'model_type': 'bloom'})
     words = [f'--dataset={text_folder}', *TINY] if script == 'train.py' else []
-    check(warm(script, f'--init_from={folder}', *words), f"{folder}", "holds a 'bloom' model, not gpt2")
+    check(warm(script, f'--init_from={folder}', *words), f"{folder}", "model_type='bloom' is not supported, only gpt2")
 
 
 def test_a_longer_context_than_the_pretrained_model_has(train, trained):

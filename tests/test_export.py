@@ -316,14 +316,133 @@ def test_one_file_of_weights_with_its_config_beside_it(tmp_path):
     check(export(f'--init_from={folder / "epoch-4.safetensors"}', f'--folder={tmp_path / "out"}'), 'epoch-4.safetensors')
 
 
-@pytest.mark.parametrize('change', [
-    {'n_layer': '2'}, {'n_embd': [32]}, {'n_embd': None}, {'n_inner': 64}, {'layer_norm_epsilon': 1e-6}, {'n_head': 3},
-    {'tie_word_embeddings': False}, {'scale_attn_by_inverse_layer_idx': True}, {'activation_function': ['gelu']},
-    {'n_positions': 63}, {'vocab_size': -1}, {'add_cross_attention': True}], ids=str)
-def test_what_another_gpt2_has_is_refused(tmp_path, change):
+VARIANTS = [dict(n_inner=48), dict(tie_word_embeddings=False), dict(layer_norm_epsilon=1e-3),
+            dict(scale_attn_by_inverse_layer_idx=True), dict(scale_attn_weights=False), dict(reorder_and_upcast_attn=True),
+            dict(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False, tie_word_embeddings=False, n_inner=200,
+                 activation_function='relu')]
+ACTIVATIONS = {'gelu': 'exact', 'gelu_python': 'exact', 'gelu_new': 'tanh', 'gelu_fast': 'tanh', 'gelu_accurate': 'tanh',
+               'gelu_pytorch_tanh': 'tanh', 'gelu_python_tanh': 'tanh', 'relu': 'relu'}
+
+
+@pytest.fixture
+def gpt2(transformers, tmp_path):
+    """gpt2(**config) -> (transformers' GPT-2 with large random weights, the folder where it has saved it)."""
+    def make(**config):
+        torch.manual_seed(0)
+        sizes = dict(n_layer=3, n_head=2, n_embd=32, n_positions=24, vocab_size=64, bos_token_id=None, eos_token_id=None)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | config)).eval()
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.2)
+        model.save_pretrained(tmp_path / 'gpt2')
+        return model, tmp_path / 'gpt2'
+    return make
+
+
+@pytest.mark.parametrize('config', [*VARIANTS, *(dict(activation_function=name) for name in ACTIVATIONS)], ids=str)
+def test_variants_of_gpt2_are_the_same_here_and_back_there(transformers, gpt2, tmp_path, config):
+    theirs, folder = gpt2(**config)
+    model, idx = checkpoint.load_model(folder), torch.randint(64, (2, 24))
+    expected = logits(theirs, idx)
+    assert (logits(model, idx) - expected).abs().max() / expected.abs().max() < 1e-5
+    assert model.config.gelu == ACTIVATIONS[config.get('activation_function', 'gelu_new')]
+    assert export(f'--init_from={folder}', f'--folder={tmp_path / "hf"}').returncode == 0
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    assert (logits(there, idx) - expected).abs().max() / expected.abs().max() < 1e-5
+    back = checkpoint.load_model(tmp_path / 'hf')
+    assert back.config == model.config and torch.equal(logits(back, idx), logits(model, idx))
+
+
+def test_an_untied_head_is_cut_to_the_vocabulary(transformers, tmp_path):
+    model = random_model(vocab_size=128, tied=False)
+    other = transformers.AutoModelForCausalLM.from_pretrained(exported(tmp_path, model, DESCRIPTIONS['char']))
+    n = len(DESCRIPTIONS['char']['chars'])
+    idx = torch.randint(n, (2, 64))
+    assert other.lm_head.weight.shape == (n, 32)
+    assert (logits(model, idx)[..., :n] - logits(other, idx)).abs().max() < 1e-5
+
+
+def edit(folder, **changes):
+    """Change keys of a folder's config.json; ... leaves one out."""
+    config = json.loads((folder / 'config.json').read_text()) | changes
+    (folder / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+@pytest.mark.parametrize('change, part', [
+    ({'n_layer': '2'}, "n_layer='2' is not a whole number from 1 up"),
+    ({'n_embd': [32]}, 'n_embd=[32] is not a whole number from 1 up'),
+    ({'n_embd': None}, 'n_embd=None is not a whole number from 1 up'),
+    ({'vocab_size': -1}, 'vocab_size=-1 is not a whole number from 1 up'),
+    ({'n_inner': 0}, 'n_inner=0 is not a whole number from 1 up'),
+    ({'n_inner': 64}, "don't fit its config.json"),
+    ({'layer_norm_epsilon': 'x'}, "layer_norm_epsilon='x' is not a number above 0"),
+    ({'n_head': 3}, 'n_embd=32 is not divisible by n_head=3'),
+    ({'tie_word_embeddings': False}, 'lm_head.weight'),
+    ({'tie_word_embeddings': 'no'}, "tie_word_embeddings='no' is neither true nor false"),
+    ({'scale_attn_weights': 1}, 'scale_attn_weights=1 is neither true nor false'),
+    ({'activation_function': ['gelu']}, "activation_function=['gelu'] is not supported"),
+    ({'activation_function': 'quick_gelu'}, "activation_function='quick_gelu' is not supported, only gelu,"),
+    ({'n_positions': 63}, "don't fit its config.json"),
+    ({'add_cross_attention': True}, 'add_cross_attention=True is not supported, only False'),
+    ({'quantization_config': {'bits': 4}}, "quantization_config={'bits': 4} is not supported"),
+    ({'model_type': ...},
+     'model_type is missing; supported are gpt2 (as --model=gpt) and llama (as --model=transformerpp)'),
+    ({'model_type': 'qwen2'}, "model_type='qwen2' is not supported, only gpt2"),
+    ({'n_layer': ...},
+     'has the weights of 2 layers, and its config.json lacks n_layer, for which transformers uses 12'),
+    ({'n_layer': 3}, 'has the weights of 2 layers, and its config.json says n_layer=3')], ids=str)
+def test_what_another_gpt2_has_is_refused(tmp_path, change, part):
     folder = exported(tmp_path, random_model())
-    (folder / 'config.json').write_text(json.dumps(json.loads((folder / 'config.json').read_text()) | change))
-    check(export(f'--init_from={folder}', f'--folder={tmp_path / "out"}'))
+    edit(folder, **change)
+    check(export(f'--init_from={folder}', f'--folder={tmp_path / "out"}'), part)
+
+
+def test_all_that_can_not_be_used_is_named_at_once(tmp_path):
+    folder = exported(tmp_path, random_model())
+    edit(folder, activation_function='silu', add_cross_attention=True, n_head='two', layer_norm_epsilon=0)
+    check(export(f'--init_from={folder}', f'--folder={tmp_path / "out"}'), "config.json can't be loaded as --model=gpt: ",
+          "activation_function='silu'", 'add_cross_attention=True', "n_head='two'", 'layer_norm_epsilon=0')
+
+
+def test_what_a_config_leaves_out_has_the_defaults_of_transformers(transformers, gpt2, capsys):
+    theirs, folder = gpt2(n_layer=12, n_head=12, n_embd=24)
+    edit(folder, n_layer=..., n_head=..., activation_function=..., layer_norm_epsilon=...)
+    edit(folder, n_embd=..., hidden_size=24)        # a second name of it
+    model, idx = checkpoint.load_model(folder), torch.randint(64, (2, 24))
+    notice = f"{folder}/config.json lacks n_layer, n_head: using transformers' n_layer=12, n_head=12\n"
+    assert capsys.readouterr().out == notice
+    assert (logits(model, idx) - logits(theirs, idx)).abs().max() < 1e-4
+    there = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(there, idx), logits(theirs, idx))
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_files_as_windows_editors_save_them(tmp_path, encoding):
+    """With a byte order mark, tokenizer.json in UTF-8."""
+    model = random_model(vocab_size=len(DESCRIPTIONS['char']['chars']))
+    folder = exported(tmp_path, model, DESCRIPTIONS['char'])
+    for name in ('config.json', 'tokenizer_config.json', 'tokenizer.json'):
+        text = (folder / name).read_text(encoding='utf-8')
+        (folder / name).write_text(text, encoding='utf-8-sig' if name == 'tokenizer.json' else encoding)
+    back, idx = checkpoint.load_model(folder), torch.randint(60, (2, 64))
+    assert torch.equal(logits(back, idx), logits(model, idx)) and back.tokenizer.describe() == DESCRIPTIONS['char']
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    """Of a billion weights those take a minute, and all of them are read from the file."""
+    model, name = random_model(tied=False), saved(tmp_path / 'model.pt', random_model(tied=False))
+    folder, before = exported(tmp_path / 'hf', model), torch.get_rng_state()
+    for source in (name, folder):
+        assert same(dict(checkpoint.load_model(source).state_dict()), dict(model.state_dict()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize('text, part', [
+    ('', 'is not valid JSON'), ('{"n_layer": 2,', 'is not valid JSON'), ('[' * 100_000, 'is not valid JSON'),
+    ('[1]', 'it holds a list, not an object')], ids=['empty', 'cut', 'deep', 'list'])
+def test_a_damaged_config(tmp_path, text, part):
+    folder = exported(tmp_path, random_model())
+    (folder / 'config.json').write_text(text)
+    check(export(f'--init_from={folder}', f'--folder={tmp_path / "out"}'), str(folder / 'config.json'), part)
 
 
 @pytest.fixture

@@ -248,6 +248,26 @@ def test_a_stop_ends_a_text_and_is_held_back_until_then():
     assert out.add(list(b'xEN')) == 'x' and out.add([], final=True) == 'EN'
 
 
+def test_an_id_of_ends_ends_a_row_and_is_no_part_of_its_text():
+    """Also where the stop is spelled otherwise in a text: with a space before it, as BERT's and Llama's may be."""
+    model = build('gpt')
+    model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])
+    context = Context(model, [[1], [2], [3]], 32)
+    news = list(generate.texts(context, 30, Sampling(3.0), [1, 2, 3], ends=[4, 5, 6, 7, None]))
+    assert len(news) < 31 and all(set(row[1:]) & {4, 5, 6, 7} for row in context.rows)
+    for row, parts in zip(context.rows, zip(*news)):
+        until = next(at for at, i in enumerate(row) if at and i in (4, 5, 6, 7))
+        assert ''.join(parts) == model.tokenizer.decode(row[1:until])
+
+
+def test_an_id_of_ends_completes_a_beam():
+    model = build('gpt')
+    model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])
+    ends = list(range(0, 50, 2))
+    found = generate.likeliest(Context(model, [[1]], 10), 8, 3, ends=ends)
+    assert len(found) == 3 and not any(set(model.tokenizer.encode(text)) & set(ends) for _, text in found)
+
+
 def test_texts_go_on_until_every_row_has_its_stop():
     model = build('gpt')
     model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])

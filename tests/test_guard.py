@@ -20,6 +20,7 @@ from guard import (
 from optimizer import build
 
 SIGMAS = 6.0
+GUESSING = 4.2     # nats
 
 
 @pytest.fixture(autouse=True, params=['cpu', 'gpu'])
@@ -61,7 +62,7 @@ def everything(optimizer, params):
     (2.0, math.nan, torch.tensor(math.nan)), (2.0, 1.0, torch.tensor(math.inf))])
 def test_a_bad_step_changes_nothing(lrs, name, loss, gradient, grad_norm):
     optimizer, scaler, params = made(lrs, name)
-    watch = Guard(SIGMAS)
+    watch = Guard(SIGMAS, GUESSING)
     assert step(watch, optimizer, scaler, params, 2.0) is None
     before = everything(optimizer, params)
     assert step(watch, optimizer, scaler, params, loss, gradient, grad_norm) == pytest.approx(loss, nan_ok=True)
@@ -73,7 +74,7 @@ def test_a_bad_step_changes_nothing(lrs, name, loss, gradient, grad_norm):
 def test_without_the_guard_the_weights_are_lost():
     """The check above fails where the flag does not reach the optimizer."""
     optimizer, scaler, params = made()
-    watch = Guard(SIGMAS)
+    watch = Guard(SIGMAS, GUESSING)
     watch.skip_if_bad(optimizer, scaler, torch.tensor(math.nan))
     del optimizer.found_inf
     for p in params:
@@ -85,7 +86,7 @@ def test_without_the_guard_the_weights_are_lost():
 def test_float16_is_skipped_through_its_scaler():
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
     optimizer, scaler, params = made(scaler=scaler)
-    watch = Guard(SIGMAS)
+    watch = Guard(SIGMAS, GUESSING)
     step(watch, optimizer, scaler, params, 2.0)
     before = everything(optimizer, params)
     assert math.isnan(step(watch, optimizer, scaler, params, math.nan))        # with gradients that are fine
@@ -106,21 +107,21 @@ def judged(watch, values):
 
 
 def test_a_spike_is_more_than_noise():
-    watch = Guard(SIGMAS)
+    watch = Guard(SIGMAS, GUESSING)
     assert judged(watch, losses(MEMORY) + losses(400, seed=1)) == {}
     assert judged(watch, [3 + 0.1 * (SIGMAS - 2)]) == {}
     assert list(judged(watch, [3 + 0.1 * (SIGMAS + 2)])) == [0]
-    assert judged(Guard(0.0, watch.state()), [100.0, math.inf]).keys() == {1}   # without sigmas
+    assert judged(Guard(0.0, GUESSING, watch.state()), [100.0, math.inf]).keys() == {1}   # without sigmas
 
 
 def test_a_loss_that_falls_or_wanders_is_no_spike():
     falling = [3 + 4 * math.exp(-i / 60) + noise for i, noise in enumerate(losses(1000, 0.05))]
-    assert judged(Guard(SIGMAS), falling) == {}
+    assert judged(Guard(SIGMAS, GUESSING), falling) == {}
 
 
 def test_near_a_loss_of_zero_a_bump_is_no_spike():
     """The measured deviation vanishes there; the floor does not."""
-    watch = Guard(SIGMAS)
+    watch = Guard(SIGMAS, GUESSING)
     assert judged(watch, [1e-5] * 300) == {}
     assert judged(watch, [0.9 * SIGMAS * FLOOR]) == {}
     assert list(judged(watch, [3.0])) == [0]
@@ -128,7 +129,7 @@ def test_near_a_loss_of_zero_a_bump_is_no_spike():
 
 def test_a_jump_is_skipped_a_few_times_and_then_let_through():
     """Skipping freezes the weights; where they are the cause, the next losses are as high."""
-    watch = Guard(SIGMAS)
+    watch = Guard(SIGMAS, GUESSING)
     judged(watch, losses(400))
     jump = judged(watch, [9.0] * 50)
     assert list(jump) == [*range(SPIKES_IN_A_ROW)]
@@ -143,7 +144,7 @@ def test_a_jump_is_skipped_a_few_times_and_then_let_through():
     [1e-6] * 200 + [4.0, 2.0, 1.0, 0.5] * 20,
 ], ids=['a runaway', 'every second one', 'bumps while memorising'])
 def test_finite_losses_never_count_as_divergence(values):
-    watch, made_ = Guard(SIGMAS), made()
+    watch, made_ = Guard(SIGMAS, GUESSING), made()
     judged(watch, losses(200))
     for loss in values:
         step(watch, *made_, loss)
@@ -151,7 +152,7 @@ def test_finite_losses_never_count_as_divergence(values):
 
 
 def test_losses_that_stay_nan_count_as_divergence():
-    watch = Guard(SIGMAS)
+    watch = Guard(SIGMAS, GUESSING)
     judged(watch, losses(200))
     judged(watch, [math.nan] * (NOT_FINITE_IN_A_ROW - 1))
     assert not watch.has_diverged and not watch.last_was_finite
@@ -186,28 +187,38 @@ HIGH = 2.7 + FAR + 1
     (GOOD + [(0.01, HIGH)] * 50, 500, False),
     (GOOD + [(2.7 + FAR, 2.7 + FAR)] * 50, 500, False),
     ([(4.0, 4.0)] * 50, 500, False),
-    ([(4.0, 4.0)] + [(9.0, 9.0)] * 50, 500, False),
+    ([(4.1, 4.2)] + [(9.0, 9.0)] * 50, 500, False),
+    ([(4.1, 4.2), (3.4, 3.3)] + [(9.0, 9.0)] * 50, 500, False),
+    ([(0.0, 2.0), (2.0, 2.0)] + [(9.0, 9.0)] * 50, 500, True),
 ], ids=['it stays there', 'not for long', 'not for many steps', 'it recovers', 'it overfits',
         'it memorises by position', 'it is not far',
-        'it never learns', 'it was never better'])
+        'it never learns', 'it was never better',
+        'it was hardly better', 'a trained model'])
 def test_only_losses_that_stay_far_above_the_lowest_end_a_run(pairs, every, is_over):
-    assert (evaluated(Guard(SIGMAS), pairs, every) is not None) == is_over
+    assert (evaluated(Guard(SIGMAS, GUESSING), pairs, every) is not None) == is_over
 
 
 def test_a_validation_loss_of_nan_is_divergence():
-    watch = Guard(SIGMAS)
+    watch = Guard(SIGMAS, GUESSING)
     watch.evaluated(100, math.nan)
     assert watch.has_diverged
 
 
+def test_weights_are_finite_or_not():
+    weights = [torch.ones(2), torch.tensor([1.0, 2.0])]
+    assert guard.all_finite(weights)
+    assert not guard.all_finite([*weights, torch.tensor([math.nan])])
+    assert not guard.all_finite([*weights, torch.tensor([-math.inf])])
+
+
 def test_a_guard_goes_on_from_its_state():
-    one, values = Guard(SIGMAS), [*losses(300), 9.0, math.nan]
+    one, values = Guard(SIGMAS, GUESSING), [*losses(300), 9.0, math.nan]
     judged(one, values[:200])
     one.evaluated(200, 3.0)
     assert one.now.lowest_val == 3.0
-    two = Guard(SIGMAS, one.state())
+    two = Guard(SIGMAS, GUESSING, one.state())
     assert judged(one, values[200:]).keys() == judged(two, values[200:]).keys() == {100, 101}
-    assert one.state() == two.state() != Guard(SIGMAS).state()
+    assert one.state() == two.state() != Guard(SIGMAS, GUESSING).state()
 
 
 @pytest.mark.parametrize('stored, at', [

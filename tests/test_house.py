@@ -1,5 +1,6 @@
 """The project's own order: which module may know of which, what a text may not say."""
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -20,9 +21,9 @@ KNOWS = {       # module: the project's modules that it may import
     'huggingface': {'tokenizer_files', 'hub'},
     'model': {'layers', 'optimizer', 'generate', 'huggingface'},
     'models': {'model', 'layers'},
-    'shards': {'tokenizer'}, 'dataset': {'shards'}, 'mixture': {'dataset'},
+    'shards': {'tokenizer'}, 'dataset': {'shards', 'mistakes'}, 'mixture': {'dataset'},
     'conversations': {'chat'},
-    'journal': {'files', 'mistakes'}, 'bins': {'files', 'tokenizer', 'chat', 'journal'},
+    'journal': {'files', 'mistakes'}, 'bins': {'files', 'tokenizer', 'chat', 'journal', 'mistakes'},
     'textfiles': {'conversations', 'files', 'hub'},
     'sources': {'bins', 'chat', 'conversations', 'files', 'journal', 'mistakes', 'textfiles'},
     'metrics': {'runtime', 'files'},
@@ -69,6 +70,37 @@ def test_every_file_of_the_readmes_table_exists():
     named = [cell for cell in first_cells if cell.endswith('.py') and ' ' not in cell]
     assert len(named) >= len(modules()) - 1
     assert all((ROOT / name).exists() for name in named)
+
+
+@pytest.mark.parametrize('path', [*sorted(ROOT.glob('*.py')), *sorted(ROOT.glob('models/*.py')),
+                                  *sorted(ROOT.glob('data/**/*.py'))], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_text_say_their_encoding(path):
+    """Else it is the machine's: cp1252 on Windows, ASCII in a bare container."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Call) and opens_text(node):
+            assert 'encoding' in {keyword.arg for keyword in node.keywords}, f"{path.name}, line {node.lineno}"
+
+
+def opens_text(call):
+    """Whether a call is open(…), .read_text(…) or .write_text(…) of a file of text."""
+    if ast.unparse(call.func) == 'textfiles.read_text':     # which reads UTF-8
+        return False
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr in ('read_text', 'write_text')
+    if not isinstance(call.func, ast.Name) or call.func.id not in ('open', 'fdopen'):
+        return False
+    mode = ast.unparse(call.args[1]) if len(call.args) > 1 else 'r'
+    return 'b' not in mode
+
+
+def test_every_script_begins_as_one():
+    """Before its slow imports, so that Ctrl-C is one line from there on."""
+    scripts = [*(ROOT / f'{name}.py' for name in SCRIPTS), *ROOT.glob('data/**/prepare.py')]
+    for path in scripts:
+        before, call, _ = path.read_text(encoding='utf-8').partition('begin_script()')
+        imported = set(re.findall(r'^(?:import|from) (\w+)', before, re.MULTILINE))
+        assert call and imported <= {'argparse', 'runpy', 'sys', 'time', 'difflib', 'hashlib', 'random', 're', 'zipfile',
+                                     'sysconfig', 'json', 'os', 'shlex', 'shutil', 'signal', 'pathlib', 'mistakes'}, path
 
 
 def test_no_text_has_a_gap_left_to_fill():

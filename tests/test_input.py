@@ -60,7 +60,8 @@ NAMES = ['', ' ', '.', '..', '-', '--', '~', '/dev/null', '/dev/zero', '/dev/ful
 KNOWN = {'model': ZOO, 'device': ['cpu', 'cuda', 'cuda:0', 'mps', 'meta', 'cpu:0', 'xla', 'cuda:99999999999999999999'],
          'dtype': ['float32', 'bfloat16', 'float16', 'float64', 'int8'], 'compile': ['False', 'auto', 'None', '1'],
          'attention': ['sdpa', 'plain'], 'optimizer': ['adamw', 'sgd'], 'lr_schedule': ['cosine', 'step'],
-         'gelu': ['exact', 'tanh'], 'log_to': ['tensorboard', ',', 'tensorboard,tensorboard'],
+         'gelu': ['exact', 'tanh', 'relu'], 'rope_scaling': ['none', 'linear', 'llama3'],
+         'log_to': ['tensorboard', ',', 'tensorboard,tensorboard'],
          'attention_kind': ['mha', 'gqa', 'mqa', 'sliding', 'banded', 'differential', 'mla', 'gated', 'sinks', 'alibi']}
 ODD = ['', 'auto', 'None', '[]', '()', '{}', "'8'", '1e999', '0x10', '1_0', '1j', '9' * 5000, '(' * 2000, '-' * 3000 + '1',
        '\ufeff1', '1\n', 'nan', 'inf', '-inf', 'True', 'False', '4.0', '1if 1', '\\d', '\x1b[2J', 'lambda: 1', '10**9', '½']

@@ -44,8 +44,9 @@ def test_an_unknown_logger_ends_in_one_line(tmp_path, log_to, near):
 
 
 def test_a_missing_package_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    for package in ('tensorboard', 'wandb'):
-        monkeypatch.setitem(sys.modules, package, None)
+    # torch.utils.tensorboard: an earlier test may have imported it, with tensorboard
+    for module in ('tensorboard', 'torch.utils.tensorboard', 'wandb'):
+        monkeypatch.setitem(sys.modules, module, None)
     log = Metrics(tmp_path, True, 10)
     log.start({}, ['tensorboard', 'wandb'])
     for line, package in zip(capsys.readouterr().out.splitlines(), ('tensorboard', 'wandb'), strict=True):

@@ -201,13 +201,43 @@ def test_exact_gelu_folder_and_shards_load_too(tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'model_type': 'bloom'}, 'bloom'), ({'activation_function': 'relu'}, 'activation'), ({'n_layer': 3}, 'missing')])
+    ({'model_type': 'bloom'}, r"model_type='bloom' is not supported, only gpt2 \(as --model=gpt\) and llama"),
+    ({'activation_function': 'silu'}, "activation_function='silu' is not supported, only gelu, "),
+    ({'n_layer': 3}, 'has the weights of 2 layers, and its config.json says n_layer=3')])
 def test_a_folder_that_is_not_this_gpt2_is_refused(tmp_path, change, message):
     save_hf(tmp_path, n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64)
     config = json.loads((tmp_path / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(tmp_path)
+
+
+def test_new_fields_keep_what_a_gpt_was():
+    """A checkpoint from before a field loads as the same model, and a run from then can't be resumed as another."""
+    model, (idx, _) = MODELS['gpt']().eval(), batch()
+    args = {k: v for k, v in asdict(model.config).items() if k not in ('gelu', 'n_inner', 'tied', 'norm_eps', 'eot')}
+    state = {'model': model.state_dict(), 'model_args': args, 'config': {}}
+    assert torch.equal(checkpoint.restore(state)[0].eval()(idx, idx)[0], model(idx, idx)[0])
+    config = {'model': 'gpt'} | asdict(model.config)
+    with pytest.raises(ValueError, match='out has n_inner=0, command line asks for 48: leave it out'):
+        checkpoint.adopt_run(config | {'n_inner': 48}, {'n_inner': 'command line'}, state, 'out')
+
+
+@pytest.mark.parametrize('fields, part', [
+    (dict(gelu='swish'), "gelu='swish' is unknown: use exact, tanh, relu"), (dict(n_inner=-1), 'n_inner=-1'),
+    (dict(norm_eps=0.0), 'norm_eps=0.0'), (dict(norm_eps=math.nan), 'norm_eps=nan')])
+def test_fields_that_make_no_sense(fields, part):
+    with pytest.raises(ValueError, match=part):
+        MODELS['gpt'](**fields)
+
+
+def test_an_untied_head_is_a_matrix_of_its_own():
+    tied, untied = MODELS['gpt'](), MODELS['gpt'](tied=False)
+    assert untied.lm_head.weight is not untied.transformer.wte.weight
+    assert untied.state_dict().keys() == tied.state_dict().keys()
+    assert untied.param_groups()['head'] == [untied.lm_head.weight]
+    assert untied.num_params() == tied.num_params() + 32 * 16
+    assert untied.flops_per_token(16) == tied.flops_per_token(16)      # one of the two is only looked up
 
 
 def test_state_dict_and_optimizer_groups_are_nanogpts():

@@ -165,6 +165,19 @@ def test_a_mistake_ends_in_one_line(plot, finished, tmp_path, damage, words, mes
     assert err.count('\n') == 1 and not list(tmp_path.glob('**/*.tmp'))
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason="names of files are text there")
+def test_a_folder_whose_name_is_no_text(plot, finished):
+    folder = finished.rename(finished.with_name('caf\udce9'))
+    assert plot(folder)[0] == 0 and (folder / 'loss.png').exists()
+
+
+def test_names_are_a_text_with_commas_or_a_list(plot, finished):
+    assert list(plot(finished, "--names=['wide, slow']")[3]['runs']) == ['wide, slow']
+    assert list(plot(finished, '--names=wide')[3]['runs']) == ['wide']
+    code, _, err, _ = plot(finished, '--names=wide, slow')
+    assert code == 2 and '1 runs, 2 names' in err
+
+
 def test_without_matplotlib(plot, finished, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     code, _, err, _ = plot(finished)

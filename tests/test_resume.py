@@ -79,7 +79,7 @@ INFORMS = {     # by the beginning of its name
     'progress.rolled_back_to': "likewise",
     'optimizer.param_groups.*': "holds options, and those of the run that goes on win: they come from its config",
 }
-GUARD = [f'progress.guard.{name}' for name in guard.Guard(0.0).state()]
+GUARD = [f'progress.guard.{name}' for name in guard.Guard(0.0, 0.0).state()]
 MATTERS = [     # the others, settings apart
     'model.*', 'model_name', 'tokenizer', 'iter_num', 'best_val_loss',
     'optimizer.state.*.exp_avg', 'optimizer.state.*.exp_avg_sq', 'optimizer.state.*.step',

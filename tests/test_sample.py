@@ -5,10 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run
 
+import checkpoint
+import models
 import prompts
 import weights
+from tokenizer import BYTES, HuggingFaceTokenizer
+from tokenizer_files import byte_level
 
 RULE = '-' * 15
 
@@ -47,11 +52,10 @@ def test_a_prompt_that_is_not_utf8_is_told_in_words(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r'prompt is not UTF-8 at byte 1: `iconv -f ITS_ENC'):
             prompts.read(f'{kind}:{tmp_path}/prompt')
     for errors in ('strict', 'surrogateescape'):        # the C locale has the latter
-        for read in (lambda: prompts.read('-'), lambda: list(prompts.typed())):
-            stdin = io.TextIOWrapper(io.BytesIO(b'f\xfcr'), encoding='utf-8', errors=errors)
-            monkeypatch.setattr(sys, 'stdin', stdin)
-            with pytest.raises(ValueError, match='standard input is not UTF-8: `iconv'):
-                read()
+        stdin = io.TextIOWrapper(io.BytesIO(b'f\xfcr'), encoding='utf-8', errors=errors)
+        monkeypatch.setattr(sys, 'stdin', stdin)
+        with pytest.raises(ValueError, match='standard input is not utf-8 text at byte 1: `iconv'):
+            prompts.read('-')
 
 
 def test_line_ends_of_a_prompt_are_those_of_standard_input(tmp_path):
@@ -64,6 +68,51 @@ def test_a_stop_ends_a_sample(sample):
     whole = sample('--start=def', '--seed=2')[0].split(f'\n{RULE}')[0]
     out, err = sample('--start=def', '--seed=2', f'--stop=no such text|{whole[5]}')
     assert out == f'{whole[:3 + whole[3:].index(whole[5])]}\n{RULE}\n' and re.search(r'; [1-3] tokens in', err)
+
+
+def test_stops_are_repeated_or_a_list(sample):
+    whole = sample('--start=def', '--seed=2')[0].split(f'\n{RULE}')[0]
+    cut = f'{whole[:3 + whole[3:].index(whole[5])]}\n{RULE}\n'
+    assert sample('--start=def', '--seed=2', '--stop=no such text', f'--stop={whole[5]}')[0] == cut
+    assert sample('--start=def', '--seed=2', f"--stop={['no|such|text', whole[5]]}")[0] == cut
+
+
+MARKS = HuggingFaceTokenizer(byte_level({**BYTES, '<|im_end|>': 256, '[|end|]': 257}, [], ['<|im_end|>', '[|end|]']))
+
+
+@pytest.mark.parametrize('value, texts', [
+    ('', []), ('a', ['a']), ('a|b', ['a', 'b']), ('<|im_end|>', ['<|im_end|>']), ('[|end|]', ['[|end|]']),
+    ('<|of_another_model|>', ['<|of_another_model|>']),
+    ('User:|<|im_end|>', ['User:', '<|im_end|>']), ('<|im_end|>|[|end|]|\n', ['<|im_end|>', '[|end|]', '\n']),
+    ('<|im_end|>\n', ['<|im_end|>\n']), ('|', ['|']), ('||', ['||']),
+    (['a|b', 'c'], ['a|b', 'c']), (['<|', ''], ['<|'])])
+def test_how_stops_are_said(value, texts):
+    assert prompts.stops(value, MARKS) == texts
+
+
+@pytest.mark.parametrize('value', ['a|', '|a', 'a||b', '<|', '<|im_end', 'im_end|>', '<|two words|>', '<|a|b|>'])
+def test_stops_that_may_mean_two_things_are_an_error(value):
+    with pytest.raises(ValueError, match=re.escape(f"stop={value!r} is either one text or several with | between them")):
+        prompts.stops(value, MARKS)
+
+
+def test_a_stop_that_is_a_special_token_ends_a_sample_at_its_id(warm, tmp_path):
+    """A bigram that has learned `ab<|im_end|>c` over and over."""
+    model = models.build('bigram', block_size=8, vocab_size=258)
+    ids = torch.tensor(MARKS.encode('ab<|im_end|>c' * 50))
+    model.fit([(ids[None, :-1], ids[None, 1:])])
+    checkpoint.save(tmp_path, 'ckpt.pt', dict(model=model.state_dict(), model_name='bigram', model_args=vars(model.config),
+                                              tokenizer=MARKS.describe()))
+    words = [f'--init_from={tmp_path / "ckpt.pt"}', '--start=a', '--temperature=0', '--max_new_tokens=6', '--num_samples=1',
+             '--device=cpu']
+    assert warm('sample.py', *words).stdout == f'ab<|im_end|>cab<|im_end|>\n{RULE}\n'
+    for stop in (['--stop=<|im_end|>'], ['--stop=zz', '--stop=<|im_end|>'], ["--stop=['<|im_end|>']"],
+                 ['--stop=<|im_end|>c']):       # the last one as a text, of two tokens
+        done = warm('sample.py', *words, *stop)
+        assert done.stdout == f'ab\n{RULE}\n' and done.stderr.startswith('prompts in ')
+    done = warm('sample.py', *words, '--stop=zz|<|im_end|>')
+    assert done.stdout == f'ab\n{RULE}\n' and done.stderr.startswith("a sample ends at 'zz' or '<|im_end|>'\n")
+    assert warm('sample.py', *words, '--stop=<|im_end|>', '--num_beams=2').stdout.startswith(f'ab\n{RULE} -')
 
 
 def test_a_full_context_is_told(sample):

@@ -1,6 +1,7 @@
 """models/transformerpp.py against `transformers`' Llama; its sizes; and the door to Llama's files, both ways."""
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from test_export import check, export, exported, saved
 import checkpoint
 import huggingface
 import layers
+import weights
+from generate import Context
 from model import GPT
 from models import build
 
@@ -48,7 +51,7 @@ def exact(transformers, monkeypatch):
     monkeypatch.setattr(layers, 'rotary', rotary64)
 
 
-def rotary64(T, D, base=1e4):
+def rotary64(T, D, base=1e4, scale=None):
     angles = torch.outer(torch.arange(T).double(), base ** (-torch.arange(0, D, 2).double() / D))
     return torch.stack([torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)])
 
@@ -74,7 +77,14 @@ def test_logits_are_llamas(transformers, exact, fields):
     assert (model(idx, idx)[0] - as_llama(transformers, model)(idx).logits).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize('fields', FORMS[:4], ids=str)
+LLAMA3 = dict(rope_scaling='llama3', rope_factor=32.0, rope_low_freq=1.0, rope_high_freq=4.0, rope_original=16,
+              rope_theta=5e5)
+VARIANTS = [LLAMA3, dict(LLAMA3, rope_low_freq=2.0, rope_high_freq=3.0), dict(rope_scaling='linear', rope_factor=2.0),
+            dict(head_dim=16), dict(attention_bias=True), dict(mlp_bias=True), dict(n_head=4, head_dim=2),
+            dict(LLAMA3, head_dim=12, attention_bias=True, mlp_bias=True, attention_kind='gqa', n_kv_head=2, tied=False)]
+
+
+@pytest.mark.parametrize('fields', [*FORMS[:4], *VARIANTS], ids=str)
 def test_logits_are_llamas_as_it_is(transformers, fields):
     """Its own norms and angles, in float32."""
     model, idx = shaken(**fields), torch.randint(50, (2, 24))
@@ -164,7 +174,15 @@ def test_the_context_may_grow():
 @pytest.mark.parametrize('fields, part', [
     (dict(n_head=3), 'n_embd=32'), (dict(n_layer=0), 'n_layer=0'), (dict(multiple_of=0), 'multiple_of=0'),
     (dict(n_hidden=-1), 'n_hidden=-1'), (dict(rope_theta=0.0), 'rope_theta=0.0'), (dict(norm_eps=-1.0), 'norm_eps=-1.0'),
-    (dict(norm_place='behind'), 'take pre or post'), (dict(dropout=1.0), 'dropout=1.0')])
+    (dict(norm_place='behind'), 'take pre or post'), (dict(dropout=1.0), 'dropout=1.0'),
+    (dict(head_dim=3), 'head_dim=3'), (dict(head_dim=-2), 'head_dim=-2'),
+    (dict(attention_kind='mla', attention_bias=True), "attention_kind='mla' has none"),
+    (dict(attention_kind='alibi', rope_scaling='linear'), "attention_kind='alibi' rotates nothing"),
+    (dict(rope_scaling='yarn'), "rope_scaling='yarn' is unknown: use none, linear, llama3"),
+    (dict(rope_factor=8.0), "rope_factor=8.0 has no effect with rope_scaling='none'"),
+    (dict(rope_scaling='linear', rope_original=64), "rope_original=64 has no effect with rope_scaling='linear'"),
+    (dict(rope_scaling='linear', rope_factor=math.nan), 'rope_factor=nan must be above 0'),
+    (dict(rope_scaling='llama3', rope_low_freq=4.0), 'rope_low_freq=4.0 must be below rope_high_freq=4.0')])
 def test_fields_that_make_no_sense(fields, part):
     with pytest.raises(ValueError, match=part) as caught:
         build('transformerpp', **{**SHAPE, **fields})
@@ -173,7 +191,7 @@ def test_fields_that_make_no_sense(fields, part):
 
 # ---- Hugging Face's files --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('fields', FORMS[1:5], ids=str)
+@pytest.mark.parametrize('fields', [*FORMS[1:5], *VARIANTS], ids=str)
 def test_export_and_back(transformers, tmp_path, fields):
     model, idx = shaken(**fields), torch.randint(50, (2, 24))
     folder = exported(tmp_path, model)
@@ -209,7 +227,85 @@ def test_a_llama_from_elsewhere(transformers, tmp_path, tied):
     assert (ours - logits).abs().max() / logits.abs().max() < 1e-5
 
 
+# Llama 3.2 1B's config.json, with fewer channels (2048), layers (16), heads (32, 8 of keys and values) and ids (128256).
+LLAMA_3_2 = {
+    'architectures': ['LlamaForCausalLM'], 'attention_bias': False, 'attention_dropout': 0.0, 'bos_token_id': 0,
+    'eos_token_id': 1, 'head_dim': 64, 'hidden_act': 'silu', 'hidden_size': 256, 'initializer_range': 0.02,
+    'intermediate_size': 192, 'max_position_embeddings': 131072, 'mlp_bias': False, 'model_type': 'llama',
+    'num_attention_heads': 4, 'num_hidden_layers': 2, 'num_key_value_heads': 1, 'pretraining_tp': 1, 'rms_norm_eps': 1e-05,
+    'rope_scaling': {'factor': 32.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0,
+                     'original_max_position_embeddings': 8192, 'rope_type': 'llama3'},
+    'rope_theta': 500000.0, 'tie_word_embeddings': True, 'torch_dtype': 'bfloat16',
+    'transformers_version': '4.45.0.dev0', 'use_cache': True, 'vocab_size': 128}
+
+
+def llama_folder(transformers, folder, config):
+    """(transformers' Llama with large random weights, in float32; the folder that holds it beside this config.json)."""
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, std=0.1)
+    theirs.save_pretrained(folder)
+    (folder / 'config.json').write_text(json.dumps(config))
+    return theirs, folder
+
+
+def test_llama_3_2s_angles_are_bit_for_bit_those_of_transformers(transformers, tmp_path):
+    theirs, folder = llama_folder(transformers, tmp_path, LLAMA_3_2)
+    model = checkpoint.load_model(folder)
+    assert (model.config.rope_scaling, model.config.rope_factor, model.config.rope_original) == ('llama3', 32.0, 8192)
+    assert model.config.head_dim == 0 and model.rotary.shape == (2, 131072, 64) and model.rotary.dtype == torch.float32
+    cos, sin = theirs.model.rotary_emb(torch.zeros(1), torch.arange(131072)[None])
+    assert torch.equal(model.rotary[0], cos[0]) and torch.equal(model.rotary[1, :, 32:], sin[0, :, 32:])
+    unscaled = layers.rotary(131072, 64, 5e5)
+    assert torch.equal(model.rotary[:, :, :10], unscaled[:, :, :10])        # the fastest stay as they are
+    assert not torch.equal(model.rotary[:, :, 31], unscaled[:, :, 31])
+
+
+def test_llama_3_2_past_its_original_context_and_from_a_cache(transformers, tmp_path):
+    scaling = LLAMA_3_2['rope_scaling'] | {'original_max_position_embeddings': 16}
+    theirs, folder = llama_folder(transformers, tmp_path, LLAMA_3_2 | {'rope_scaling': scaling})
+    model, idx = checkpoint.load_model(folder), torch.randint(128, (1, 200))
+    expected, ours = theirs(idx).logits, model(idx, idx)[0]
+    assert (ours - expected).abs().max() / expected.abs().max() < 1e-5
+    plain = build('transformerpp', **asdict(model.config) | dict(
+        rope_scaling='none', rope_factor=1.0, rope_original=8192)).eval()
+    plain.load_state_dict(model.state_dict())
+    assert (plain(idx, idx)[0] - expected).abs().max() / expected.abs().max() > 0.01       # so the scaling counts
+    context = Context(model, [idx[0, :150].tolist()], 200)      # from here on by the cache
+    for t in range(150, 200):
+        assert (context.logits()[0] - expected[0, t - 1]).abs().max() / expected.abs().max() < 1e-5
+        context.add(idx[:, t:t + 1])
+    theirs.generation_config.eos_token_id = None
+    prompt = idx[:, :20]
+    mask = torch.ones_like(prompt)      # else it reads the id 0 as padding
+    greedy = theirs.generate(prompt, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(prompt, 30, temperature=0), greedy)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
+def test_new_parts_keep_their_biases_in_weights_for_generation(dtype):
+    if dtype == 'int8' and not weights.can_int8():
+        pytest.skip("there is no C compiler")
+    model, idx = shaken(**VARIANTS[-1]), torch.randint(50, (1, 24))
+    expected = model(idx, idx)[0][0]
+    weights.prepare(model, dtype)
+    cache = model.init_cache(1, 24)
+    found = torch.stack([model(idx[:, t:t + 1], cache=cache)[0][0, 0] for t in range(24)])
+    assert (found - expected).norm() / expected.norm() < {'float32': 1e-5, 'bfloat16': 0.02, 'int8': 0.05}[dtype]
+
+
+def test_checkpoints_from_before_a_field_hold_the_same_model():
+    model, idx = shaken(), torch.randint(50, (1, 24))
+    new = {'head_dim', 'attention_bias', 'mlp_bias', *(name for name in asdict(model.config) if name.startswith('rope_s')),
+           'rope_factor', 'rope_low_freq', 'rope_high_freq', 'rope_original'}
+    args = {k: v for k, v in asdict(model.config).items() if k not in new}
+    state = {'model': model.state_dict(), 'model_name': 'transformerpp', 'model_args': args, 'config': {}}
+    assert torch.equal(checkpoint.restore(state)[0].eval()(idx, idx)[0], model(idx, idx)[0])
+
+
 @pytest.mark.parametrize('fields, part', [
+    (dict(n_embd=30, n_head=4, head_dim=8), 'n_embd=30 is not divisible by n_head=4'),
     (dict(attention_kind='mla'), "no attention_kind='mla'"), (dict(attention_kind='alibi'), "no attention_kind='alibi'"),
     (dict(norm_place='post'), "norm_place='post'")])
 def test_what_llama_does_not_have_is_not_exported(tmp_path, fields, part):
@@ -219,17 +315,46 @@ def test_what_llama_does_not_have_is_not_exported(tmp_path, fields, part):
 
 
 @pytest.mark.parametrize('change, part', [
-    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0, 'rope_theta': 1e4}}, "rope_type='llama3'"),
-    ({'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "rope_type='linear'"),
-    ({'attention_bias': True}, 'attention_bias=True'), ({'mlp_bias': True}, 'mlp_bias=True'),
-    ({'head_dim': 16}, 'head_dim=16'), ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
-    ({'intermediate_size': None}, 'sizes'), ({'num_key_value_heads': 3}, '3'),
-    ({'tie_word_embeddings': False}, 'lm_head.weight'), ({'num_hidden_layers': 2}, 'layers.2'),
-    ({'vocab_size': 49}, '2 weights')])
+    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0, 'rope_theta': 1e4}},
+     'rope_parameters.low_freq_factor is missing; rope_parameters.high_freq_factor is missing'),
+    ({'rope_parameters': {'rope_type': 'yarn'}}, "rope_parameters.rope_type='yarn' is not supported, only default, linear"),
+    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "rope_scaling.type='dynamic' is not supported"),
+    ({'rope_scaling': {'type': 'linear', 'factor': '2'}}, "rope_scaling.factor='2' is not a number above 0"),
+    ({'rope_scaling': 'linear'}, "rope_scaling='linear' is not an object"),
+    ({'rope_theta': 'big', 'rope_parameters': None}, "rope_theta='big' is not a number above 0"),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 is not supported'),
+    ({'attention_bias': True}, 'attn.c_attn.bias'), ({'mlp_bias': True}, 'mlp.c_fc.bias'), ({'head_dim': 16}, '6 weights'),
+    ({'head_dim': 7}, 'head_dim=7'), ({'hidden_act': 'gelu'}, "hidden_act='gelu' is not supported, only silu, swish"),
+    ({'intermediate_size': None}, 'intermediate_size=None is not a whole number from 1 up'),
+    ({'num_key_value_heads': 3}, 'num_key_value_heads=3 is not a divisor of num_attention_heads=4'),
+    ({'tie_word_embeddings': False}, 'lm_head.weight'),
+    ({'num_hidden_layers': 2}, 'has the weights of 3 layers, and its config.json says num_hidden_layers=2'),
+    ({'num_hidden_layers': ...}, 'its config.json lacks num_hidden_layers, for which transformers uses 32'),
+    ({'vocab_size': 49}, '2 weights')], ids=str)
 def test_what_another_llama_has_is_refused(tmp_path, change, part):
     folder = exported(tmp_path, shaken())
-    (folder / 'config.json').write_text(json.dumps(json.loads((folder / 'config.json').read_text()) | change))
+    config = json.loads((folder / 'config.json').read_text()) | change
+    (folder / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
     check(export(f'--init_from={folder}', f'--folder={tmp_path / "out"}'), part)
+
+
+@pytest.mark.parametrize('change', [
+    dict(rope_parameters={'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 100.0}),
+    dict(rope_parameters=None, rope_scaling={'type': 'linear', 'factor': 2}, rope_theta=100.0),
+    dict(rope_parameters={'rope_type': 'default', 'rope_theta': 7.0}, rope_scaling={'rope_type': 'linear', 'factor': 2.0}),
+    dict(rope_parameters={'rope_type': 'llama3', 'factor': 2.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}),
+    dict(rope_parameters={'rope_type': 'llama3', 'factor': 2.0, 'low_freq_factor': 1, 'high_freq_factor': 4,
+                          'original_max_position_embeddings': 8}, original_max_position_embeddings=12),
+    dict(rope_parameters=None)], ids=str)
+def test_where_rotations_are_said(transformers, tmp_path, change):
+    """In the keys of transformers 5 or older ones, the latter first; what is missing is its default."""
+    folder, idx = exported(tmp_path, shaken()), torch.randint(50, (2, 24))
+    config = json.loads((folder / 'config.json').read_text())
+    for key in ('rope_theta', 'rope_scaling', 'rope_parameters'):
+        del config[key]
+    (folder / 'config.json').write_text(json.dumps(config | change))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(idx).logits
+    assert (checkpoint.load_model(folder)(idx, idx)[0] - theirs).abs().max() / theirs.abs().max() < 1e-5
 
 
 def test_gpt_says_whose_a_llamas_folder_is(tmp_path):

@@ -54,12 +54,13 @@ def test_what_a_row_gives_does_not_depend_on_the_others(dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize('gelu', ['exact', 'tanh'])
+@pytest.mark.parametrize('fields', [
+    {}, dict(gelu='tanh'), dict(gelu='relu', n_inner=40), dict(n_inner=272, norm_eps=0.1, tied=False)], ids=str)
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_gpt2s_blocks_in_c_are_those_of_model_py(dtype, bias, gelu):
+def test_gpt2s_blocks_in_c_are_those_of_model_py(dtype, bias, fields):
     torch.manual_seed(0)
-    model = models.build('gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=48, n_head=4, bias=bias, gelu=gelu).eval()
+    model = models.build('gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=48, n_head=4, bias=bias, **fields).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     model, theirs = prepared(model, dtype)

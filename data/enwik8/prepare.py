@@ -7,6 +7,7 @@ Downloads enwik8.zip, 36.4 MB (sha256 below; NANOGPT_MIRROR may hold it as enwik
 calls bits per character is per byte: val_bpb here. The text is under the licence that Wikipedia had then, the GFDL.
 http://mattmahoney.net/dc/textdata.html tells more.
 """
+import argparse
 import sys
 import zipfile
 from pathlib import Path
@@ -14,11 +15,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 import numpy as np
 
 from bins import write_ids
 from files import download
-from mistakes import user_errors
+from mistakes import fail, user_errors
 from tokenizer import ByteTokenizer
 
 DOWNLOAD_MB = 36.4
@@ -27,6 +33,9 @@ SHA256 = '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
 ENDS = {'train': 90_000_000, 'val': 95_000_000, 'test': 100_000_000}    # in bytes: a character may be cut in two
 
 if __name__ == '__main__':
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.error = fail
+    options.parse_args()
     with user_errors():
         path = download(URLS, HERE / 'enwik8.zip', SHA256, mirrored_as='enwik8/enwik8.zip')
         ids = np.frombuffer(zipfile.ZipFile(path).read('enwik8'), np.uint8)

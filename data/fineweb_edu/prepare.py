@@ -16,10 +16,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 import bins
 import hub
 import sources
-from mistakes import user_errors
+from mistakes import fail, user_errors
 from tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 28_518
@@ -28,6 +33,7 @@ SHARD = 100_000_000     # tokens per file
 
 if __name__ == '__main__':
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.error = fail
     options.add_argument('--num_proc', type=int, help="processes that encode; default: one per core")
     num_proc = options.parse_args().num_proc
     with user_errors():

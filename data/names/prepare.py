@@ -7,6 +7,7 @@ Downloads names.txt (sha256 below; NANOGPT_MIRROR may hold it as names/names.txt
 42: the first 80 % train, the next 10 % validate, the last 10 % are for a test, which nothing here reads: 182,625, 22,655
 and 22,866 letters and line ends to predict. A line end stands before and behind each name; each is a window of its own.
 """
+import argparse
 import random
 import sys
 from pathlib import Path
@@ -14,9 +15,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 from bins import write_bins
 from files import download
-from mistakes import user_errors
+from mistakes import fail, user_errors
 from tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0.2
@@ -24,8 +30,12 @@ URL = 'https://raw.githubusercontent.com/karpathy/makemore/master/names.txt'
 SHA256 = '0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d'
 
 if __name__ == '__main__':
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.error = fail
+    options.parse_args()
     with user_errors():
-        names = download(URL, HERE / 'names.txt', SHA256, mirrored_as='names/names.txt').read_text().split('\n')
+        path = download(URL, HERE / 'names.txt', SHA256, mirrored_as='names/names.txt')
+        names = path.read_text(encoding='utf-8').split('\n')
         tokenizer = CharTokenizer.of('\n'.join(names))
         random.Random(42).shuffle(names)
         cuts = 0, int(0.8 * len(names)), int(0.9 * len(names)), len(names)

@@ -18,6 +18,11 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 import hub
 from mistakes import fail, user_errors
 

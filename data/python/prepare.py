@@ -18,8 +18,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 from bins import prepare
-from mistakes import user_errors
+from mistakes import fail, user_errors
 from tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 1.5
@@ -67,6 +72,7 @@ class Files:
 
 if __name__ == '__main__':
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.error = fail
     options.add_argument('--vocab_size', type=int, help="only so many of GPT-2's 50,257 entries; default: all")
     options.add_argument('--num_proc', type=int, help="processes that encode; default: one per core")
     options = options.parse_args()

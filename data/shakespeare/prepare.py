@@ -18,11 +18,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 import bins
 import sources
 import vocabulary
 from files import download
-from mistakes import user_errors
+from mistakes import fail, user_errors
 
 DOWNLOAD_MB = 2.6
 URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/'
@@ -38,6 +43,7 @@ def prepare(text_folder, folder, tokenizer):
 
 if __name__ == '__main__':
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.error = fail
     options.add_argument('--tokenizer', default='gpt2', help="as vocabulary.py names them; default: gpt2, in this folder")
     name = options.parse_args().tokenizer
     with user_errors():

@@ -6,6 +6,7 @@ All .py files of the running interpreter's own library that are pure ASCII, its 
 PSF licence. Whole files go to a split, one in ten to validation, by the sha256 of the seed and their name; in each split
 they stand in the order of their names. The corpus is this Python version's: its sha256 is printed.
 """
+import argparse
 import hashlib
 import sys
 import sysconfig
@@ -14,8 +15,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from mistakes import begin_script
+
+if __name__ == '__main__':
+    begin_script()      # before the imports, which take a second
+
 from bins import write_bins
-from mistakes import user_errors
+from mistakes import fail, user_errors
 from tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0
@@ -37,6 +43,9 @@ def in_val(name):
 
 
 if __name__ == '__main__':
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.error = fail
+    options.parse_args()
     with user_errors():
         corpus = list(sources(Path(sysconfig.get_path('stdlib'))))
         text = ''.join(text for _, text in corpus)
