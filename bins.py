@@ -29,10 +29,9 @@ import files
 import journal
 import mistakes
 import tokenizer as tokenizers
-from journal import SKIPPED, SPLITS, Remark
-from mistakes import one_line
+from journal import SPLITS, Remark
 
-VERSION = 2         # of how documents become bins here: what another one has begun is begun anew
+VERSION = 3         # of how documents become bins here: what another one has begun is begun anew
 TELL_SECONDS = 10       # between two lines about how far it is
 ROW = np.dtype([('split', 'u1'), ('documents', 'u1'), ('tokens', 'u4'), ('bytes', 'u4'), ('digest', 'V16')])
 
@@ -56,14 +55,20 @@ def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False,
                         add up to the source's; where it has a number `file`, pieces(n) begins with the first of file n
         read(piece)     in a worker: an iterator of (split or None, document)
         facts           perhaps: more of meta.json
+        facts           perhaps: more of meta.json
+        splits          perhaps: the splits that it names itself
+        too_few         perhaps: (what its documents are called, what to do where a split has none)
+        report(remarks) perhaps: in place of journal.report, the lines to print at the end
     A document is a text, or a list of (text, is_learned), or a Part of one. In its place may stand
-    a journal.Remark, which is reported at the end. None lets the sha256 of the seed and the
-    document choose, so that copies stay on one side. Behind each document stands the tokenizer's
-    eot, or where that has none the text `end`: by default a newline, unless the document ends with
-    one.
+    a journal.Remark, which is counted and reported at the end. None lets the sha256 of the seed and
+    the document choose, so that copies stay on one side. Behind each document stands the
+    tokenizer's eot, or where that has none the text `end`: by default a newline, unless the
+    document ends with one. A Part with a `place` is of a text with nothing behind it.
 
-    split: the shares of train, val and perhaps test. dedup: take each document once (Parts apart), which needs 100 bytes of
-    memory for each. shard_tokens: put so many tokens in a file. num_proc: processes that encode, by default one per core.
+    split: the shares of train, val and perhaps test; None: the source names the split of every
+    document. dedup: keep the first of equal documents (Parts apart), which needs 100 bytes of
+    memory for each. shard_tokens: put so many tokens in a file. num_proc: processes that encode,
+    by default one per core.
     facts: more of meta.json; masked=True where documents are lists.
 
     The bins depend on nothing else: not on num_proc, nor on how often the work was stopped. What is done waits in
@@ -75,7 +80,10 @@ def prepare(folder, source, tokenizer, split=(0.9, 0.1), seed=1337, dedup=False,
 
 def _prepare(folder, source, tokenizer, split, seed, dedup, num_proc, shard_tokens, end, facts):
     work = files.workplace(folder) / 'bins'
-    facts, shares = {**getattr(source, 'facts', {}), **facts}, check_split(split)
+    facts = {**getattr(source, 'facts', {}), **facts}
+    shares = check_split(split) if split else []
+    named = getattr(source, 'splits', ())
+    splits = [name for i, name in enumerate(SPLITS) if i < len(shares) or name in named]
     dtype, eot, masked = bin_dtype(tokenizer.vocab_size), getattr(tokenizer, 'eot', None), bool(facts.get('masked'))
     of = [source.fingerprint, shares, seed, dedup, shard_tokens, end, facts, tokenizer.describe(), VERSION]
     identity = hashlib.sha256(repr(of).encode()).hexdigest()
@@ -84,17 +92,26 @@ def _prepare(folder, source, tokenizer, split, seed, dedup, num_proc, shard_toke
     if found['identity'] == identity and (work / 'meta.json').is_file():
         print(f"{folder}: the bins are ready; putting them in place")
     else:
-        output = journal.Output(work, identity, SPLITS[:len(shares)], dtype, masked, dedup, shard_tokens)
+        output = journal.Output(work, identity, splits, dtype, masked, dedup, shard_tokens)
         encoder = functools.partial(_Encoder, source=source, shares=shares, seed=seed, dtype=dtype, end=end, masked=masked)
         with output.kept_if_stopped():
             _encode_all(output, source, tokenizer, encoder, num_proc)
-            output.finish(split, {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype,
-                                  **({} if eot is None else {'eot': eot}), **facts})
+            meta = {'tokenizer': tokenizer.describe(), 'vocab_size': tokenizer.vocab_size,
+                    'dtype': dtype}
+            if eot is not None:
+                meta['eot'] = eot
+            unit, advice = getattr(source, 'too_few', ('document', "add documents"))
+            try:
+                output.finish(dict(zip(SPLITS, split or ())), {**meta, **facts}, unit, advice)
+            except ValueError:      # the remarks may say why
+                _report(source, output.done['remarks'])
+                raise
         found = output.done
     meta = json.loads((work / 'meta.json').read_text(encoding='utf-8'))
     journal.switch(folder, work, meta)
     shutil.rmtree(work.parent, ignore_errors=True)
     _tell(folder, meta, found, dedup)
+    _report(source, found['remarks'])
     return meta
 
 
@@ -146,7 +163,7 @@ class _Encoder:
         eot follows) of a document; of one by position perhaps several."""
         if isinstance(document, Part):
             if document.place:
-                yield from self._by_position(document)
+                yield from self._by_position(split, document)
             else:
                 text = document.text + (self._end(document.text) if document.is_last else '')
                 yield ((self._hashed(split, document.key)[0], document.is_last, len(text.encode()), b''),
@@ -163,9 +180,14 @@ class _Encoder:
             yield ((split, 1, len((text + end).encode()), digest),
                    *chat.encode(self.tokenizer, [*document, *([(end, document[-1][1])] if end else [])]), True)
 
-    def _by_position(self, part):
-        """The parts of a part that is cut where one split ends and the next begins; nothing stands behind them."""
+    def _by_position(self, split, part):
+        """The parts of a part that is cut where one split ends and the next begins, or all of it
+        where its split is given; nothing stands behind them."""
         start, length = part.place
+        if split is not None:
+            row = SPLITS.index(split), start == 0, len(part.text.encode()), b''
+            yield row, self.tokenizer.encode_ordinary(part.text), True, False
+            return
         cuts = [int(share * length) for share in self.sums]
         for split, (first, last) in enumerate(itertools.pairwise(cuts)):
             text = part.text[max(0, first - start):max(0, last - start)]
@@ -277,18 +299,12 @@ def _tell(folder, meta, done, dedup):
     size, seconds = sum(of['bytes'] for of in meta['splits'].values()) / 1e6, max(done['seconds'], 1e-3)
     print(f"{folder}: {size:,.1f} MB in {seconds:,.1f} s, {size / seconds:,.2f} MB/s"
           + (f"; {done['dropped']:,} duplicate(s) dropped" if dedup else ''), flush=True)
-    _tell_remarks(done['remarks'])
 
 
-def _tell_remarks(remarks):
-    for about, (n, details) in remarks.items():
-        if about != SKIPPED:
-            print(one_line(f"{n:,} {about}; the first is {details[0]}"), flush=True)
-    if SKIPPED in remarks:
-        n, details = remarks[SKIPPED]
-        print(f"{n:,} {SKIPPED}{':' if n == len(details) else ', of which the first are:'}")
-        for detail in details:
-            print(f"    {one_line(detail)}", flush=True)
+def _report(source, remarks):
+    lines_of = getattr(source, 'report', journal.report)
+    for line in lines_of(remarks):
+        print(line, flush=True)
 
 
 # ---- texts that fit into memory --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside i
 for each split its tokens, bytes of text and sha256. Windows are block_size tokens and the token after each.
 """
 import difflib
+import os
 import re
 import signal
 import subprocess
@@ -108,8 +109,8 @@ class Dataset:
             if wide:
                 raise ValueError(
                     f"{path} seems to hold {wide} ids: read as {self.dtype}, each one is followed by zeros. "
-                    f"To convert it: python -c \"import numpy; p = '{path.as_posix()}'; "
-                    f"numpy.fromfile(p, '{wide}').astype('{self.dtype}').tofile(p)\"")
+                    f"`python -c \"import numpy; p = '{path.as_posix()}'; numpy.fromfile(p, '{wide}')"
+                    f".astype('{self.dtype}').tofile(p)\"` converts it")
 
     def _read(self, split, spans):
         """(idx, targets), each (len(spans), block_size) int64: the tokens of each span (see `_spans`), and the same one
@@ -310,9 +311,20 @@ class RandomDataset(Dataset):
         return self._ids[split][start:start + n]
 
 
+def is_path(name):
+    """Whether a dataset's name is a path from where the user stands, not a plain name in data/."""
+    return re.search(r'[/\\]|^[.~]|^[A-Za-z]:', str(name)) is not None
+
+
 def folder_of(name):
-    """data/NAME, or where there is none the folder whose path it is."""
-    return Path(name) if Path(name).is_dir() and not (ROOT / name).is_dir() else ROOT / name
+    """The folder of a dataset, data/NAME or a path (see is_path); the other if only that exists."""
+    first, second = ROOT / name, Path(name)
+    if is_path(name):
+        first, second = Path(os.path.expanduser(name)), ROOT / name
+    # Unlike Path.is_dir, os.path.isdir is False of a name that no folder can have.
+    if os.path.isdir(second) and not os.path.isdir(first):
+        return second
+    return first
 
 
 def open_dataset(name, *args):
@@ -345,7 +357,7 @@ def permute(places, n, keys):
 def prepare_if_small(name):
     """Run data/NAME/prepare.py where the bins are missing and it says that it downloads less than 100 MB."""
     script = ROOT / name / 'prepare.py'
-    if Path(name).is_absolute() or '..' in Path(name).parts:        # run is what is in data/, and nothing else
+    if is_path(name):       # only the scripts in data/ are run, and nothing else
         return
     if any((ROOT / name / first).is_file() for first in ('train.bin', 'train-00000.bin')) or not script.is_file():
         return

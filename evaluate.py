@@ -34,6 +34,7 @@ from tqdm import tqdm
 import checkpoint
 import files
 import runtime
+import textfiles
 from configurator import configure
 from dataset import ROOT
 from mixture import open_one
@@ -72,8 +73,9 @@ def read_text():
     """(ids, bytes, words, cuts): cuts are the text's ends and the ids between its documents. ValueError, OSError."""
     name = dataset or (checkpoint.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare')
     if Path(name).is_file():
+        text = textfiles.read_text(name)
         try:
-            ids = np.array(own.encode(text := Path(name).read_bytes().decode()), np.int64)
+            ids = np.array(own.encode(text), np.int64)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         documents, n_ids, separator = [text] if eot is None else text.split(own.decode([eot])), len(ids), None
@@ -127,7 +129,11 @@ def read_examples(task, path, read):
             try:
                 examples.append(read(json.loads(line)))
             except (ValueError, RecursionError) as error:
-                what = f"it is not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
+                what = error
+                if isinstance(error, json.JSONDecodeError):
+                    what = f"it is not JSON ({error.msg})"
+                elif isinstance(error, UnicodeDecodeError):
+                    what = f"it {textfiles.not_utf8(error.start)}"
                 raise ValueError(f"{path}, line {i}: {what}") from None
     if not examples:
         raise ValueError(f"{path} holds no examples")

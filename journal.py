@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 import files
+from mistakes import one_line
 
 SAVE_SECONDS = 5        # between two journals
 SPLITS = 'train', 'val', 'test'
@@ -29,20 +30,34 @@ SHOWN = 5       # remarks of a kind that are kept word for word; the others are 
 
 class Remark(NamedTuple):
     """In place of a document: what to report at the end. Those about the same thing are counted."""
-    about: str          # SKIPPED, or what the report says after the count
-    detail: str         # file and line, and what was wrong there
+    about: str          # SKIPPED, what `report` says after the count, or the source's own word
+    detail: str         # where: file and line, and what was wrong there
+    n: int = 1          # how often
 
 
 def count_remarks(remarks, before):
-    """{about: [how many, the first SHOWN details]} of these remarks and of the counts `before`,
+    """{about: [how often, the first SHOWN details]} of these remarks and of the counts `before`,
     which are not changed."""
     counts = {about: [n, list(details)] for about, (n, details) in before.items()}
-    for about, detail in remarks:
+    for about, detail, n in remarks:
         count = counts.setdefault(about, [0, []])
-        count[0] += 1
+        count[0] += n
         if len(count[1]) < SHOWN:
             count[1].append(detail)
     return counts
+
+
+def report(counts):
+    """The lines to print of remarks, counted as above; those that were skipped come last."""
+    for about, (n, details) in counts.items():
+        if about != SKIPPED:
+            yield one_line(f"{n:,} {about}; the first is {details[0]}")
+    if SKIPPED in counts:
+        n, details = counts[SKIPPED]
+        of_which = '' if n == len(details) else ', of which the first are'
+        yield f"{n:,} {SKIPPED}{of_which}:"
+        for detail in details:
+            yield f"    {one_line(detail)}"
 
 
 class Stream:
@@ -206,22 +221,28 @@ class Output:
         finally:
             self.close()
 
-    def finish(self, shares, meta):
-        """All pieces are added: write the meta.json beside them. Raises ValueError where a split has got nothing."""
+    def finish(self, shares, meta, unit, advice):
+        """All pieces are added: write the meta.json beside them. Raises ValueError where a split
+        has nothing.
+
+        shares: {split: its share} of the splits to which a hash assigns documents. unit, advice:
+        what the documents are called, and what helps where they are too few.
+        """
         n = sum(facts['documents'] for facts in self.done['splits'].values())
         if not n and SKIPPED in self.done['remarks']:
             n_skipped, first = self.done['remarks'][SKIPPED]
             raise ValueError(f"none of the {n_skipped:,} row(s) can be used: {first[0]}")
         if not n:
             raise ValueError("there is no text in the sources: every document is empty")
-        for (split, facts), share in zip(self.done['splits'].items(), shares):
-            if facts['tokens'] < 2 and self.masked:
-                raise ValueError(f"none of the {n:,} conversation(s) fell to {split}, whose share is "
-                                 f"{share}: add conversations, or use another --split or --seed")
-            if facts['tokens'] < 2:
-                raise ValueError(f"none of the {n:,} document(s) fell to {split}, whose share is {share}: take smaller "
-                                 "ones (--document=paragraph or line), another --split or --seed, or make them one text, "
-                                 "which is divided by position: cat FILES | python data/prepare.py NAME -")
+        for split, facts in self.done['splits'].items():
+            if facts['tokens'] >= 2:
+                continue
+            if split not in shares:
+                raise ValueError(f"the files for {split} hold {facts['tokens']} token(s) of text: "
+                                 "at least 2 are needed")
+            raise ValueError(f"none of the {n:,} {unit}(s) fell to {split}, whose share is "
+                             f"{shares[split]}: {advice}, or use another --split or --seed, or "
+                             f"your own files (--{split}=FILE)")
         self.save()
         meta = {**meta, 'splits': {split: self._facts(split) for split in self.splits}}
         with files.replacing(self.folder / 'meta.json') as file:

@@ -46,12 +46,19 @@ def fail(message):
     raise SystemExit(2)
 
 
+MOST = 480      # characters of a line,
+MOST_WITH_COMMAND = 2000        # and of one with a `command`, which would not work if it were cut
+
+
 def one_line(message):
     """A message as one printable line of moderate length."""
     line = ' '.join(str(message).split())
     # File names and rows may hold anything.
     line = ''.join(c if c.isprintable() else '\ufffd' for c in line)
-    return line if len(line) <= 480 else f"{line[:370]} … {line[-90:]}"
+    most = MOST_WITH_COMMAND if line.count('`') > 1 else MOST
+    if len(line) <= most:
+        return line
+    return f"{line[:most - 110]} … {line[-90:]}"
 
 
 def tell_torchrun(line):

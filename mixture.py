@@ -6,6 +6,7 @@ remembered, a run resumes, and any number of processes and micro-batches see the
 """
 import fractions
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from dataset import Dataset, folder_of
 def parse(words):
     """[(name, weight)] of what --dataset= says, the weights whole numbers; of one dataset [(name, 1)]. ValueError."""
     found = [re.fullmatch(r'\s*(.+):(\d*\.?\d+)\s*', word) for word in str(words).split(',')]
-    if len(found) == 1 or folder_of(words).is_dir():        # which may have a comma in its name
+    if len(found) == 1 or os.path.isdir(folder_of(words)):      # which may have a comma in its name
         return [(words, 1)]
     if not all(found):
         raise ValueError(f"dataset={words!r}: a mixture is NAME:WEIGHT,NAME:WEIGHT, a weight behind each name; a "

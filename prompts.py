@@ -1,8 +1,10 @@
 """What sample.py reads: the texts it continues, the lines that somebody types, the texts that end a sample."""
 import codecs
+import io
 import re
 import sys
-from pathlib import Path
+
+import textfiles
 
 MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'      # <|im_end|>, [|endofturn|]: how special tokens are spelled
 
@@ -15,7 +17,8 @@ def read(text):
     if not text.startswith(('FILE:', 'LINES:')):
         return [_decoded(text, "the prompt", sys.getfilesystemencoding())]
     try:
-        content = Path(text.partition(':')[2]).read_text(encoding='utf-8')
+        content = textfiles.read_text(text.partition(':')[2], as_text=True)
+        content = io.StringIO(content, newline=None).read()     # CR LF becomes LF
     except (OSError, ValueError) as error:
         raise ValueError(f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})") from None
     if text.startswith('FILE:'):

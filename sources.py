@@ -5,13 +5,16 @@ A text file's byte order mark is no part of its text; everything else is, CR LF 
 """
 import codecs
 import contextlib
+import difflib
 import hashlib
 import itertools
 import json
 import re
+import shlex
 import sys
 import threading
 from bisect import bisect_left
+from collections import Counter
 from concurrent.futures import Future
 from itertools import accumulate
 from pathlib import Path
@@ -21,22 +24,54 @@ import numpy as np
 
 import conversations
 import files
+import journal
 import textfiles
 from bins import Part
+from chat import Marker
 from journal import SKIPPED, Remark
+from mistakes import one_line
 from textfiles import fetched, reading
 
 PIECE, LARGE = 1 << 20, 1 << 22     # bytes of a piece, about; of the largest text that is not encoded in parts
 MOST = 1 << 28      # bytes of a row, which has to be in memory whole; a small file may unpack to any number of them
 ROWS = 'jsonl', 'parquet'
 FIRST = 100     # rows at the beginning of a file, among which one has to show how all are read
-SEPARATORS = {'file': None, 'paragraph': r'\n(?:[ \t]*\r?\n)+', 'line': r'\n'}     # behind a document and its last \r
-ENDS = {'file': '', 'paragraph': ' \t\r\n', 'line': '\r\n'}   # what is at its end and no part of it
+# What Remarks are about, apart from rows.
+SEPARATOR, SPECIAL = 'separator', 'special token '
 BLANK_LINES = re.compile(rb'(?:[ \t]*\r?\n)+')
 # Where a text can be cut so that its parts, each encoded on its own, have the same ids by GPT-2's and tiktoken's other
 # encodings: behind a newline between words, in front of a space between words.
 CUTS = re.compile(r'(?<=\S)\n(?=[^\s/])'), re.compile(r'(?<=\S)(?= [^\W\d_])')
 SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
+
+
+class Division(NamedTuple):
+    """How a text is divided into documents."""
+    separator: str | None   # the pattern of what stands between them; None: a text is one document
+    before: str = ''        # the characters that are stripped where a document begins,
+    behind: str = ''        # and where it ends
+    reach: int = 0          # bytes of the longest match; 0 unless the user has given the separator
+
+
+DIVISIONS = {'file': Division(None),
+             'paragraph': Division(r'\n(?:[ \t]*\r?\n)+', behind=' \t\r\n'),
+             'line': Division(r'\n', behind='\r\n')}
+
+
+def _division(document):
+    """The Division that `document` says: one of DIVISIONS, or at any other text, whose line ends
+    may be CR LF too. Line ends around that text belong to no document. Raises ValueError."""
+    if document in DIVISIONS:
+        return DIVISIONS[document]
+    if not document:
+        raise ValueError(f"document='' must be {', '.join(DIVISIONS)}, or the text that separates "
+                         "documents")
+    if near := difflib.get_close_matches(document.lower(), DIVISIONS, n=1, cutoff=0.8):
+        raise ValueError(f"document={document!r} looks like {near[0]!r}: write that, or a longer "
+                         "separator")
+    separator = r'\r?\n'.join(map(re.escape, document.split('\n')))
+    reach = len(document.encode()) + document.count('\n')
+    return Division(separator, before='\r\n', behind='\r\n', reach=reach)
 
 
 class Chunk(NamedTuple):
@@ -49,6 +84,8 @@ class Chunk(NamedTuple):
     key: bytes | None = None        # key, is_last, place: bins.Part's
     is_last: bool = True
     place: tuple | None = None
+    is_first: bool = True           # whether a document begins here
+    split: str | None = None        # where its documents go; None: by a hash of each
 
 
 class Piece(NamedTuple):
@@ -57,47 +94,81 @@ class Piece(NamedTuple):
     chunks: list
 
 
-def open(words, field=None, document='file', template=None, folder=None, max_bytes=None,
-         skip_bad_rows=False):
+def open(words, field=None, document='file', template=None, folder=None, max_bytes=None, *,
+         skip_bad_rows=False, as_text=False, val=(), test=()):
     """The source that the words stand for: files, folders, globs, `-`, owner/name[@revision][:folder or glob] on the Hub.
     Raises ValueError or OSError.
 
     field: of rows; a.b is b in a. Names with commas between are those of a conversation, and so is
     one that holds messages; None: 'text', or what conversations.FORMS recognizes. skip_bad_rows:
-    leave out rows that can't be used and report them, in place of an error.
-    document: what is one in a text: the file, a paragraph, a line.
-    template: a chat template, chat.DEFAULT where it is None. folder: where the bins will be; standard input is copied into
-    its files.workplace, and the bins there are no source. max_bytes: take only the beginning, about so much of the
-    files' size.
+    leave out rows that can't be used and report them, in place of an error. document: what is one
+    in a text: 'file', 'paragraph', 'line', or for any other text: what stands between two of
+    these. template: a chat template, chat.DEFAULT where it is None. folder: where the bins will be;
+    standard input is copied into its files.workplace, and the bins there are not sources.
+    max_bytes: read only the beginning, about so much of the files' size. as_text: read .csv, .tsv
+    and .json as text.
+
+    val, test: words for the files of which these splits consist. With `val` the others all go to
+    train. A file that both they and `words` name is not trained on.
     """
-    if document not in SEPARATORS:
-        raise ValueError(f"document={document!r} is unknown: take {', '.join(SEPARATORS)}")
+    division = _division(document)
     folder = folder and Path(folder)
-    named = [file for word in words for file in textfiles.find(str(word), field, folder)]
-    found = {}
+    if [*map(str, [*words, *val, *test])].count('-') > 1:
+        raise ValueError("standard input (-) can be only one of the sources: it is read once")
+    named = []      # those to test on come first: of equal documents --dedup keeps the first
+    for split, of_split in (('test', test), ('val', val), ('train' if val else None, words)):
+        files_of_split = []
+        for word in of_split:
+            files_of_split += textfiles.find(str(word), field, folder, as_text)
+        is_wanted = of_split or split in ('train', None)
+        if is_wanted and not files_of_split:
+            raise ValueError(f"there is no file to read for {split or 'train'}")
+        named += [file._replace(split=split) for file in files_of_split]
+    found = _each_once(named)
+    if not any(file.split in ('train', None) for file in found):
+        raise ValueError("there is no file to train on: val and test name all of them")
+    return Files(found, field, document, division, template, folder, max_bytes, skip_bad_rows)
+
+
+def _each_once(named):
+    """The files, each once, in the split that names it first. Raises ValueError where one is both
+    in val and in test."""
+    found, n_copies, n_held_out = {}, 0, 0
     for file in named:
-        found.setdefault(file.path.resolve(), file)
-    if twice := len(named) - len(found):
-        print(f"{twice:,} file(s) that the sources name more than once are taken once", flush=True)
-    return Files(list(found.values()), field, document, template, folder, max_bytes,
-                 skip_bad_rows)
+        first = found.setdefault(file.path.resolve(), file)
+        if first is file:
+            continue
+        if first.split == file.split:
+            n_copies += 1
+        elif file.split == 'val':
+            raise ValueError(f"{file.name} is both in val and in test")
+        else:
+            n_held_out += 1
+    if n_copies:
+        print(f"{n_copies:,} file(s) that the sources name more than once are read once",
+              flush=True)
+    if n_held_out:
+        print(f"{n_held_out:,} file(s) of the sources are in val or test, and so not in train",
+              flush=True)
+    return list(found.values())
 
 
 class Files:
     """The documents in files, as bins.prepare takes them; `texts` are those of a vocabulary."""
 
-    def __init__(self, found, field, document, template, folder, max_bytes, skip_bad_rows):
-        if not found:
-            raise ValueError("there is no file to read")
-        if max_bytes:
+    def __init__(self, found, field, document, division, template, folder, max_bytes,
+                 skip_bad_rows):
+        if max_bytes:       # of what is trained on
+            max_bytes += sum(file.size for file in found if file.split in ('val', 'test'))
             ends = list(accumulate(file.size for file in found))
             found = found[:bisect_left(ends, max_bytes) + 1]
         self.files, self.max_bytes, self.size = found, max_bytes or sys.maxsize, sum(file.size for file in found)
         self.size = min(self.size, self.max_bytes)
-        self.document = document
+        self.document, self.division = document, division
+        self.special, self.eot = None, None
         self.skip_bad_rows = skip_bad_rows
         self.fields = (field or 'text').split(',')
-        self.conversations = None       # a conversations.Conversations, where rows are no texts
+        self.conversations = None       # a conversations.Conversations, where rows are not texts
         if not all(self.fields):
             raise ValueError(f"field={field!r} must be a name, or names with commas between: of "
                              "what is asked, and last of what is answered")
@@ -120,23 +191,55 @@ class Files:
                              "--field=ASKED,ANSWERED which ones a question and its answer")
         if commits := sorted({f'{file.origin[0]}@{file.origin[1]}' for file in found if file.origin}):
             self.facts['hub'] = commits
-        # One text alone is divided by position; this is its length in characters.
-        is_alone = len(found) == 1 and found[0].kind == 'text' and document == 'file'
-        if is_alone and max_bytes:
-            raise ValueError("max_bytes takes the first of many documents, and this is one text: divide it by --document")
-        self.length = _length(fetched(found[0])) if is_alone else None
-        self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes, skip_bad_rows,
-                                       [[file.name, file.size, file.changed] for file in found]])
+        self.splits = {file.split for file in found if file.split}
+        self.has_text = any(file.kind == 'text' for file in found)
+        self.lengths = self._lengths()
+        self.has_ends = not all(self.lengths.get(file.split) for file in found)
+        self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes, skip_bad_rows, [
+            [file.name, file.size, file.changed, file.kind, file.split] for file in found]])
+
+    def _lengths(self):
+        """{split: its length in characters} of those splits that are one text. That is divided by
+        position, or is the whole of its split, and nothing stands behind it."""
+        lengths = {}
+        for split in {file.split for file in self.files}:
+            alone = [file for file in self.files if file.split == split]
+            if self.document != 'file' or len(alone) > 1 or alone[0].kind != 'text':
+                continue
+            if self.max_bytes < sys.maxsize and split in ('train', None):
+                raise ValueError("max_bytes takes the first of many documents, and this is one "
+                                 "text: divide it by --document")
+            lengths[split] = _length(fetched(alone[0]))
+        return lengths
+
+    @property
+    def too_few(self):
+        """(what the documents are called, what helps where a split has none)."""
+        if self.has_text:
+            return 'document', ("use smaller ones (--document=paragraph or line), or make them one "
+                                "text, which is divided by position: `cat FILES | python "
+                                "data/prepare.py NAME -`")
+        if self.conversations:
+            return 'conversation', "add conversations"
+        return 'row', "add rows"
+
+    def look_for_special_tokens(self, tokenizer):
+        """From now on `read` remarks on the texts of this tokenizer's special tokens, which are
+        encoded as ordinary text."""
+        texts = sorted(tokenizer.special, key=lambda text: (-len(text), text))
+        if texts:
+            self.special = re.compile('|'.join(map(re.escape, texts)))
+        self.eot = next((text for text in texts if tokenizer.special[text] == tokenizer.eot), None)
 
     def texts(self, most=None):
         """The text of each document, or part of one; where `most` says so, about so many bytes, taken evenly from all."""
         share = min(1, most / max(1, self.size)) if most else 1
         for i, piece in enumerate(self.pieces()):
-            for _, document in self.read(piece) if int((i + 1) * share) > int(i * share) or i == 0 else ():
-                if isinstance(document, Remark):
-                    continue
-                yield (document if isinstance(document, str) else document.text if isinstance(document, Part) else
-                       ''.join(text for text, _ in document))
+            if i > 0 and int((i + 1) * share) == int(i * share):
+                continue
+            for _, document in self.read(piece):
+                if not isinstance(document, Remark):
+                    yield ''.join(text for text, _ in _parts(document))
 
     def pieces(self, first=0):
         """From file number `first` on."""
@@ -188,9 +291,10 @@ class Files:
                 file.path.unlink(missing_ok=True)
 
     def _telling_row(self, found, field, folder):
-        """The row that decides how all are read: the first one that fits, or else the first; or {}."""
+        """The row that decides how all are read: the first one that fits, or else the first; or {}.
+        Those to train on are asked before those of val and test, which are read the same way."""
         first = {}
-        for file in found:
+        for file in sorted(found, key=lambda file: file.split in ('val', 'test')):
             row = self._first_row(file, field, folder)
             if conversations.tells_how_to_read(row, field):
                 return row
@@ -217,42 +321,101 @@ class Files:
             if self.conversations:
                 return _parquet(file, self.conversations.required, self.conversations.optional)
             return _parquet(file, self.fields)
-        separator = SEPARATORS['line' if file.kind == 'jsonl' else self.document]
-        return _cut(file, stream, head, separator and re.compile(separator.encode()), self.length)
+        division = DIVISIONS['line'] if file.kind == 'jsonl' else self.division
+        return _cut(file, stream, head, division, self.lengths.get(file.split))
 
     def read(self, piece):
-        """(None, document) of each document; a worker calls this."""
+        """(split or None, document or Remark) of each document; a worker calls this."""
         for chunk in piece.chunks:
-            if chunk.kind in ROWS:
-                for number, row in _rows(chunk):
-                    yield from self._read_row(chunk, number, row)
-            elif chunk.key is not None:
-                text = _text(chunk).rstrip(ENDS[self.document] if chunk.is_last else '')
-                yield None, Part(text, chunk.key, chunk.is_last, chunk.place)
-            elif self.document == 'file':
-                yield None, _text(chunk)
-            else:
-                for document in re.split(SEPARATORS[self.document], _text(chunk)):
-                    if document.strip():
-                        yield None, document.rstrip(ENDS[self.document])
+            special = Counter()
+            for document in self._documents(chunk):
+                yield chunk.split, document
+                if self.special and not isinstance(document, Remark):
+                    special.update(self._special_in(document))
+            for token, n in special.items():
+                yield None, Remark(SPECIAL + token, chunk.name, n)
+
+    def _special_in(self, document):
+        """The texts of special tokens in a document, but for those that a chat template puts there."""
+        found = []
+        for text, _ in _parts(document):
+            if not isinstance(text, Marker):
+                found += self.special.findall(text)
+        return found
+
+    def _documents(self, chunk):
+        """The documents of a chunk, and Remarks."""
+        if chunk.kind in ROWS:
+            for number, row in _rows(chunk):
+                yield from self._read_row(chunk, number, row)
+            return
+        text, separator = _text(chunk), self.division.separator
+        is_whole = chunk.key is None
+        texts = [text]
+        if separator and (is_whole or chunk.is_last):
+            texts = re.split(separator, text)
+        if self.division.reach and len(texts) > 1:
+            yield Remark(SEPARATOR, chunk.name, len(texts) - 1)
+        if is_whole:
+            for text in texts:
+                if text.strip() or not separator:
+                    yield text.lstrip(self.division.before).rstrip(self.division.behind)
+            return
+        text = texts[0]     # of a last part nothing follows the separator
+        if chunk.is_first:
+            text = text.lstrip(self.division.before)
+        if chunk.is_last:
+            text = text.rstrip(self.division.behind)
+        yield Part(text, chunk.key, chunk.is_last, chunk.place)
+
+    def report(self, remarks):
+        """The lines to print at the end of the Remarks, as journal.count_remarks counts them."""
+        special, others = {}, {}
+        for about, counted in remarks.items():
+            if about.startswith(SPECIAL):
+                special[about.removeprefix(SPECIAL)] = counted
+            elif about != SEPARATOR:
+                others[about] = counted
+        if special:
+            yield one_line(self._special_notice(special))
+        if self.document != 'file' and not self.has_text:
+            yield one_line(f"notice: --document={self.document!r} divides text files, and there "
+                           "are only rows: each one is a document")
+        elif self.division.reach and SEPARATOR not in remarks:
+            yield one_line(f"notice: the separator --document={self.document!r} is nowhere in the "
+                           "sources: each file is one document")
+        yield from journal.report(others)
+
+    def _special_notice(self, special):
+        most = 3        # which are named
+        said = [f"{token!r} {n:,} time(s), first in {details[0]}"
+                for token, (n, details) in special.items()]
+        if len(said) > most:
+            said[most:] = [f"and {len(said) - most:,} others"]
+        if self.eot in special and self.has_text:
+            advice = f"; --document={shlex.quote(self.eot)} divides a text there"
+        else:
+            advice = ", while sample.py and evaluate.py read them as the tokens"
+        return ("notice: special tokens of the tokenizer were encoded as ordinary text: "
+                f"{'; '.join(said)}{advice}")
 
     def _read_row(self, chunk, number, row):
-        """(None, document) of a row, and (None, Remark) of what there is to report of it."""
+        """The document that a row is, and Remarks on it."""
         where = _place(chunk, number)
         try:
             document, unused = self._document(_parsed(row))
         except ValueError as error:
             if self.skip_bad_rows:
-                yield None, Remark(SKIPPED, f"{where}: {error}")
+                yield Remark(SKIPPED, f"{where}: {error}")
                 return
             advice = ''
             # What is wrong with the first row is mostly wrong with all: nothing would be left.
             if number > 1 and '--skip_bad_rows' not in str(error):
                 advice = "; --skip_bad_rows leaves such rows out"
             raise ValueError(f"{where}: {error}{advice}") from None
-        yield None, document
+        yield document
         for about in unused:
-            yield None, Remark(about, where)
+            yield Remark(about, where)
 
     def _document(self, row):
         """(the text of a row or the parts of its conversation, [what it has that is not used])."""
@@ -269,11 +432,21 @@ class Files:
         return text, []
 
 
-def _cut(file, stream, head, separator, length):
+def _parts(document):
+    """[(text, is_learned)] of any kind of document."""
+    if isinstance(document, str):
+        return [(document, True)]
+    if isinstance(document, Part):
+        return [(document.text, True)]
+    return document
+
+
+def _cut(file, stream, head, division, length):
     """The Chunks of a text or of JSONL, of which `head` is read already: whole documents, unless one is larger than LARGE.
 
-    length: characters of a text that is one document, to be divided by position.
+    length: characters of a text that is alone in its split.
     """
+    separator = division.separator and re.compile(division.separator.encode())
     data, at_end, key = bytearray(head.removeprefix(codecs.BOM_UTF8)), len(head) <= PIECE, b'' if length else None
     offset, line, characters = len(head) - len(data), 1, 0
     limit = MOST if file.kind == 'jsonl' else LARGE
@@ -281,34 +454,42 @@ def _cut(file, stream, head, separator, length):
     def take(n, **facts):
         nonlocal offset, line, characters
         taken = bytes(data[:n])
-        chunk = Chunk(file.name, file.kind, taken, offset, line, place=(characters, length) if length else None, **facts)
+        place = (characters, length) if length else None
+        chunk = Chunk(file.name, file.kind, taken, offset, line, place=place, split=file.split,
+                      **facts)
         offset, line, characters = offset + n, line + taken.count(b'\n'), characters + (_characters(taken) if length else 0)
         del data[:n]
         return chunk
 
     while data or not at_end:
-        if separator and key is None and (blank := BLANK_LINES.match(data)):
+        # A separator that the user has given may itself begin with a line end.
+        if separator and not division.reach and key is None and (blank := BLANK_LINES.match(data)):
             take(blank.end())
-        ends = [match.end() for match in separator.finditer(data)] if separator else []
+        matches = list(separator.finditer(data)) if separator else []
+        ends = [match.end() for match in matches]
         if ends and ends[0] > limit:
             ends = []
         if not ends and len(data) > limit == MOST:
             raise ValueError(f"{file.name}, line {line} is a row of more than {MOST:,} bytes")
-        if not ends and not at_end and len(data) <= limit:
+        if not ends and not at_end and len(data) <= limit + division.reach:
             more = stream.read(max(PIECE, len(data)))
             data += more
             at_end = not more
         elif key is not None and ends:      # here ends a document that came in parts
-            yield take(ends[0], key=key)
+            yield take(ends[0], key=key, is_first=False)
             key = None
         elif ends:
             yield take(ends[-1])
         elif len(data) <= limit:
-            yield take(len(data), key=key)
+            yield take(len(data), key=key, is_first=not key)
         else:
-            n = _safe_end(bytes(data[:LARGE]))
-            key = key or hashlib.sha256(data[:n]).digest()[:16]
-            yield take(n, key=key, is_last=False)
+            end = LARGE
+            if matches and 0 < matches[0].start() < LARGE:      # a separator is not cut
+                end = matches[0].start()
+            n, is_first = _safe_end(bytes(data[:end])), not key
+            if is_first:
+                key = hashlib.sha256(data[:n]).digest()[:16]
+            yield take(n, key=key, is_first=is_first, is_last=False)
 
 
 def _safe_end(data):
@@ -344,8 +525,7 @@ def _text(chunk):
     try:
         return chunk.data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{chunk.name} is not UTF-8 at byte {chunk.offset + error.start:,}: `iconv -f ITS_ENCODING "
-                         "-t UTF-8` converts it") from None
+        raise ValueError(f"{chunk.name} {textfiles.not_utf8(chunk.offset + error.start)}") from None
 
 
 def _rows(chunk):
@@ -415,7 +595,7 @@ def _good_rows(file):
                 yield from batch.to_pylist()
         return
     with reading(file) as (_, stream):
-        chunk = next(_cut(file, stream, stream.read(PIECE + 1), re.compile(b'\n'), None), None)
+        chunk = next(_cut(file, stream, stream.read(PIECE + 1), DIVISIONS['line'], None), None)
     for _, line in _rows(chunk) if chunk else ():
         with contextlib.suppress(ValueError):
             yield _parsed(line)
@@ -441,7 +621,8 @@ def _parquet(file, fields, optional=()):
             size = sum(column.total_uncompressed_size for column in map(group.column, range(group.num_columns))
                        if column.path_in_schema.split('.')[0] in columns)
             for batch in found.iter_batches(max(1, PIECE * group.num_rows // max(1, size)), [i], columns):
-                yield Chunk(file.name, file.kind, batch.to_pylist(), file.size * (line - 1 + len(batch)) // n, line)
+                at = file.size * (line - 1 + len(batch)) // n
+                yield Chunk(file.name, file.kind, batch.to_pylist(), at, line, split=file.split)
                 line += len(batch)
 
 

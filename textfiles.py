@@ -24,6 +24,9 @@ import hub
 
 BLOCK = 1 << 20     # bytes read at a time
 SNIFF = 1 << 16     # bytes at the beginning of a file by which it is taken for text
+# Named like these, a file holds rows that somebody exported, not text.
+TABLES = '.csv', '.tsv', '.json'
+STANDARD_INPUT = 'standard input'      # the File's name
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
                     codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16'}
 
@@ -31,19 +34,22 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32'
 class File(NamedTuple):
     name: str           # as the user knows it
     path: Path
-    kind: str           # text, jsonl, parquet
+    kind: str           # text, jsonl, parquet, or table: one of TABLES, which is an error
     packed: str         # '', gz, zst
     size: int           # bytes on the disk
     changed: object     # what tells it from another file of this name and size
     origin: tuple | None = None     # repository, commit and name of a file of the Hub, which is fetched to `path`
+    split: str | None = None        # where its documents go; None: by a hash of each
 
 
-def find(word, field=None, folder=None):
+def find(word, field=None, folder=None, as_text=False):
     """The Files that a word stands for: a file, a folder, a glob, `-`, owner/name[@revision][:folder or glob] on the Hub.
 
     field: where it is given, .json and standard input hold rows. folder: in whose files.workplace copies go; the bins there
-    are no source. Raises ValueError or OSError.
+    are not sources. as_text: read TABLES as the text that they are. Raises ValueError or OSError.
     """
+    if not word:
+        raise ValueError("a source has an empty name")
     try:
         path = Path(word).expanduser()
     except RuntimeError:
@@ -51,16 +57,17 @@ def find(word, field=None, folder=None):
     if word == '-':
         return [_standard_input(field, folder)]
     if path.is_file():
-        return [_checked(_file(word, path, field))]
+        return [_checked(_file(word, path, field, as_text))]
     if path.is_dir():
         found = sorted((p.relative_to(path).as_posix(), p) for p in _walk(path, folder))
-        return _readable(word, [_file(f'{word.rstrip("/")}/{name}', p, field) for name, p in found])
+        stem = word.rstrip('/')
+        return _readable(word, [_file(f'{stem}/{name}', p, field, as_text) for name, p in found])
     if path.exists():
         raise ValueError(f"{word} is neither a file nor a folder: send it to standard input, and take - for its name")
     if glob.has_magic(str(path)):
         names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if names:
-            return _readable(word, [_file(name, Path(name), field) for name in names])
+            return _readable(word, [_file(name, Path(name), field, as_text) for name in names])
     return _on_the_hub(word, field, folder)
 
 
@@ -76,19 +83,25 @@ def _walk(path, folder):
                 yield Path(root, name)
 
 
-def _file(name, path, field):
+def _file(name, path, field, as_text=False):
     stat = path.stat()
-    return File(name, path, *_kind(name, field), stat.st_size, stat.st_mtime_ns)
+    return File(name, path, *_kind(name, field, as_text), stat.st_size, stat.st_mtime_ns)
 
 
-def _kind(name, field):
+def _kind(name, field, as_text=False):
     """(kind, packed) of a file, by the end of its name."""
     stem, packed = name.lower(), ''
     if stem.endswith(('.gz', '.zst')):
         stem, _, packed = stem.rpartition('.')
-    return ('parquet' if stem.endswith('.parquet') else
-            'jsonl' if stem.endswith(('.jsonl', '.ndjson', '.jsonlines')) or (field and stem.endswith('.json')) else
-            'text'), packed
+    if stem.endswith('.parquet'):
+        return 'parquet', packed
+    if stem.endswith(('.jsonl', '.ndjson', '.jsonlines')):
+        return 'jsonl', packed
+    if stem.endswith(TABLES) and not as_text:
+        if field and stem.endswith('.json'):
+            return 'jsonl', packed
+        return 'table', packed
+    return 'text', packed
 
 
 def _standard_input(field, folder):
@@ -101,7 +114,7 @@ def _standard_input(field, folder):
             shutil.copyfileobj(sys.stdin.buffer, file, BLOCK)
     except OSError as error:
         raise OSError(f"cannot copy standard input to {path}: {error.strerror}") from None
-    file = _file('standard input', path, field)
+    file = _file(STANDARD_INPUT, path, field)
     return _checked(file._replace(kind='jsonl' if field else 'text', changed=files.sha256(path)))
 
 
@@ -151,51 +164,116 @@ def _checked(file):
 
 
 def _readable(word, found):
-    """Those of the files found that are text or rows; says how many are left out."""
+    """Those of the files found that are text or rows; says how many are left out. ValueError where
+    there are TABLES: they may be most of somebody's data."""
+    tables = [file.name for file in found if file.kind == 'table']
+    if tables:
+        raise ValueError(f"{word}: {len(tables):,} of {len(found):,} files are .csv, .tsv or "
+                         f".json, not text; the first is {tables[0]}. Convert them (the error for "
+                         "one alone says how), leave them out by a glob in quotes, such as "
+                         "'*.txt', or read them as they are with --as_text")
     wrong = {file for file in found if _what_is_wrong(file)}
     if wrong:
         first = next(file.name for file in found if file in wrong)
-        print(f"{word}: {len(wrong):,} of {len(found):,} files left out, which are no UTF-8 text; the first is {first}")
+        print(f"{word}: {len(wrong):,} of {len(found):,} files left out, which are not UTF-8 text; "
+              f"the first is {first}")
     return [file for file in found if file not in wrong]
 
 
 def _what_is_wrong(file):
-    """Why a file is no text, judged by its beginning, or ''."""
+    """Why a file is neither text nor rows, judged by its beginning, or ''."""
     if file.kind == 'parquet':
         return ''
     with reading(file) as (_, stream):
         head = stream.read(SNIFF)
+    if file.kind == 'table':
+        return _how_to_convert(file, head)
+    if wrong := _why_not_text(head, is_whole=len(head) < SNIFF):
+        return wrong
+    return _what_is_wrong_with_lines(file, head) if file.kind == 'jsonl' else ''
+
+
+def _why_not_text(head, is_whole):
+    """Why these bytes, with which a file begins, are not UTF-8 text, or ''."""
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return f"is {encoding}, not UTF-8: `iconv -f {encoding} -t UTF-8` converts it"
     if b'\0' in head:
         return "is a binary file (there are zero bytes in it)"
     try:
-        codecs.getincrementaldecoder('utf-8')().decode(head, final=len(head) < SNIFF)
+        codecs.getincrementaldecoder('utf-8')().decode(head, final=is_whole)
     except UnicodeDecodeError as error:
-        return f"is not UTF-8 at byte {error.start:,}: `iconv -f ITS_ENCODING -t UTF-8` converts it"
-    return _what_is_wrong_with_lines(file, head) if file.kind == 'jsonl' else ''
+        return not_utf8(error.start)
+    return ''
+
+
+def not_utf8(at):
+    """What is said of a file whose byte `at` is not UTF-8."""
+    return f"is not UTF-8 at byte {at:,}: `iconv -f ITS_ENCODING -t UTF-8` converts it"
+
+
+def _how_to_convert(file, head):
+    """What is said of a file that is one of TABLES, and begins with these bytes."""
+    _, ending = _stem_and_ending(file)
+    if ending == '.json':
+        return _how_to_convert_json(file, head)
+    dialect = ",delimiter='\\t'" if ending == '.tsv' else ''
+    command = _command(file, f"for row in csv.DictReader({_opened(file, as_text=True)}{dialect})")
+    return (f"is not text but a table: `{command}` writes its rows as lines, whose columns --field "
+            "names; --as_text reads it as it is")
+
+
+def _how_to_convert_json(file, head):
+    as_it_is = "; --as_text reads it as it is"
+    if array := _how_to_convert_array(file, head):
+        return f"is not text but {array}{as_it_is}"
+    first, others = _first_line(head)
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        row = None
+    if isinstance(row, (dict, list)) and others.strip():
+        return ("holds a row on each line: --field=KEY reads what is under that key, or call it "
+                f".jsonl{as_it_is}")
+    return f"is not text but {_how_to_convert_object(file)}{as_it_is}"
+
+
+def _how_to_convert_object(file):
+    command = _command(file, f"for row in {_parsed(file)}['KEY']")
+    return f"JSON: `{command}` writes the list under a KEY as lines"
 
 
 def _what_is_wrong_with_lines(file, head):
-    """Why JSONL can't be read line by line, judged by its beginning, or ''. A line may well be an
-    array, of messages; but the file as a whole may not."""
-    text = head.decode(errors='ignore').removeprefix('\ufeff').lstrip()
+    """Why a file can't be read as JSONL, judged by its beginning, or ''."""
+    if array := _how_to_convert_array(file, head):
+        return f"is {array}, which can be prepared"
+    _, ending = _stem_and_ending(file)
+    first, _ = _first_line(head)
+    if ending == '.json' and first.strip() == '{':
+        return f"is {_how_to_convert_object(file)}, which can be prepared"
+    return ''
+
+
+def _how_to_convert_array(file, head):
+    """What is said of a file that is one JSON array, judged by its beginning, or ''. A line may
+    well be an array, of messages; but the file as a whole may not."""
+    text = _decoded(head)
     if not text.startswith('['):
         return ''
-    line, _, others = text.partition('\n')
+    line, others = _first_line(head)
     has_messages = _begins_with_message(line if line.strip() != '[' else text)
     try:
         json.loads(line)
-        if has_messages or others.strip():
+        if others.strip() or (has_messages and file.kind == 'jsonl'):
             return ''
-    except ValueError:
+    except (ValueError, RecursionError):
         is_cut_off = len(head) == SNIFF and '\n' not in text
-        if has_messages and is_cut_off:
+        if has_messages and is_cut_off and file.kind == 'jsonl':
             return ''
-    program = '.' if has_messages else '.[]'
-    return (f"is one JSON array: `{_jq(file, program)}` writes its rows as lines, which can be "
-            "prepared")
+    rows = f'for row in {_parsed(file)}'
+    if has_messages:        # it is one row itself
+        rows = f'for row in [{_parsed(file)}]'
+    return f"one JSON array: `{_command(file, rows)}` writes its rows as lines"
 
 
 def _begins_with_message(text):
@@ -203,24 +281,86 @@ def _begins_with_message(text):
     text = text[1:].lstrip()
     try:
         return conversations.is_message(json.JSONDecoder().raw_decode(text)[0])
-    except ValueError:      # it is longer
+    except (ValueError, RecursionError):      # it is longer
         return re.match(r'\{\s*"(role|from|content|value)"\s*:', text) is not None
 
 
-def _jq(file, program):
-    """The command that writes a file's JSON as lines, into a file of another name."""
-    if file.name == 'standard input':
-        return f"jq -c '{program}'"
-    stem = file.name.removesuffix(f'.{file.packed}')
-    beginning, _, ending = stem.rpartition('.')
-    # What ends in .jsonl already needs another name.
-    lines = f'{beginning}.jsonl' if ending.lower() == 'json' else f'{beginning}-rows.jsonl'
-    name = shlex.quote(file.name)
-    command = f"jq -c '{program}' {name}"
+def _decoded(head):
+    return head.decode(errors='ignore').removeprefix('\ufeff').lstrip()
+
+
+def _first_line(head):
+    """(the first line, the others) of these bytes."""
+    line, _, others = _decoded(head).partition('\n')
+    return line, others
+
+
+def _stem_and_ending(file):
+    """The name of a file without its ending, and this in small letters: ('a', '.json') of
+    a.JSON.gz."""
+    name = file.name
     if file.packed:
-        unpack = 'gzip' if file.packed == 'gz' else 'zstd'
-        command = f"{unpack} -dc {name} | jq -c '{program}'"
-    return f"{command} > {shlex.quote(lines)}"
+        name = name[:-len(f'.{file.packed}')]
+    stem, dot, ending = name.rpartition('.')
+    return stem, (dot + ending).lower()
+
+
+def _command(file, rows):
+    """The command that writes a file's rows as JSONL into a file of another name, or where it came
+    by standard input, to standard output.
+
+    rows: Python, from "for row in" on.
+    """
+    modules = ['json', 'sys']
+    modules += [name for name in ('csv', 'gzip', 'zstandard') if f'{name}.' in rows]
+    program = f"import {','.join(modules)};"
+    if 'csv' in modules:
+        program += 'csv.field_size_limit(1<<30);'       # else texts end at 128 KB
+    command = f'python -c "{program}[print(json.dumps(row)) {rows}]"'
+    if file.name == STANDARD_INPUT:
+        return command
+    stem, ending = _stem_and_ending(file)
+    # What ends in .jsonl already needs another name.
+    lines = f'{stem}.jsonl' if ending in TABLES else f'{stem}-rows.jsonl'
+    return f"{command} {_quoted(file.name)} > {_quoted(lines)}"
+
+
+def _quoted(name):
+    """A name as a word of a command, which a dash in front does not make an option."""
+    return shlex.quote(f'./{name}' if name.startswith('-') else name)
+
+
+def _parsed(file):
+    """A Python expression: what the JSON in a file stands for."""
+    return f'json.load({_opened(file)})'
+
+
+def _opened(file, as_text=False):
+    """A Python expression: the file that is named in sys.argv[1], opened."""
+    if file.name == STANDARD_INPUT:
+        return 'sys.stdin.buffer'
+    opener = {'': 'open', 'gz': 'gzip.open', 'zst': 'zstandard.open'}[file.packed]
+    if as_text:
+        return f"{opener}(sys.argv[1],'rt',encoding='utf-8-sig',newline='')"
+    return f"{opener}(sys.argv[1],'rb')"
+
+
+def read_text(path, as_text=False):
+    """The text of one file, .gz and .zst too, without its byte order mark. as_text: also where its
+    name says that it holds rows. Raises ValueError or OSError."""
+    file = _file(str(path), Path(path), field=None)
+    if file.kind != 'text' and not as_text:
+        raise ValueError(f"{path} holds rows, not text: `python data/prepare.py NAME "
+                         f"{shlex.quote(str(path))}` makes a dataset of them, whose NAME can be "
+                         "given instead")
+    with reading(file) as (_, stream):
+        content = stream.read()
+    if wrong := _why_not_text(content[:SNIFF], is_whole=len(content) < SNIFF):
+        raise ValueError(f"{path} {wrong}")
+    try:
+        return content.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} {not_utf8(error.start)}") from None
 
 
 @contextlib.contextmanager

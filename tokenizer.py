@@ -6,8 +6,9 @@ A tokenizer has
   encode_ordinary(text) -> ids, a list or an array; there it is plain text: for documents, which may contain it;
   decode(ids) -> the text that they are; decode_bytes(ids) -> the bytes that they add behind other text. The two differ
     where a text's first token loses the space before it: "The" is " The" behind another word;
-  vocab_size; eot, the id that ends a document, or None; describe() -> the plain dict that meta.json and checkpoints keep
-    and `load` turns back into the tokenizer;
+  vocab_size; eot, the id that ends a document, or None; special, {text: id} of the special tokens;
+  describe() -> the plain dict that meta.json and checkpoints keep and `load` turns back into the
+    tokenizer;
   lossless: whether decode(encode(text)) is the text, as far as a PROBE of hard cases shows. bert-base-uncased, for one,
     drops capitals, accents, line ends and runs of spaces: a model can't write what its tokenizer has dropped. Figures per
     byte or word are then taken over the real text, and are flattering: what was dropped costs nothing.
@@ -19,6 +20,7 @@ import io
 import json
 import pickle
 import re
+from types import MappingProxyType
 
 import numpy as np
 
@@ -44,6 +46,7 @@ class CharTokenizer:
     """One id per character, in the order of `chars`. What is not among them can't be encoded."""
 
     eot, lossless = None, True
+    special = MappingProxyType({})
 
     def __init__(self, chars):
         self.chars, self.vocab_size = list(chars), len(chars)
@@ -84,6 +87,7 @@ class ByteTokenizer:
     """One id per byte of UTF-8."""
 
     vocab_size, eot, lossless = 256, None, True
+    special = MappingProxyType({})
 
     def encode(self, text):
         return list(text.encode())
@@ -130,6 +134,7 @@ class TiktokenTokenizer:
             self.encoding = tiktoken.Encoding(f'{name}-{size}', pat_str=self.encoding._pat_str, mergeable_ranks=ranks,
                                               special_tokens={'<|endoftext|>': size - 1})
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
+        self.special = self.encoding._special_tokens
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special='all')
@@ -211,6 +216,8 @@ class HuggingFaceTokenizer:
         self.tokenizer.no_padding()
         vocab = self.tokenizer.get_vocab()
         self.vocab_size, self.eot = max(vocab.values(), default=-1) + 1, vocab.get(end_of(vocab, eot))
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items() if token.special}
         kinds = _kinds(json)
         self.is_byte_level = 'ByteLevel' in kinds       # then a token's text is its own, else it may begin with a space
         self.bytes = self._spelled(vocab) if self.is_byte_level else self._behind(vocab, 'ByteFallback' in kinds)

@@ -1,10 +1,14 @@
 """Conversations in the forms that people have: their turns, what is learned, reported, refused."""
 
+import gzip
 import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ import journal
 import sources
 import textfiles
 from conversations import Conversations
-from mistakes import user_errors
+from mistakes import one_line, user_errors
 from tokenizer import ByteTokenizer
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
@@ -441,37 +445,68 @@ def test_reports_are_counted_and_printed_once(tmp_path, capsys, write, name):
     assert texts(tmp_path / 'out') == EXPECTED
 
 
+def pack(content, packed):
+    if packed == '.gz':
+        return gzip.compress(content)
+    if packed == '.zst':
+        return pytest.importorskip('zstandard').compress(content)
+    return content
+
+
+@pytest.mark.parametrize('packed', ['', '.gz', '.zst'])
 @pytest.mark.parametrize(
     'form, indent', [('messages', None), ('messages', 1), ('bare', None), ('bare', 1)]
 )
 @pytest.mark.parametrize('name', ['some rows.json', 'rows.jsonl'])
 def test_the_advice_about_an_array_leads_to_something_that_works(
-    tmp_path, monkeypatch, capsys, form, indent, name
+    tmp_path, monkeypatch, capsys, form, indent, name, packed
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_text(json.dumps([ROWS[form](i) for i in range(12)], indent=indent))
+    name += packed
+    content = json.dumps([ROWS[form](i) for i in range(12)], indent=indent).encode()
+    (tmp_path / name).write_bytes(pack(content, packed))
     error = failure(capsys, tmp_path / 'out', name, '--field=messages')
     command = re.search('is one JSON array: `(.*)` writes its rows as lines', error)[1]
-    follow(command)
-    prepare(tmp_path / 'out', command.rpartition('> ')[2].strip("'"))
+    if name.endswith(f'.json{packed}'):
+        unread = failure(capsys, tmp_path / 'out', name)
+        assert f'is not text but one JSON array: `{command}` writes its rows as lines' in unread
+    prepare(tmp_path / 'out', follow(command))
     assert texts(tmp_path / 'out') == EXPECTED
 
 
 def follow(command):
-    """Run the command of an error message as it stands there."""
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    if done.returncode == 127:
-        pytest.skip("jq is not installed")
-    assert done.returncode == 0, done.stderr
+    """Run the command of an error message as it stands there; returns the file that it writes."""
+    here = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    subprocess.run(command, shell=True, check=True, env=here)
+    return shlex.split(command)[-1]
 
 
-def test_one_conversation_alone_as_an_array_of_its_messages(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('packed', ['', '.gz', '.zst'])
+@pytest.mark.parametrize('options', [[], ['--field=messages']], ids=['', 'field'])
+def test_one_conversation_alone_as_an_array_of_its_messages(
+    tmp_path, monkeypatch, capsys, options, packed
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'a.json').write_text(json.dumps(ROWS['bare'](0), indent=1))
-    error = failure(capsys, tmp_path / 'out', 'a.json', '--field=messages')
-    assert "`jq -c '.' a.json > a.jsonl`" in error
-    (tmp_path / 'a.jsonl').write_text(json.dumps(ROWS['bare'](0)))
-    assert textfiles.find('a.jsonl')[0].kind == 'jsonl'
+    content = json.dumps(ROWS['bare'](0), indent=1).encode('utf-8-sig')
+    (tmp_path / f'a.json{packed}').write_bytes(pack(content, packed))
+    error = failure(capsys, tmp_path / 'out', f'a.json{packed}', *options)
+    lines = follow(re.search('`(.*)` writes its rows as lines', error)[1])
+    assert lines == 'a.jsonl'
+    assert [json.loads(line) for line in open(lines, encoding='utf-8')] == [ROWS['bare'](0)]
+    assert textfiles.find(lines)[0].kind == 'jsonl'
+
+
+@pytest.mark.parametrize('options', [[], ['--field=messages']], ids=['', 'field'])
+def test_an_object_that_holds_the_rows_is_told_from_lines(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    rows = {'KEY': [ROWS['messages'](i) for i in range(12)]}
+    (tmp_path / 'a.json').write_text(json.dumps(rows, indent=1))
+    error = failure(capsys, tmp_path / 'out', 'a.json', *options)
+    prepare(tmp_path / 'out', follow(re.search('`(.*)` writes the list under a KEY', error)[1]))
+    assert texts(tmp_path / 'out') == EXPECTED
+
+
+ROWS_OF_IT, ONE_ROW = 'for row in json.load(', 'for row in [json.load('
 
 
 @pytest.mark.parametrize(
@@ -485,12 +520,12 @@ def test_one_conversation_alone_as_an_array_of_its_messages(tmp_path, monkeypatc
             '',
         ),  # longer than what is judged by
         (f'[{{"value": "{"x" * 99_999}", "from": "human"}}]\n', ''),
-        ('[{"text": "a"}]\n', "'.[]'"),
-        ('[\n  {"text": "a"},\n', "'.[]'"),
-        (f'[{{"text": "{"x" * 99_999}"}}]', "'.[]'"),
-        ('[[{"role": "user"}]]', "'.[]'"),
-        ('[\n  {\n    "role": "user",\n', "'.'"),
-        ('[{"role": "user"},\n{"role"', "'.'"),
+        ('[{"text": "a"}]\n', ROWS_OF_IT),
+        ('[\n  {"text": "a"},\n', ROWS_OF_IT),
+        (f'[{{"text": "{"x" * 99_999}"}}]', ROWS_OF_IT),
+        ('[[{"role": "user"}]]', ROWS_OF_IT),
+        ('[\n  {\n    "role": "user",\n', ONE_ROW),
+        ('[{"role": "user"},\n{"role"', ONE_ROW),
     ],
 )
 def test_lines_that_are_arrays_are_told_from_one_array(tmp_path, text, message):
@@ -501,18 +536,36 @@ def test_lines_that_are_arrays_are_told_from_one_array(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    'name, packed, command',
+    'name, packed, end',
     [
-        ('a.json', '', "jq -c '.[]' a.json > a.jsonl"),
-        ('a b.JSON', '', "jq -c '.[]' 'a b.JSON' > 'a b.jsonl'"),
-        ('a.jsonl', '', "jq -c '.[]' a.jsonl > a-rows.jsonl"),  # never onto itself
-        ('a.json.gz', 'gz', "gzip -dc a.json.gz | jq -c '.[]' > a.jsonl"),
-        ('a.ndjson.zst', 'zst', "zstd -dc a.ndjson.zst | jq -c '.[]' > a-rows.jsonl"),
-        ('standard input', '', "jq -c '.[]'"),
+        ('a.json', '', "json.load(open(sys.argv[1],'rb'))]\" a.json > a.jsonl"),
+        ('a b.JSON', '', "]\" 'a b.JSON' > 'a b.jsonl'"),
+        ('a.jsonl', '', ']" a.jsonl > a-rows.jsonl'),  # never onto itself
+        ('a.json.gz', 'gz', "json.load(gzip.open(sys.argv[1],'rb'))]\" a.json.gz > a.jsonl"),
+        ('a.ndjson.zst', 'zst', ']" a.ndjson.zst > a-rows.jsonl'),
+        ('-a.json', '', ']" ./-a.json > ./-a.jsonl'),
+        ('standard input', '', 'json.load(sys.stdin.buffer)]"'),
     ],
 )
-def test_the_command_that_makes_lines_of_an_array(name, packed, command):
-    assert textfiles._jq(textfiles.File(name, None, 'jsonl', packed, 0, 0), '.[]') == command
+def test_the_command_that_makes_lines_of_an_array(name, packed, end):
+    file = textfiles.File(name, None, 'jsonl', packed, 0, 0)
+    assert textfiles._command(file, f'for row in {textfiles._parsed(file)}').endswith(end)
+
+
+def test_the_advice_about_a_long_path_is_not_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path.joinpath(*['a folder with a long name'] * 8)
+    folder.mkdir(parents=True)
+    (folder / 'a.json').write_text(json.dumps([ROWS['bare'](i) for i in range(12)]))
+    error = failure(capsys, tmp_path / 'out', folder / 'a.json')
+    prepare(tmp_path / 'out', follow(re.search('`(.*)` writes its rows as lines', error)[1]))
+    assert texts(tmp_path / 'out') == EXPECTED
+
+
+@pytest.mark.parametrize('begin, most', [('', 480), ('it`s ', 480), ('`a command` ', 2000)])
+def test_a_message_is_one_line_of_bounded_length(begin, most):
+    line = one_line(begin + 'x\n\x1b' * 9999)
+    assert line.isprintable() and most - 50 < len(line) <= most
 
 
 # ---- bad rows ------------------------------------------------------------------------------------
@@ -630,6 +683,37 @@ def test_the_count_is_right_after_a_stop_and_for_any_number_of_processes(
         assert (tmp_path / 'stopped' / name).read_bytes() == (
             tmp_path / 'whole' / name
         ).read_bytes()
+
+
+@pytest.mark.parametrize('n_proc', [1, 2])
+def test_files_to_validate_on_are_read_as_those_to_train_on(tmp_path, small_pieces, capsys, n_proc):
+    """Also where another form, or text beside it, would lead: what is not of that form is a bad
+    row, and skipped and counted as all are."""
+    val = [ROWS['messages'](i) for i in range(12)]
+    val[3] = '{"broken'
+    write_lines(tmp_path / 'val.jsonl', [{'text': 'a'}, *val])
+    rows = with_bad_rows(tmp_path / 'train.jsonl')
+    words = [tmp_path / 'out', rows, '--tokenizer=byte', f"--val={tmp_path / 'val.jsonl'}"]
+    with pytest.raises(SystemExit), user_errors():
+        COMMAND['main']([*map(str, words)])
+    assert 'val.jsonl, line 1: there is no field \'messages\', only text' in capsys.readouterr().err
+    with user_errors():
+        COMMAND['main']([*map(str, words), '--skip_bad_rows', f'--num_proc={n_proc}'])
+    assert "8 row(s) skipped by --skip_bad_rows, of which the first are:\n" in capsys.readouterr().out
+    splits = json.loads((tmp_path / 'out/meta.json').read_text())['splits']
+    assert [splits[split]['documents'] for split in ('train', 'val')] == [6, 11]
+    assert 0 < splits['val']['learned'] < splits['val']['tokens']
+
+
+def test_where_all_rows_to_validate_on_are_bad_the_reasons_are_printed(tmp_path, capsys):
+    rows = write_lines(tmp_path / 'rows.jsonl', [ROWS['messages'](i) for i in range(12)])
+    val = write_lines(tmp_path / 'val.jsonl', [{'text': 'x'}])
+    words = [tmp_path / 'out', rows, f'--val={val}', '--skip_bad_rows', '--tokenizer=byte']
+    with pytest.raises(SystemExit), user_errors():
+        COMMAND['main']([*map(str, words)])
+    said = capsys.readouterr()
+    assert 'the files for val hold 0 token(s) of text' in said.err
+    assert f"1 row(s) skipped by --skip_bad_rows:\n    {val}, line 1: there is no" in said.out
 
 
 def test_skipping_is_another_command(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,7 +213,7 @@ def test_ids_of_another_width_are_noticed_and_what_is_said_mends_them(tmp_path, 
         with pytest.raises(ValueError, match=f"{split}.bin seems to hold {wide} ids: read as {read_as}, each") as caught:
             Dataset(folder, block_size=8, batch_size=2)
         assert '\n' not in str(caught.value)
-        program = str(caught.value).partition('python -c "')[2].removesuffix('"')
+        program = re.search('`python -c "(.*)"` converts it', str(caught.value))[1]
         exec(program)
     data = Dataset(folder, block_size=8, batch_size=2)
     assert np.array_equal(data.first('train', len(ids) + 1), ids) and data.tokens['val'] == len(ids)

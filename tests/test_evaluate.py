@@ -3,6 +3,7 @@
 tests/fixtures has a few made-up examples of LAMBADA and HellaSwag; the model that sees them is a GPT-2 of random weights.
 """
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -114,6 +115,14 @@ def test_each_token_is_scored_once_with_enough_context(results, model, tmp_path,
     assert found['word_perplexity'] == pytest.approx(math.exp(mean * len(ids) / 9), rel=1e-4)
     assert found['bits_per_byte'] == pytest.approx(mean / math.log(2), rel=1e-6)       # a token is a byte
     assert (found['tokens'], found['bytes']) == (len(ids) - 1, len(ids))
+
+
+def test_a_text_may_be_packed_and_begin_with_a_byte_order_mark(results, model, tmp_path):
+    (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
+    (tmp_path / 'text.txt.gz').write_bytes(gzip.compress(b'\xef\xbb\xbf' + TEXT.encode()))
+    plain, packed = (results('--init_from=model.pt', '--tasks=bpb', f'--dataset={name}')
+                     for name in ('text.txt', 'text.txt.gz'))
+    assert plain == packed
 
 
 def test_windows_side_by_side(results, model, tmp_path):
@@ -346,7 +355,14 @@ HELLASWAG = {'activity_label': 'x', 'ctx_a': 'a', 'ctx_b': 'b', 'endings': ['1',
     (['--dataset=nowhere'], '', 'train.bin is missing'),
     (['--dataset=chars'], '', "was made with another tokenizer than the model's: give the text itself"),
     (['--dataset=file'], '', 'file has 0 bytes of text, 0 token(s): too few to predict one from another'),
-    (['--dataset=file'], b'\xff\xfe', "file: 'utf-8' codec can't decode byte 0xff"),
+    (['--dataset=file'], b'\xff\xfe', "file is UTF-16, not UTF-8: `iconv -f UTF-16 -t UTF-8`"),
+    (['--dataset=file'], 'für'.encode('latin-1'), "file is not UTF-8 at byte 1: `iconv -f ITS"),
+    (['--dataset=file'], b'x' * 99_999 + b'\xff', "file is not UTF-8 at byte 99,999: `iconv"),
+    (['--dataset=file'], b'PAR1\0\1', "file is a binary file (there are zero bytes in it)"),
+    (['--dataset=file.gz'], 'not packed', "file.gz is damaged: Not a gzipped file"),
+    (['--dataset=file.parquet'], 'x', "holds rows, not text: `python data/prepare.py NAME file.pa"),
+    (['--dataset=file.jsonl'], '{"text": "x"}', "file.jsonl holds rows, not text"),
+    (['--dataset=file.csv'], 'a,b', "file.csv holds rows, not text"),
     (['--init_from=chars.pt', '--dataset=file'], 'abcé', "file: the character 'é' at position 3 is not among the 3"),
     (['--tasks=lambada', '--lambada=nowhere'], '', 'nowhere: No such file or directory'),
     (['--tasks=lambada', '--lambada=file'], '', 'file holds no examples'),
@@ -354,7 +370,7 @@ HELLASWAG = {'activity_label': 'x', 'ctx_a': 'a', 'ctx_b': 'b', 'endings': ['1',
     (['--tasks=lambada', '--lambada=file'], '\n{"txt": "a b"}', 'file, line 2: an example of LAMBADA has a "text"'),
     (['--tasks=lambada', '--lambada=file'], '{"text": " word"}', 'an example of LAMBADA has a "text" of several words'),
     (['--tasks=lambada', '--lambada=file'], '{"text": "a bcdefghijklmnopqrs"}', 'is 19 tokens long, more than'),
-    (['--tasks=lambada', '--lambada=file'], b'{"text": "a \xff"}', "file, line 1: 'utf-8' codec"),
+    (['--tasks=lambada', '--lambada=file'], b'{"text": "a \xff"}', "file, line 1: it is not UTF-8 at byte 12"),
     (['--tasks=lambada', '--lambada=file', '--init_from=chars.pt'], '{"text": "a é"}', "line 1: the character ' '"),
     (['--tasks=hellaswag', '--hellaswag=file'], json.dumps({**HELLASWAG, 'label': ''}), '1: an example of HellaSwag has'),
     (['--tasks=hellaswag', '--hellaswag=file'], json.dumps({**HELLASWAG, 'endings': ['1']}), 'four "endings"'),
@@ -365,7 +381,10 @@ def test_a_mistake_ends_in_one_line(evaluate, model, tmp_path, words, content, m
     byte_model(tmp_path / 'bare.pt', tokenizer=None)
     state = torch.load(tmp_path / 'model.pt')
     torch.save({**state, 'tokenizer': {'kind': 'char', 'chars': 'abc'}}, tmp_path / 'chars.pt')
-    (tmp_path / 'file').write_bytes(content if isinstance(content, bytes) else content.encode())
+    name = 'file'
+    if words[0].startswith('--dataset=file.'):
+        name = words[0].partition('=')[2]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if '--dataset=chars' in words:
         words = [f"--dataset={write_text(tmp_path / 'chars', 'some characters ' * 20)}"]
     code, out, err, _ = evaluate('--init_from=model.pt', *words)

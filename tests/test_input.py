@@ -664,8 +664,8 @@ SCRIPTS = {     # script: what it is given anyway
 }
 FLAGS = ['--tokenizer', '--field', '--document', '--separator', '--template', '--split', '--seed', '--dedup', '--max_bytes',
          '--num_proc', '--shard_tokens', '--train_bytes', '--model_type', '--character_coverage', '--max_piece_length',
-         '--byte_fallback', '--nope', '-x']
-VALUES = {'--document': ['line', 'paragraph', 'file'], '--split': ['0.5,0.5', '0.8,0.1,0.1', '1,0'],
+         '--byte_fallback', '--val', '--test', '--as_text', '--nope', '-x']
+VALUES = {'--document': ['line', 'paragraph', 'file', r'\n', 'by'], '--split': ['0.5,0.5', '0.8,0.1,0.1', '1,0'],
           '--tokenizer': ['byte', 'char', 'train:bpe:300', 'train:sentencepiece:300', 'train:', 'train:bpe:x', '..']}
 
 

@@ -1,4 +1,5 @@
 """data/prepare.py: from any text to bins. What must come out is computed here in the plainest way, from whole documents."""
+import csv
 import gzip
 import hashlib
 import io
@@ -8,6 +9,8 @@ import os
 import random
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,10 +22,12 @@ import numpy as np
 import pytest
 from conftest import COMMIT, ROOT
 
+import dataset
 import files
 import journal
 import sources
 import textfiles
+from bins import Part
 from dataset import Dataset
 from mistakes import user_errors
 from tokenizer import load
@@ -308,6 +313,341 @@ def test_a_new_text_s_folder_can_be_where_the_bins_go(tmp_path, small_pieces):
         assert decoded(tmp_path / 'texts') == expected(DOCUMENTS)
 
 
+# ---- documents between separators ------------------------------------------------------------------------------------
+
+MARK = '<|endoftext|>'
+
+
+def documents_of(folder, words, **options):
+    """The documents that a source has, those in Parts put together."""
+    source = sources.open(words, folder=folder / 'out', **options)
+    found, parts = [], []
+    for piece in source.pieces():
+        for _, document in source.read(piece):
+            if isinstance(document, journal.Remark):
+                continue
+            if isinstance(document, Part):
+                parts.append(document.text)
+                if document.is_last:
+                    found.append(''.join(parts))
+                    parts = []
+            else:
+                assert not parts
+                found.append(document)
+    return found
+
+
+def test_documents_stand_between_separators_and_line_ends_around_these_belong_to_none(tmp_path):
+    text = f'first\n\nstory\n{MARK}\n\n  second\r\n{MARK}{MARK}third {MARK} fourth\n'
+    (tmp_path / 'a.txt').write_text(text, newline='')
+    (tmp_path / 'b.txt').write_text('a file ends a document')
+    found = documents_of(tmp_path, [tmp_path / 'a.txt', tmp_path / 'b.txt'], document=MARK)
+    assert found == ['first\n\nstory', '  second', 'third ', ' fourth', 'a file ends a document']
+
+
+def test_a_line_end_in_a_separator_is_cr_lf_too(tmp_path):
+    (tmp_path / 'a.txt').write_text('a --- b\n---\nc\r\n---\r\nd', newline='')
+    assert documents_of(tmp_path, [tmp_path / 'a.txt'], document='\n---\n') == ['a --- b', 'c', 'd']
+
+
+@pytest.mark.parametrize('separator', [MARK, '\n---\n', '\n', 'é'])
+@pytest.mark.parametrize('large', [1 << 22, 200], ids=['whole', 'in parts'])
+def test_separators_are_found_wherever_a_text_is_read_in_pieces(
+        tmp_path, monkeypatch, separator, large):
+    """Among these sizes of pieces are some whose borders cut a separator."""
+    rng = random.Random(separator)
+    words = ['\n', '\r\n', ' ', 'a', '---', '<|', 'word', 'é', 'some words', separator, separator]
+    text = ''.join(rng.choices(words, k=700)) + 'long words ' * 150
+    (tmp_path / 'text.txt').write_text(text, encoding='utf-8', newline='')
+    wanted = re.split(re.escape(separator).replace('\\\n', '\r?\n'), text)
+    wanted = [document.strip('\r\n') for document in wanted if document.strip()]
+    monkeypatch.setattr(sources, 'LARGE', large)
+    for size in range(20, 60):
+        monkeypatch.setattr(sources, 'PIECE', size)
+        assert documents_of(tmp_path, [tmp_path / 'text.txt'], document=separator) == wanted
+
+
+@pytest.mark.parametrize('line_end', ['', '\n', '\r\n'])
+def test_a_separator_where_a_large_document_is_cut_is_found(tmp_path, monkeypatch, line_end):
+    """The last byte that fits into a part is any of those of the separator and around it."""
+    large = 300
+    monkeypatch.setattr(sources, 'LARGE', large)
+    for n in range(large - 30, large + 20):
+        document = ('word ' * large)[:n - 1] + '.'
+        text = f'{document}{line_end}{MARK}{line_end}{document}{line_end}{MARK}the end'
+        (tmp_path / 'text.txt').write_text(text, newline='')
+        for size in (20, 33, large):
+            monkeypatch.setattr(sources, 'PIECE', size)
+            found = documents_of(tmp_path, [tmp_path / 'text.txt'], document=MARK)
+            assert found == [document, document, 'the end']
+
+
+def test_the_bins_do_not_depend_on_where_a_text_is_read_in_pieces(tmp_path, monkeypatch):
+    large = 'a line of a long story\n' * 30
+    text = f'\n{MARK}\n'.join(f'{i} {large if i % 9 == 0 else "short"}' for i in range(80))
+    (tmp_path / 'text.txt').write_text(text)
+    monkeypatch.setattr(sources, 'LARGE', 256)
+    found = []
+    for size in (20, 33, 256):
+        monkeypatch.setattr(sources, 'PIECE', size)
+        words = [tmp_path / 'out', tmp_path / 'text.txt', f'--document={MARK}', '--tokenizer=byte']
+        prepare(*words)
+        found.append(contents(tmp_path / 'out'))
+    assert found[0] == found[1] == found[2]
+
+
+def test_escapes_in_a_separator(tmp_path, capsys):
+    (tmp_path / 'text.txt').write_text('---\n'.join(f'{i}\n' for i in range(40)) + '\\newpage\n41')
+    words = [tmp_path / 'out', tmp_path / 'text.txt', '--tokenizer=byte']
+    prepare(*words, r'--document=\n---\n', r'--separator=\t')
+    assert decoded(tmp_path / 'out') == expected(
+        [*map(str, range(39)), '39\n\\newpage\n41'], end='\t')
+    prepare(*words, r'--document=\\newpage', '--split=0.5,0.5', '--seed=4')
+    assert sum(text.count(b'41') for text in decoded(tmp_path / 'out').values()) == 1
+    assert 'notice: ' not in capsys.readouterr().out
+
+
+def test_a_separator_that_is_nowhere_is_one_line(tmp_path, capsys):
+    for i in range(40):
+        (tmp_path / f'{i}.txt').write_text(f'text {i}')
+    prepare(tmp_path / 'out', tmp_path / '*.txt', '--tokenizer=byte', r'--document=\n---\n')
+    said = capsys.readouterr().out
+    assert said.count('notice: ') == 1
+    assert (r"notice: the separator --document='\n---\n' is nowhere in the sources: each file is "
+            "one document") in said
+
+
+# ---- special tokens --------------------------------------------------------------------------------------------------
+
+@needs_gpt2
+def test_marks_that_separate_documents_get_the_ids_that_sample_py_reads(tmp_path):
+    text = ''.join(f'story {i}, which ends here.{MARK}' for i in range(50))
+    (tmp_path / 'text.txt').write_text(text)
+    (tmp_path / 'val.txt').write_text(text[:200])
+    val = f"--val={tmp_path / 'val.txt'}"
+    prepare(tmp_path / 'out', tmp_path / 'text.txt', f'--document={MARK}', val)
+    own = load(json.loads((tmp_path / 'out/meta.json').read_text())['tokenizer'])
+    assert np.fromfile(tmp_path / 'out/train.bin', np.uint16).tolist() == own.encode(text)
+
+
+@needs_gpt2
+def test_special_tokens_in_a_text_are_told_once_whatever_the_number_of_processes(tmp_path, capsys):
+    for name in ('a', 'b', 'c'):
+        marks = '' if name == 'a' else f'A story.\n{MARK}\n' * 7
+        (tmp_path / f'{name}.txt').write_text(marks + 'some words\n' * 110_000)
+    for n in (1, 2):
+        prepare(tmp_path / f'by {n}', tmp_path / '*.txt', f'--num_proc={n}', '--document=line')
+        notices = re.findall('notice: .*', capsys.readouterr().out)
+        assert notices == [
+            "notice: special tokens of the tokenizer were encoded as ordinary text: '<|endoftext|>' "
+            f"14 time(s), first in {tmp_path}/b.txt; --document='<|endoftext|>' divides a text there"]
+    assert contents(tmp_path / 'by 1') == contents(tmp_path / 'by 2')
+
+
+@needs_gpt2
+def test_special_tokens_are_counted_right_when_a_run_was_stopped(
+        tmp_path, small_pieces, monkeypatch, capsys):
+    write_rows(tmp_path / 'rows.jsonl', [{'text': f'{i} {MARK} {MARK}'} for i in range(200)])
+    words = [tmp_path / 'out', tmp_path / 'rows.jsonl']
+    real, calls = journal.Output.add, []
+
+    def interrupted(output, piece, encoded):
+        calls.append(piece)
+        if len(calls) in (5, 9):
+            raise KeyboardInterrupt
+        return real(output, piece, encoded)
+    monkeypatch.setattr(journal.Output, 'add', interrupted)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            prepare(*words)
+    assert 'notice: ' not in capsys.readouterr().out
+    prepare(*words)
+    notices = re.findall('notice: .*', capsys.readouterr().out)
+    assert len(notices) == 1
+    assert f"'{MARK}' 400 time(s), first in {tmp_path}/rows.jsonl, while" in notices[0]
+
+
+@needs_gpt2
+def test_there_is_no_notice_where_nothing_is_amiss(tmp_path, capsys):
+    (tmp_path / 'text.txt').write_text(f'A story.\n{MARK}\n' * 60)
+    rows = [{'q': f'what? {i}', 'a': 'that'} for i in range(60)]
+    write_rows(tmp_path / 'rows.jsonl', rows)
+    template = {'user': ['Q: ', '\n'], 'assistant': ['A: ', MARK]}     # there the mark is the token
+    (tmp_path / 'template.json').write_text(json.dumps(template))
+    (tmp_path / 'val.txt').write_text('Another story.')
+    val = f"--val={tmp_path / 'val.txt'}"
+    prepare(tmp_path / '1', tmp_path / 'text.txt', f'--document={MARK}', val)
+    prepare(tmp_path / '2', tmp_path / 'text.txt', '--tokenizer=byte')      # has no special tokens
+    prepare(tmp_path / '3', tmp_path / 'rows.jsonl', '--field=q,a',
+            f"--template={tmp_path / 'template.json'}")
+    assert 'notice: ' not in capsys.readouterr().out
+
+
+@needs_gpt2
+def test_special_tokens_in_a_conversation_are_told_and_those_of_its_template_are_not(
+        tmp_path, capsys):
+    template = {'user': [MARK, '\n'], 'assistant': ['A: ', '\nEND\n']}
+    (tmp_path / 'template.json').write_text(json.dumps(template))
+    rows = [{'q': f'what? {i}', 'a': '<|endoftext|' + '>' * (i == 7)} for i in range(60)]
+    words = [write_rows(tmp_path / 'rows.jsonl', rows), '--field=q,a']
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / 'out', *words, f"--template={tmp_path / 'template.json'}")
+    assert f"contains '{MARK}', which marks turns" in capsys.readouterr().err
+    prepare(tmp_path / 'out', *words)
+    assert f"'{MARK}' 1 time(s), first in {words[0]}, while sample.py" in capsys.readouterr().out
+
+
+def test_that_nothing_divides_rows_is_said(tmp_path, capsys):
+    rows = write_rows(tmp_path / 'rows.jsonl', [{'text': text} for text in DOCUMENTS])
+    prepare(tmp_path / 'out', rows, '--document=line', '--tokenizer=byte')
+    assert decoded(tmp_path / 'out') == expected(DOCUMENTS)
+    assert "notice: --document='line' divides text files" in capsys.readouterr().out
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+ROWS = [{'n': str(i), 'text': f'row {i}, "quoted"\nand\tmore'} for i in range(40)]
+ROWS[7]['text'] *= 10_000       # more than csv reads unless it is told to
+
+
+def as_table(delimiter):
+    content = io.StringIO(newline='')
+    writer = csv.DictWriter(content, ['n', 'text'], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return content.getvalue().encode()
+
+
+TABLES = {'.csv': as_table(','), '.tsv': as_table('\t'),
+          '.json': json.dumps(ROWS, indent=1).encode(),
+          'key.json': json.dumps({'KEY': ROWS}, indent=1).encode()}
+
+
+@pytest.mark.parametrize('packed', ['', '.gz', '.zst'])
+@pytest.mark.parametrize('kind', TABLES)
+def test_a_table_is_refused_with_a_command_that_makes_rows_of_it(
+        tmp_path, monkeypatch, capsys, kind, packed):
+    content = TABLES[kind]
+    if packed == '.gz':
+        content = gzip.compress(content)
+    elif packed == '.zst':
+        content = pytest.importorskip('zstandard').compress(content)
+    monkeypatch.chdir(tmp_path)
+    Path(f'a b{kind}{packed}').write_bytes(content)
+    error = failure(capsys, './out', f'a b{kind}{packed}', '--tokenizer=byte')
+    assert f'a b{kind}{packed} is ' in error and 'not text' in error and '--as_text' in error
+    command = re.search('`(.*)`', error)[1]
+    if not shutil.which('bash'):
+        pytest.skip("there is no bash")
+    here = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    subprocess.run(['bash', '-c', command], check=True, env=here)
+    prepare('./out', shlex.split(command)[-1], '--tokenizer=byte')
+    assert decoded(Path('out')) == expected([row['text'] for row in ROWS])
+
+
+def test_rows_in_a_json_file_are_read_where_a_field_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path('rows.json'), [{'text': text} for text in DOCUMENTS])
+    error = failure(capsys, './out', 'rows.json')
+    assert 'rows.json holds a row on each line: --field=KEY' in error
+    prepare('./out', 'rows.json', '--field=text', '--tokenizer=byte')
+    assert decoded(Path('out')) == expected(DOCUMENTS)
+
+
+@pytest.mark.parametrize('word', ['texts', 'texts/**/*'])
+def test_tables_in_a_folder_are_not_lost_in_silence(tmp_path, monkeypatch, capsys, word):
+    monkeypatch.chdir(tmp_path)
+    as_folder(tmp_path)
+    for name in ('1/x.csv', '2/x.json', '2/x.tsv.gz'):
+        Path('texts', name).write_bytes(b'id,text\n1,one\n')
+    error = failure(capsys, './out', word, '--tokenizer=byte')
+    assert f'{word}: 3 of 105 files are .csv, .tsv or .json, not text' in error
+    assert 'the first is texts/1/x.csv.' in error
+
+
+def test_as_text_reads_a_table_as_it_is(tmp_path):
+    for name in ('a.csv', 'b.json'):
+        (tmp_path / name).write_bytes(TABLES[name[1:]])
+    for name, option in (('a.csv', '--as_text'), ('b.json', '--as_text=True')):
+        prepare(tmp_path / 'out', tmp_path / name, '--tokenizer=byte', option, '--dedup=False')
+        assert b''.join(decoded(tmp_path / 'out').values()) == TABLES[name[1:]]
+
+
+# ---- files of one's own for val and test -----------------------------------------------------------------------------
+
+def test_texts_for_each_split_become_these_splits_whole(tmp_path):
+    texts = {'train': 'to train on, ü\n' * 40, 'val': 'some w\u00f6rds', 'test': 'a test\n'}
+    for split, text in texts.items():
+        (tmp_path / f'{split}.txt').write_text(text, encoding='utf-8')
+    prepare(tmp_path / 'out', tmp_path / 'train.txt', f"--val={tmp_path / 'val.txt'}",
+            '--test', tmp_path / 'test.txt', '--tokenizer=char')
+    meta = json.loads((tmp_path / 'out/meta.json').read_text())
+    own = load(meta['tokenizer'])       # its characters are those of all splits
+    assert own.describe()['chars'] == ''.join(sorted(set(''.join(texts.values()))))
+    for split, text in texts.items():
+        assert own.decode(np.fromfile(tmp_path / f'out/{split}.bin', np.uint16)) == text
+        assert meta['splits'][split]['documents'] == 1
+
+
+@pytest.mark.parametrize('options, shares', [
+    (['--val=val'], None), (['--val=val', '--test=test'], None), (['--test=test'], ('0.9', '0.1')),
+    (['--test=test', '--split=0.5,0.5'], ('0.5', '0.5'))])
+def test_documents_of_files_for_val_and_test(tmp_path, small_pieces, monkeypatch, options, shares):
+    monkeypatch.chdir(tmp_path)
+    groups = {'train': DOCUMENTS[:60], 'val': DOCUMENTS[60:80], 'test': DOCUMENTS[70:]}
+    for split, documents in groups.items():
+        Path(split).mkdir()
+        write_rows(Path(split, 'a.jsonl'), [{'text': text} for text in documents[:10]])
+        write_rows(Path(split, 'b.jsonl'), [{'text': text} for text in documents[10:]])
+    prepare('./out', 'train', *options, '--tokenizer=byte')
+    wanted = {split: ''.join(f'{text}\n' for text in groups[split]).encode() for split in groups}
+    if '--val=val' not in options:
+        wanted |= expected(groups['train'], shares)
+    if '--test=test' not in options:
+        del wanted['test']
+    assert decoded(Path('out')) == wanted
+
+
+def test_of_copies_dedup_keeps_those_to_test_and_to_validate_on(tmp_path, small_pieces, capsys):
+    words = []
+    for split, some in (('train', DOCUMENTS), ('val', DOCUMENTS[:20]), ('test', DOCUMENTS[10:15])):
+        words.append(write_rows(tmp_path / f'{split}.jsonl', [{'text': text} for text in some]))
+    prepare(tmp_path / 'out', words[0], f'--val={words[1]}', f'--test={words[2]}',
+            '--tokenizer=byte', '--dedup')
+    splits = json.loads((tmp_path / 'out/meta.json').read_text())['splits']
+    assert [splits[split]['documents'] for split in ('train', 'val', 'test')] == [80, 15, 5]
+    assert '25 duplicate(s) dropped' in capsys.readouterr().out
+
+
+def test_a_file_of_the_sources_that_is_in_val_is_not_trained_on(tmp_path, capsys):
+    as_folder(tmp_path)
+    prepare(tmp_path / 'out', tmp_path / 'texts', f"--val={tmp_path / 'texts/3'}",
+            '--tokenizer=byte')
+    splits = json.loads((tmp_path / 'out/meta.json').read_text())['splits']
+    said = capsys.readouterr().out
+    assert '10 file(s) of the sources are in val or test, and so not in train' in said
+    assert (splits['train']['documents'], splits['val']['documents']) == (90, 10)
+
+
+def test_max_bytes_leaves_val_whole(tmp_path, small_pieces):
+    as_folder(tmp_path)
+    prepare(tmp_path / 'out', tmp_path / 'texts', f"--val={tmp_path / 'texts/9'}",
+            '--tokenizer=byte', '--max_bytes=500')
+    splits = json.loads((tmp_path / 'out/meta.json').read_text())['splits']
+    assert splits['val']['documents'] == 10 and 1 < splits['train']['documents'] < 20
+
+
+@needs_gpt2
+def test_conversations_to_validate_on_are_masked_too(tmp_path):
+    for name in ('train', 'val'):
+        rows = [{'q': f'{name} {i}?', 'a': f'{i}.'} for i in range(9)]
+        write_rows(tmp_path / f'{name}.jsonl', rows)
+    prepare(tmp_path / 'out', tmp_path / 'train.jsonl', f"--val={tmp_path / 'val.jsonl'}",
+            '--field=q,a')
+    val = json.loads((tmp_path / 'out/meta.json').read_text())['splits']['val']
+    assert val['documents'] == 9 and 0 < val['learned'] < val['tokens']
+
+
 # ---- shards, masks ---------------------------------------------------------------------------------------------------
 
 def test_shards_hold_so_many_tokens_each_and_replace_what_was_there(tmp_path, small_pieces):
@@ -373,8 +713,17 @@ class Stop(BaseException):
     """As sudden as kill -9: nothing is saved on the way out."""
 
 
-@pytest.mark.parametrize('seed', range(3))
-def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bins(tmp_path, small_pieces, corpus, monkeypatch, seed):
+OWN_FILES = ['--document=one', '--val=corpus/c07.txt', '--test=corpus/a.jsonl']
+
+
+@pytest.mark.parametrize('options', [[], OWN_FILES], ids=['hashed', 'own files'])
+@pytest.mark.parametrize('seed', range(2))
+def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bins(
+        tmp_path, small_pieces, corpus, monkeypatch, seed, options):
+    monkeypatch.chdir(tmp_path)
+    corpus += options
+    if options:
+        corpus.remove('--split=0.6,0.4')
     prepare(tmp_path / 'whole', *corpus)
     rng, stops, real = random.Random(seed), 0, {'fsync': os.fsync, 'replace': os.replace}
 
@@ -573,9 +922,7 @@ def test_a_name_in_data_may_be_a_link_to_another_disk(tmp_path, monkeypatch):
     (tmp_path / 'data/big').symlink_to(tmp_path / 'disk')
     monkeypatch.setitem(COMMAND['folder_of'].__globals__, 'DATA', tmp_path / 'data')
     assert COMMAND['folder_of']('big') == tmp_path / 'data/big'
-    for name in ('../big', '.', 'x/../../big'):
-        with pytest.raises(ValueError, match='is not in'):
-            COMMAND['folder_of'](name)
+
 
 
 # ---- what can be wrong -----------------------------------------------------------------------------------------------
@@ -585,6 +932,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': '
          'number.jsonl': b'1\n', 'other.jsonl': b'{"body": "a", "id": 1}\n', 'null.jsonl': b'{"text": null}\n',
          'broken.txt.gz': gzip.compress(b'some text' * 99)[:-20], 'not.txt.gz': b'text', 'not.parquet': b'text',
          'chat.jsonl': b'{"messages": [{"role": "robot", "content": "x"}]}\n', 'good.txt': b'word\n' * 99,
+         'short.txt': b'x',
          'deep.jsonl': b'{"text": "a"}\n' * 9999 + b'{"text": 5}\n', 'one.jsonl': b'{"text": "just one"}\n'}
 
 
@@ -595,7 +943,7 @@ FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': '
     (['zero.bin'], r'zero\.bin is a binary file'),
     (['late.txt'], r'late\.txt is not UTF-8 at byte 99,999'),
     (['no.jsonl'], r'no\.jsonl, line 3: not JSON .*: no; --skip_bad_rows leaves such rows out$'),
-    (['list.jsonl'], r'list\.jsonl is one JSON array: `jq'),
+    (['list.jsonl'], r'list\.jsonl is one JSON array: `python'),
     (['number.jsonl'], r'number\.jsonl, line 1: not a row but 1'),
     (['other.jsonl'], r"other\.jsonl, line 1: there is no field 'text', only body, id: --field=NAME says which"),
     (['other.jsonl', '--field=body.x'], r"no field 'body\.x'"),
@@ -607,7 +955,10 @@ FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': '
     (['not.txt.gz'], r'not\.txt\.gz is damaged'),
     (['not.parquet'], r"not\.parquet can't be read as parquet"),
     (['chat.jsonl'], r"chat\.jsonl, line 1: message 1 has the role 'robot'"),
-    (['one.jsonl'], 'none of the 1 document.* fell to val, whose share is 0.1: take smaller ones'),
+    (['one.jsonl'], r'none of the 1 row\(s\) fell to val, whose share is 0.1: add rows, or use '
+     r'another --split or --seed, or your own files \(--val=FILE\)$'),
+    (['short.txt', '--document=line'], r'none of the 1 document\(s\) fell to val, whose share is '
+     r'0.1: use smaller ones \(--document=paragraph or line\), or make them one text'),
     (['good.txt', '--split=8,1,1'], 'split=8,1,1 must be two or three shares above 0 that add up to 1'),
     (['good.txt', '--split=0.9'], 'must be two or three shares'),
     (['good.txt', '--num_proc=0'], 'num_proc=0 must be at least 1'),
@@ -616,7 +967,21 @@ FILES = {'empty.txt': b'', 'latin.txt': 'für'.encode('latin-1'), 'utf16.txt': '
     (['good.txt', '--byte_fallback=true'], 'byte_fallback'),
     (['good.txt', '--template=good.txt'], r'good\.txt is not JSON'),
     (['good.txt', '--fiel=x'], 'unrecognized arguments: --fiel=x'),
-    (['good.txt', '--document=page'], 'page'),
+    (['good.txt', '--document=Lines'], "document='Lines' looks like 'line': write that"),
+    (['good.txt', '--document='], "document='' must be file, paragraph, line, or the text"),
+    (['good.txt', '--val=nothing.txt'], r'there is no file or folder .*nothing\.txt'),
+    (['good.txt', '--val=empty'], 'there is no file to read for val'),
+    (['good.txt', '--val=good.txt'], 'no file to train on: val and test name all'),
+    (['good.txt', '--val=one.jsonl', '--test=one.jsonl'], r'one\.jsonl is both in val and in test'),
+    (['good.txt', '--val=short.txt'], r'the files for val hold 1 token\(s\) of text: at least 2'),
+    (['good.txt', '--val=short.txt', '--split=0.9,0.1'], 'which all go to train where --val names'),
+    (['good.txt', '--test=short.txt', '--split=0.8,0.1,0.1'], 'has a share for test, whose files'),
+    (['good.txt', '--val'], 'expected one argument'),
+    (['good.txt', '--val=--'], '--val has no value; write --val=VALUE$'),
+    (['good.txt', '--seed=--'], '--seed has no value; write --seed=VALUE$'),
+    (['good.txt', '--dedup=--'], '--dedup has no value; write --dedup=VALUE$'),
+    (['-', '--val=-'], 'standard input .* only one of the sources'),
+    ([''], 'a source has an empty name'),
     (['nothing.txt'], r'there is no file or folder .*nothing\.txt'),
     (['*.nothing'], r'there is no file like .*\.nothing'),
     (['empty'], 'there is no file to read')])
@@ -636,11 +1001,61 @@ def test_what_is_wrong_is_one_line_and_the_old_bins_stay(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize('name, message', [
-    ('shakespeare', 'belongs to .*prepare.py'), ('../elsewhere', 'is not in'), ('.', 'is not in'), ('in.txt', 'is a file')])
+    ('shakespeare', 'belongs to .*prepare.py'), ('', 'NAME is empty'), ('in.txt', 'is a file'),
+    ('./in.txt', 'is a file')])
 def test_names_that_are_not_to_be_written(tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'in.txt').write_text('text ' * 99)
     assert re.search(message, failure(capsys, name, 'in.txt', '--tokenizer=byte'))
+
+
+@pytest.mark.parametrize('name, folder', [
+    ('./x', 'here/x'), ('out/x', 'here/out/x'), ('../x', 'x'), ('.', 'here'),
+    ('{here}/y', 'here/y'), ('x', 'data/x')])
+def test_a_name_with_a_slash_or_a_dot_is_a_path_and_a_plain_one_is_in_data(
+        tmp_path, monkeypatch, capsys, name, folder):
+    """And what the command prints for train.py finds the dataset from there."""
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'data').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    monkeypatch.setitem(COMMAND['folder_of'].__globals__, 'DATA', tmp_path / 'data')
+    monkeypatch.setattr(dataset, 'ROOT', tmp_path / 'data')
+    Path('text.txt').write_text('some text ' * 99)
+    prepare(name.format(here=tmp_path / 'here'), 'text.txt', '--tokenizer=byte')
+    assert (tmp_path / folder / 'train.bin').is_file()
+    said = capsys.readouterr().out
+    words = shlex.split(said.splitlines()[-1].partition(': ')[2])
+    shown = next(word for word in words if word.startswith('--dataset=')).removeprefix('--dataset=')
+    assert Dataset(shown, 8, 2).folder.resolve() == tmp_path / folder
+    assert words[:2] == ['python', f'{tmp_path}/train.py']
+    assert f'--out_dir=out-{Path(folder).name}' in words
+    is_told = f'x is a plain name: the dataset goes to {tmp_path}/data/x; for a folder here' in said
+    assert is_told == (name == 'x')
+
+
+def test_in_the_repository_the_printed_command_is_short(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'data').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(COMMAND['folder_of'].__globals__, 'DATA', tmp_path / 'data')
+    Path('text.txt').write_text('some text ' * 99)
+    prepare('mine', 'text.txt', '--tokenizer=byte')
+    said = capsys.readouterr().out
+    assert 'plain name' not in said
+    assert said.endswith('now, for example: python train.py config/train_shakespeare_char.py '
+                         '--dataset=mine --out_dir=out-mine\n')
+
+
+@pytest.mark.parametrize('name, there, folder', [
+    ('x', ['data/x', 'here/x'], 'data/x'), ('./x', ['data/x', 'here/x'], 'here/x'),
+    ('a/x', ['data/a/x', 'here/a/x'], 'here/a/x'),
+    ('a/x', ['data/a/x'], 'data/a/x'), ('x', ['here/x'], 'here/x'),      # there is only one
+    ('x', [], 'data/x'), ('./x', [], 'here/x'), ('out\\x', [], 'here/out\\x')])
+def test_the_same_rule_finds_a_dataset(tmp_path, monkeypatch, name, there, folder):
+    for path in ('data', 'here', *there):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / 'here')
+    monkeypatch.setattr(dataset, 'ROOT', tmp_path / 'data')
+    assert dataset.folder_of(name).resolve() == tmp_path / folder
 
 
 def test_a_zst_without_its_end_is_damaged(tmp_path, capsys):

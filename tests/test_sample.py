@@ -1,4 +1,5 @@
 """sample.py as a user runs it, and bench_generation.py."""
+import io
 import re
 import subprocess
 import sys
@@ -43,6 +44,24 @@ def test_a_prompt_comes_from_a_word_a_file_standard_input_or_lines(sample, tmp_p
     assert sample('--prompt=import')[0] == sample(f'--start=FILE:{tmp_path}/prompt')[0] == expected
     assert sample('--start=-', stdin='import')[0] == expected
     assert sample(f'--start=LINES:{tmp_path}/prompts')[0] == expected + sample('--start=def', '--seed=1338')[0]
+
+
+def test_a_prompt_that_is_not_utf8_is_told_in_words(tmp_path, monkeypatch):
+    (tmp_path / 'prompt').write_bytes('für'.encode('latin-1'))
+    for kind in ('FILE', 'LINES'):
+        with pytest.raises(ValueError, match=r'prompt is not UTF-8 at byte 1: `iconv -f ITS_ENC'):
+            prompts.read(f'{kind}:{tmp_path}/prompt')
+    for errors in ('strict', 'surrogateescape'):        # the C locale has the latter
+        stdin = io.TextIOWrapper(io.BytesIO(b'f\xfcr'), encoding='utf-8', errors=errors)
+        monkeypatch.setattr(sys, 'stdin', stdin)
+        with pytest.raises(ValueError, match='standard input is not utf-8 text at byte 1: `iconv'):
+            prompts.read('-')
+
+
+def test_line_ends_of_a_prompt_are_those_of_standard_input(tmp_path):
+    (tmp_path / 'prompt').write_bytes(b'\xef\xbb\xbfone\r\ntwo\r\n')
+    assert prompts.read(f'FILE:{tmp_path}/prompt') == ['one\ntwo\n']
+    assert prompts.read(f'LINES:{tmp_path}/prompt') == ['one', 'two']
 
 
 def test_a_stop_ends_a_sample(sample):

@@ -45,7 +45,8 @@ def main(words):
         fail(f"OSCAR has no language {language!r}" + f"; the nearest are {', '.join(near)}" * bool(near) +
              f"; all of them: {' '.join(known)}")
     source = mirror / f'{language}_meta' / '*.jsonl.zst' if mirror else f'{REPO}:{language}_meta'
-    runpy.run_path(str(DATA / 'prepare.py'))['main']([f'oscar/{language}', str(source), '--field=content', *options])
+    words = [str(DATA / 'oscar' / language), str(source), '--field=content', *options]
+    runpy.run_path(str(DATA / 'prepare.py'))['main'](words)
 
 
 if __name__ == '__main__':
