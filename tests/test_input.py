@@ -538,15 +538,16 @@ def test_json_that_no_reader_takes(text, tmp_path, trained):
     (tmp_path / 'model.safetensors').write_bytes(b'')
     assert 'meta.json cannot be read' in said(lambda: read_meta(tmp_path))
     assert 'meta.json' in said(lambda: vocabulary.open(tmp_path))
-    assert "config.json can't be used" in said(lambda: huggingface.read(str(tmp_path)))
-    assert 'the tokenizer in' in said(lambda: tokenizer_files.from_files(tmp_path))
-    assert 'the tokenizer in' in said(lambda: tokenizer_files.from_file(tmp_path / 'merges.txt'))
+    assert 'config.json' in said(lambda: huggingface.read(str(tmp_path)))
+    if text != '\ufeff{}':      # Hugging Face's files may begin with a byte order mark
+        assert 'the tokenizer in' in said(lambda: tokenizer_files.from_files(tmp_path))
+        assert 'the tokenizer in' in said(lambda: tokenizer_files.from_file(tmp_path / 'merges.txt'))
     assert 'tokenizer.json is damaged' in said(lambda: tokenizer.load({'kind': 'huggingface', 'json': text}))
     assert 'does not say what the run was trained on' in said(lambda: checkpoint.dataset_of(tmp_path))
     assert checkpoint._read_sums(tmp_path) == {} and checkpoint._preference(tmp_path)[0] == 'best.pt'
     assert checkpoint.model_config(dict(model='gpt', init_from='resume', out_dir=str(tmp_path))) is GPTConfig
     assert not metrics._is_before(text, 9, 9)
-    assert 'no JSON' in said(lambda: sources._row('{"text": ' + text, 'rows.jsonl, line 1'))
+    assert 'not JSON' in said(lambda: sources._parsed(b'{"text": ' + text.encode()))
 
 
 @pytest.mark.parametrize('change', [
@@ -627,7 +628,7 @@ def test_a_bomb_is_read_in_pieces(kind, name, tmp_path, monkeypatch):
     file = textfiles._file(path.name, path, None)
     tracemalloc.start()
     with textfiles.reading(file) as (_, stream):
-        chunks = sources._cut(file, stream, stream.read(sources.PIECE + 1), re.compile(rb'\n'), None)
+        chunks = sources._cut(file, stream, stream.read(sources.PIECE + 1), sources.DIVISIONS['line'], None)
         if name == 'bomb.jsonl':
             assert 'is a row of more than 16,777,216 bytes' in said(lambda: list(chunks))
         else:

@@ -91,4 +91,6 @@ def test_a_saved_notebook_is_of_one_run_and_of_no_particular_machine(name):
 def test_the_scaling_notebook_finds_the_law_that_its_runs_obey(executed):
     printed = ''.join(output.get('text', '') for cell in code(executed['scaling_laws']) for output in cell.outputs)
     assert 'L(N, D) = 0.900 + 38 / N^0.430 + 1800 / D^0.650' in printed
-    assert 'reads 8,192 tokens' in printed and re.search(r'measured: [3-4]\.', printed)    # train.py's own, of 4 steps
+    assert 'reads 8,192 tokens' in printed
+    measured = re.search(r'measured: (\d+\.\d+)', printed)       # train.py's own run, of 4 steps
+    assert 2 < float(measured[1]) < 5, measured[0]
