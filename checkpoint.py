@@ -45,7 +45,7 @@ NOISE = {'dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', '
 NUMBER = int, float
 PROGRESS_KINDS = dict(evaluated=int, bad_evals=int, wall_seconds=NUMBER, train_seconds=NUMBER, clipped=int, data_offset=int,
                       diverged_at=int, rolled_back_to=int,
-                      wandb_id=(str, types.NoneType), guard=(dict, types.NoneType))
+                      wandb_id=(str, types.NoneType), guard=(dict, list, types.NoneType))
 RESOLVED = dict(device='cpu', dtype='float32', compile=False, threads=1)
 RESOLVED_KINDS = dict(device=str, dtype=str, compile=(bool, str), threads=int)
 
@@ -199,7 +199,7 @@ def _read_resumable(path):
     parts = {'progress': PROGRESS, 'resolved': {}, **state}
     if not (all(_has(parts[key], {}) and _has(known | parts[key], kinds) for key, known, kinds in (
                 ('progress', PROGRESS, PROGRESS_KINDS), ('resolved', RESOLVED, RESOLVED_KINDS)))
-            and (parts['progress'].get('guard') is None or guard.is_state(parts['progress']['guard']))
+            and guard.is_sound(parts['progress'].get('guard'))
             and getattr(state['best_val_loss'], 'numel', int)() in (0, 1)):
         raise ValueError(f"{path} is damaged: its 'progress', 'resolved' or 'best_val_loss' is not what a run saves")
     if any(weight.isnan().any() for weight in state['model'].values()):

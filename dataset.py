@@ -222,6 +222,12 @@ class Dataset:
         idx, targets = self._read(split, self._eval_spans(split, i, limit))
         return idx, targets, int((targets >= 0).sum())
 
+    def check_evaluations(self, limit):
+        """Raise ValueError if an evaluation of `limit` batches of a split would have no target."""
+        for split in self.masks:
+            if split != 'test':
+                self.eval_targets(split, limit)
+
     def eval_targets(self, split, limit=None):
         """How many targets all batches of an evaluation have together, counted once. ValueError where there are none."""
         if (split, limit) not in self._targets:

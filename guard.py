@@ -7,15 +7,16 @@ on the device, from its loss, which all processes share; the optimizer skips the
 (`found_inf`), so nothing waits. The host learns of it one step later.
 
 Skipping a spike spares the weights a bad batch. It cannot bring the loss down where the weights
-themselves are the cause: skipping freezes them. So a spike is skipped at most SPIKES_IN_A_ROW times;
-then updates go through again until the loss is back. A finite spike never ends a run.
+themselves are the cause, since it freezes them, and where losses differ widely from batch to batch,
+the high ones are what there is to learn. So at most MOST_SKIPS spikes are skipped, and one more for
+every STEPS_PER_SKIP steps; other updates go through. A finite spike never ends a run.
 
 A run has diverged in two cases:
 - NOT_FINITE_IN_A_ROW losses or gradients in a row were NaN or infinite. The run goes back to its newest
   checkpoint and skips the data that led there, since the same data would lead there again (as PaLM's
   authors did by hand, Chowdhery et al. 2022, section 5.1). The second time, it ends.
 - The validation loss and the average training loss both rise far above their lowest values and stay
-  there (`check_far_above`). The run saves its state and ends. Overfitting raises only the validation
+  there (`divergence`). The run saves its state and ends. Overfitting raises only the validation
   loss, so it is not divergence.
 """
 import math
@@ -26,9 +27,12 @@ import torch
 MEMORY = 128                # steps over which the loss is averaged
 FLOOR = 0.02                # nats, least standard deviation of the loss: near a loss of 0 the measured
                             # one vanishes, and any bump would be a spike
-SPIKES_IN_A_ROW = 3         # spikes that are skipped before updates go through again
+MOST_SKIPS = 3              # spikes that are skipped before updates go through again
+STEPS_PER_SKIP = 32         # steps that allow for another skip, up to MOST_SKIPS
 NOT_FINITE_IN_A_ROW = 5     # steps after which NaN and infinity mean that the weights are the cause
 FAR = 1.0                   # nats above the lowest loss: more than twice the perplexity
+LEARNED = 0.9               # a lowest loss above this share of that of guessing says that nothing was
+                            # learned yet
 # A run far above its lowest loss has diverged when the gap has not shrunk to RECOVERS of itself for
 # PATIENCE evaluations and LEAST_STEPS steps.
 RECOVERS = 0.98
@@ -46,7 +50,7 @@ class GuardState:
 
     seen: int = 0                       # steps
     skipped: int = 0                    # updates
-    spikes: int = 0                     # in a row, up to the last step
+    allowance: float = float(MOST_SKIPS)    # spikes that may be skipped now; below 1: none
     not_finite: int = 0                 # steps in a row with a NaN or infinity, up to the last step
     average: float = 0.0                # of the loss, in nats
     variance: float = 0.0               # of the loss
@@ -58,12 +62,22 @@ class GuardState:
     evals_since_low: int = 0            # evaluations since that recovery, including its own
 
 
-def is_state(value):
-    """Whether `value` is what `Guard.state` returns."""
-    kinds = {field.name: field.type for field in fields(GuardState)}
-    if not isinstance(value, dict) or value.keys() != kinds.keys():
-        return False
-    return all(type(value[name]) is kind for name, kind in kinds.items())
+def is_sound(saved):
+    """Whether what a checkpoint has of the guard could be continued from: no field has a wrong type.
+
+    Another version may have saved other fields, or a list in place of a dict.
+    """
+    if not isinstance(saved, dict):
+        return True
+    return all(type(saved.get(field.name, field.default)) is field.type for field in fields(GuardState))
+
+
+def restored(saved):
+    """The GuardState of what a checkpoint has; fields that it lacks begin anew."""
+    if not isinstance(saved, dict):
+        return GuardState()
+    names = {field.name for field in fields(GuardState)}
+    return GuardState(**{name: value for name, value in saved.items() if name in names})
 
 
 @dataclass
@@ -85,7 +99,7 @@ class Guard:
     def __init__(self, sigmas, guessing, state=None):
         self.sigmas = sigmas
         self.guessing = guessing
-        self.now = GuardState(**(state or {}))
+        self.now = restored(state)
         self.read_pending = None        # a function that waits for the last step's [is_finite, loss]
         self.pending_limit = math.inf   # the loss above which the last step was a spike
 
@@ -113,7 +127,7 @@ class Guard:
         """
         self.pending_limit = self._spike_limit()
         limit = self.pending_limit
-        if self.now.spikes >= SPIKES_IN_A_ROW:
+        if self.now.allowance < 1:
             limit = LARGEST
         if grad_norm is None or scaler.is_enabled():
             grad_norm = loss
@@ -142,19 +156,23 @@ class Guard:
         is_finite, loss = self.read_pending()
         self.read_pending = None
         now = self.now
+        if loss == 0:       # a step without a single target, as masked data may have
+            return None
         now.seen += 1
-        is_spike = is_finite and loss > self.pending_limit
-        is_skipped = not is_finite or (is_spike and now.spikes < SPIKES_IN_A_ROW)
-        now.not_finite = 0 if is_finite else now.not_finite + 1
-        now.spikes = now.spikes + 1 if is_spike else 0
+        may_skip = now.allowance >= 1
+        now.allowance = min(float(MOST_SKIPS), now.allowance + 1 / STEPS_PER_SKIP)
         if math.isfinite(loss):
             self._average(min(loss, self.pending_limit))
-        if not is_skipped:
-            return None
-        now.skipped += 1
         if not is_finite:
+            now.not_finite += 1
+            now.skipped += 1
             return SkippedUpdate(loss, "NaN or infinity in the loss or its gradient")
-        return SkippedUpdate(loss, f"loss spike, {self.pending_limit:.4f} is the limit")
+        now.not_finite = 0
+        if loss > self.pending_limit and may_skip:
+            now.allowance -= 1
+            now.skipped += 1
+            return SkippedUpdate(loss, f"loss spike, {self.pending_limit:.4f} is the limit")
+        return None
 
     def evaluated(self, step, val_loss):
         """Note the validation loss at `step`. NaN or infinity count as divergence at once."""
@@ -164,16 +182,15 @@ class Guard:
             return
         gap = val_loss - now.lowest_val
         is_far_above = gap > FAR and now.average - now.lowest_average > FAR
-        if now.lowest_val > self.guessing - FAR:
-            # Nothing was learned yet. A rate that is high at first may hold the loss above that of
-            # guessing for most of a run, which recovers as the rate decays.
+        if now.lowest_val > LEARNED * self.guessing:
+            # A rate that is high at first may hold the loss above that of guessing for most of a
+            # run, which recovers as the rate decays.
             is_far_above = False
         now.lowest_val = min(val_loss, now.lowest_val)
         if now.seen:
             now.lowest_average = min(now.average, now.lowest_average)
         if not is_far_above:
-            now.low_since_jump = math.inf
-            now.evals_since_low = 0
+            self._begin_jump_anew()
         elif gap < RECOVERS * (now.low_since_jump - now.lowest_val):
             now.low_since_jump = val_loss       # it recovers
             now.low_step = step
@@ -181,15 +198,27 @@ class Guard:
         else:
             now.evals_since_low += 1
 
-    def check_far_above(self, step, out_dir):
-        """Raise ValueError if the losses stay far above the lowest. Call it once all is saved."""
+    def divergence(self, step):
+        """What is wrong if the losses stay far above the lowest, as a clause, else ''.
+
+        Counting begins anew then, so that a run that is resumed at a lower rate has time to recover.
+        """
         now = self.now
-        if now.evals_since_low < PATIENCE or step - now.low_step < LEAST_STEPS:
-            return
-        raise ValueError(
-            f"the run diverged: for {step - now.low_step} steps the validation loss has stayed at "
-            f"about {now.low_since_jump:.4f}, its lowest was {now.lowest_val:.4f}; {out_dir}/ckpt.pt has the "
-            f"state of step {step}, best.pt (if there is one) the best weights: {ADVICE}")
+        since_low = step - now.low_step
+        if now.evals_since_low < PATIENCE or since_low < LEAST_STEPS:
+            return ''
+        problem = (f"the run diverged: for {since_low} steps the validation loss has stayed at about "
+                   f"{now.low_since_jump:.4f}, its lowest was {now.lowest_val:.4f}")
+        self._begin_jump_anew()
+        return problem
+
+    def accept_state(self):
+        """Count NaN and infinity anew: the run that resumes from here has done something about them."""
+        self.now.not_finite = 0
+
+    def _begin_jump_anew(self):
+        self.now.low_since_jump = math.inf
+        self.now.evals_since_low = 0
 
     def _spike_limit(self):
         if not self.sigmas or self.now.seen < MEMORY:

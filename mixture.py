@@ -123,6 +123,10 @@ class Mixture(Dataset):
             return [None] * len(self.parts)
         return np.bincount(deal(np.arange(limit), self.weights)[0], minlength=len(self.parts)).clip(1).tolist()
 
+    def check_evaluations(self, limit):
+        for part, n in zip(self.parts, self._limits(limit)):
+            part.check_evaluations(n)
+
     def eval_batches(self, split, limit=None):
         return sum(part.eval_batches(split, n) for part, n in zip(self.parts, self._limits(limit)))
 

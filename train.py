@@ -133,6 +133,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smalle
         if block_size != model.config.block_size:
             model.crop_block_size(block_size)
     data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
+    data.check_evaluations(eval_iters)      # now, and not after hours of training
     if init_from == 'scratch':
         vocab_size = data.vocab_size if data.vocab_size < 1000 else 64 * math.ceil(data.vocab_size / 64)    # for speed
         fields = {f.name for f in dataclasses.fields(models.architecture(model).Config)} & config.keys()
@@ -213,9 +214,10 @@ def roll_back():
         if processes.anyone(not guards.all_finite(model.parameters())):
             raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights "
                              f"are NaN, so nothing is saved: {guards.ADVICE}")
+        guard.accept_state()
         save('ckpt.pt')
-        raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights from "
-                         f"before the first bad step are in {out_dir}/ckpt.pt: {guards.ADVICE}")
+        raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its last finite "
+                         f"weights, which may be damaged already, are in {out_dir}/ckpt.pt: {guards.ADVICE}")
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
     optimizer.zero_grad(set_to_none=True)
     iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)      # best.pt is still the best
@@ -292,8 +294,10 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             if (is_last or guard.last_was_finite) and (iter_num > 0 or not is_due):
                 save('ckpt.pt')
             clock.go_on()
-        if is_due and not is_last:
-            guard.check_far_above(iter_num, out_dir)
+        if is_due and not is_last and (problem := guard.divergence(iter_num)):
+            save('ckpt.pt')
+            raise ValueError(f"{problem}; {out_dir}/ckpt.pt has the state of step {iter_num}, best.pt (if there is one) "
+                             f"the best weights: {guards.ADVICE}")
         if is_stopped:
             metrics.stopped(out_dir, iter_num)
         if is_stopped or is_last:

@@ -450,8 +450,8 @@ DAMAGE = {
     'an optimizer as text': with_state(optimizer='adamw'),
     'progress as list': with_state(progress=[]),
     'an evaluation as text': with_state(progress={'evaluated': '3'}),
-    'a guard of three numbers': with_state(progress={'guard': [1, 2, 3]}),
-    'a guard without its average': with_state(progress={'guard': {'seen': 3}}),
+    'a guard as text': with_state(progress={'guard': 'x'}),
+    'a guard whose average is text': with_state(progress={'guard': {'average': '3'}}),
     'resolved as number': with_state(resolved=3),
     'threads as text': with_state(resolved={'threads': 'all'}),
 }

@@ -672,6 +672,8 @@ def test_what_other_data_do_not_help_ends_with_one_line(text_folder, tmp_path, b
     assert done.returncode == 2 and end in line and 'Traceback' not in done.output
     state = checkpoint.read_latest(tmp_path)
     assert state['iter_num'] == step and all(tensor.isfinite().all() for tensor in state['model'].values())
+    if not state['progress'].get('rolled_back_to', -1) >= 0:        # with a cure, the saved state goes on
+        train(tmp_path, '--init_from=resume')
 
 
 def test_where_nothing_is_left_to_save_a_line_says_so(text_folder, tmp_path):
