@@ -13,7 +13,7 @@ import time
 STOPPED = 128 + signal.SIGINT   # a shell's exit codes: of a program that Ctrl-C ended,
 PIPE_CLOSED = 128 + 13          # and of one whose output nobody reads any more (SIGPIPE, which Windows does not have)
 REPLACED = 'nanogpt-replaced'   # the name of the error handler below
-_lacking = set()                # the encoding of standard output, once something could not be printed in it
+_lacking = set()                # encodings of standard output that lacked a character of what was printed
 
 
 def begin_script():
