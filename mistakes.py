@@ -169,7 +169,11 @@ def _discard_output():
 
 
 def _finish_output():
-    """At the end: write what is left, and say whether something could not be printed."""
+    """At the end: write what is left, and say whether something could not be printed.
+
+    Ctrl-C is ignored from then on. Python is about to remove its own handlers, and the system's would kill
+    a script that has done its work.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -182,3 +186,4 @@ def _finish_output():
         hint = '' if codecs.lookup(encoding).name == 'utf-8' else '; PYTHONIOENCODING=utf-8 prints it'
         with contextlib.suppress(OSError):
             print(f"? stands for text that standard output can't show, as it is {encoding}{hint}", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
