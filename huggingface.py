@@ -4,6 +4,7 @@ TWINS has the architectures that `transformers` has too, each with a class that 
 """
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -184,8 +185,6 @@ class GPT2:
             if name != 'lm_head.weight':
                 name = 'transformer.' + name.removeprefix('transformer.')
             state[name] = value.t() if name.endswith(cls.linear) else value
-        if fields['tied']:
-            state['lm_head.weight'] = state.get('transformer.wte.weight')
         cls._scale_queries(state, keys, fields)
         return state
 
@@ -338,8 +337,6 @@ class Llama:
     def state(cls, stored, keys, fields):
         """The state dict out of what is stored there; fields: of `fields`."""
         stored = {k: v for k, v in stored.items() if not k.endswith('inv_freq')}       # old versions' angles
-        if fields['tied']:
-            stored['lm_head.weight'] = stored.get('model.embed_tokens.weight')
         absent = ('attn.c_attn',)
         if fields['attention_kind'] == 'mha':
             absent = ('attn.c_q', 'attn.c_kv')
@@ -374,11 +371,15 @@ def read(source):
     if keys.assumed:
         defaults = ', '.join(f'{key}={default}' for key, default in keys.assumed.items())
         missing = ', '.join(keys.assumed)
-        print(f"{folder}/config.json lacks {missing}: using transformers' {defaults}", flush=True)
+        _notice(f"{folder}/config.json lacks {missing}: using transformers' {defaults}")
     try:
-        return name, fields, twin.state(stored, keys, fields)
+        state = twin.state(stored, keys, fields)
     except RuntimeError as error:       # torch's, of other shapes
-        raise ValueError(f"{path}: weights don't fit its config.json ({' '.join(str(error).split())[:120]})") from None
+        reason = ' '.join(str(error).split())[:120]
+        raise ValueError(f"{path}: weights don't fit its config.json ({reason})") from None
+    if fields['tied']:
+        _tie_head(state, keys, fields, path)
+    return name, fields, state
 
 
 def _read_config(path):
@@ -411,6 +412,33 @@ def _check_depth(stored, key, keys, path):
         if key in keys.assumed:
             says = f"lacks {key}, for which transformers uses {expected}"
         raise ValueError(f"{path} has the weights of {n_layer} layers, and its config.json {says}")
+
+
+def _tie_head(state, keys, fields, path):
+    """Put the embeddings' table into the dict `state` as the head. A stored head that differs from it
+    stays instead, and unties the model, as transformers does it: then fields['tied'] becomes False.
+    """
+    table = state.get('transformer.wte.weight')
+    head = state.setdefault('lm_head.weight', table)
+    if table is None or head is table or _are_equal(head, table):
+        return      # without a table, `fill` says that it is missing
+    fields['tied'] = False
+    says = "lacks tie_word_embeddings, for which transformers uses true"
+    if keys.has('tie_word_embeddings'):
+        says = "says tie_word_embeddings=true"
+    _notice(f"{path} stores an lm_head.weight that differs from the embeddings, although its "
+            f"config.json {says}: using both, as transformers does (tied=False)")
+
+
+def _are_equal(a, b):
+    """Whether two tensors, perhaps of different dtypes, have the same shape and numbers."""
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def _notice(text):
+    """Print a line, once for all processes of a run."""
+    if os.environ.get('RANK', '0') == '0':
+        print(text, flush=True)
 
 
 def fill(model, weights, source):

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import TINY, run, same
+from safetensors.torch import load_file, save_file
 from test_export import check, export, exported, saved
 
 import checkpoint
@@ -248,6 +249,19 @@ def llama_folder(transformers, folder, config):
     theirs.save_pretrained(folder)
     (folder / 'config.json').write_text(json.dumps(config))
     return theirs, folder
+
+
+def test_a_stored_head_that_differs_unties_a_llama(transformers, tmp_path, capsys):
+    _, folder = llama_folder(transformers, tmp_path, LLAMA_3_2)
+    stored = load_file(folder / 'model.safetensors')
+    head = torch.randn_like(stored['model.embed_tokens.weight'])
+    save_file(stored | {'lm_head.weight': head}, folder / 'model.safetensors', metadata={'format': 'pt'})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, idx = checkpoint.load_model(folder), torch.randint(128, (1, 24))
+    assert not model.config.tied and torch.equal(model.lm_head.weight, head)
+    assert 'lm_head.weight that differs from the embeddings' in capsys.readouterr().out
+    expected = theirs(idx).logits
+    assert (model(idx, idx)[0] - expected).abs().max() / expected.abs().max() < 1e-5
 
 
 def test_llama_3_2s_angles_are_bit_for_bit_those_of_transformers(transformers, tmp_path):
