@@ -243,8 +243,11 @@ class Text:
 
 
 def texts(context, max_new_tokens, sampling, seeds=None, stops=(), ends=()):
-    """Yield, token by token, the text that each row gained: [str]. A row ends at a text of `stops` or an id of `ends`,
-    neither of which is part of it; the last row's end, or max_new_tokens, ends all."""
+    """Yield, token by token, the text that each row gained: [str].
+
+    A row ends before the first of the texts `stops` or ids `ends` that it generates. Generation ends
+    with the last row, or after max_new_tokens.
+    """
     outs = [Text(context.model.tokenizer, stops) for _ in context.rows]
     for ids in stream(context, max_new_tokens, sampling, seeds):
         gained = []
@@ -260,10 +263,10 @@ def texts(context, max_new_tokens, sampling, seeds=None, stops=(), ends=()):
 
 
 def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=(), ends=()):
-    """The texts of `beam_search`, [(score, text)]. One is complete at a text of `stops`, an id of `ends` or the
-    tokenizer's end of text, none of which is part of it.
+    """The texts that `beam_search` finds, [(score, text)].
 
-    Raises ValueError for numbers that no search has.
+    Each ends before the first of the texts `stops`, the ids `ends` or the tokenizer's end of text.
+    Raises ValueError for num_beams or a length_penalty out of range.
     """
     if num_beams > 10_000 or abs(length_penalty) > 100:
         raise ValueError(f"num_beams={num_beams}, length_penalty={length_penalty}: take at most 10000 beams, and a "

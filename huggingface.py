@@ -4,6 +4,7 @@ TWINS has the architectures that `transformers` has too, each with a class that 
 """
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -40,7 +41,8 @@ class Keys:
         return self.config.get(key) is not None
 
     def refuse(self, key, reason):
-        self.problems.append(f"{self.inside}{key}={shortened(self.config[key])} {reason}")
+        value = self.config[key] if key in self.config else self.assumed[key]
+        self.problems.append(f"{self.inside}{key}={shortened(value)} {reason}")
 
     def size(self, key, default):
         """A whole number from 1 up. Where the key is missing, it is noted in `assumed`."""
@@ -145,13 +147,16 @@ class GPT2:
     def fields(cls, keys):
         """The Config fields of a config.json; what can't be used is in keys.problems."""
         fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
-        n_inner = keys.optional_size('n_inner', 4 * fields['n_embd'])
+        H, C = fields['n_head'], fields['n_embd']
+        if C % H and not keys.problems:
+            keys.refuse('n_embd', f"is not divisible by n_head={H}")
+        n_inner = keys.optional_size('n_inner', 4 * C)
         keys.only('add_cross_attention', False)
         # These two are only checked here: _scale_queries uses them.
         keys.flag('scale_attn_weights', True)
         keys.flag('scale_attn_by_inverse_layer_idx', False)
         return {**fields,
-                'n_inner': 0 if n_inner == 4 * fields['n_embd'] else n_inner,
+                'n_inner': 0 if n_inner == 4 * C else n_inner,
                 'bias': True,
                 'gelu': keys.choice('activation_function', cls.activations, 'gelu_new'),
                 'tied': keys.flag('tie_word_embeddings', True),
@@ -184,8 +189,6 @@ class GPT2:
             if name != 'lm_head.weight':
                 name = 'transformer.' + name.removeprefix('transformer.')
             state[name] = value.t() if name.endswith(cls.linear) else value
-        if fields['tied']:
-            state['lm_head.weight'] = state.get('transformer.wte.weight')
         cls._scale_queries(state, keys, fields)
         return state
 
@@ -281,18 +284,23 @@ class Llama:
     def fields(cls, keys):
         """The Config fields of a config.json; what can't be used is in keys.problems."""
         fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
-        H = fields['n_head']
+        H, C = fields['n_head'], fields['n_embd']
         G = keys.optional_size('num_key_value_heads', H)
         if H % G:
             keys.refuse('num_key_value_heads', f"is not a divisor of num_attention_heads={H}")
         kind = 'mha' if G == H else 'mqa' if G == 1 else 'gqa'
-        D = keys.optional_size('head_dim', max(1, fields['n_embd'] // H))
+        D = keys.optional_size('head_dim', max(1, C // H))
+        if keys.has('head_dim') and D % 2:
+            keys.refuse('head_dim', "is odd: rotation is of pairs")
+        if not keys.has('head_dim') and C % (2 * H) and not keys.problems:
+            keys.refuse('hidden_size', f"is not divisible by 2 x num_attention_heads={H}: rotation "
+                                       "is of pairs; weights with heads of another size need head_dim")
         keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')    # one, by two names
         keys.only('partial_rotary_factor', 1.0)
         return {**fields,
                 'attention_kind': kind,
                 'n_kv_head': G if kind == 'gqa' else 0,
-                'head_dim': 0 if D * H == fields['n_embd'] else D,
+                'head_dim': 0 if D * H == C else D,
                 'attention_bias': keys.flag('attention_bias', False),
                 'mlp_bias': keys.flag('mlp_bias', False),
                 'tied': keys.flag('tie_word_embeddings', False),
@@ -317,8 +325,10 @@ class Llama:
         if scaling != 'none':
             fields['rope_factor'] = rope.number('factor')
         if scaling == 'llama3':
-            fields['rope_low_freq'] = rope.number('low_freq_factor')
-            fields['rope_high_freq'] = rope.number('high_freq_factor')
+            low, high = rope.number('low_freq_factor'), rope.number('high_freq_factor')
+            if low >= high and not rope.problems:
+                rope.refuse('low_freq_factor', f"is not below high_freq_factor={high}")
+            fields |= {'rope_low_freq': low, 'rope_high_freq': high}
             original = 'original_max_position_embeddings'
             where = keys if keys.has(original) else rope        # transformers looks in this order
             fields['rope_original'] = where.optional_size(original, block_size)
@@ -338,8 +348,6 @@ class Llama:
     def state(cls, stored, keys, fields):
         """The state dict out of what is stored there; fields: of `fields`."""
         stored = {k: v for k, v in stored.items() if not k.endswith('inv_freq')}       # old versions' angles
-        if fields['tied']:
-            stored['lm_head.weight'] = stored.get('model.embed_tokens.weight')
         absent = ('attn.c_attn',)
         if fields['attention_kind'] == 'mha':
             absent = ('attn.c_q', 'attn.c_kv')
@@ -374,11 +382,15 @@ def read(source):
     if keys.assumed:
         defaults = ', '.join(f'{key}={default}' for key, default in keys.assumed.items())
         missing = ', '.join(keys.assumed)
-        print(f"{folder}/config.json lacks {missing}: using transformers' {defaults}", flush=True)
+        _notice(f"{folder}/config.json lacks {missing}: using transformers' {defaults}")
     try:
-        return name, fields, twin.state(stored, keys, fields)
+        state = twin.state(stored, keys, fields)
     except RuntimeError as error:       # torch's, of other shapes
-        raise ValueError(f"{path}: weights don't fit its config.json ({' '.join(str(error).split())[:120]})") from None
+        reason = ' '.join(str(error).split())[:120]
+        raise ValueError(f"{path}: weights don't fit its config.json ({reason})") from None
+    if fields['tied']:
+        _tie_head(state, keys, fields, path)
+    return name, fields, state
 
 
 def _read_config(path):
@@ -413,13 +425,59 @@ def _check_depth(stored, key, keys, path):
         raise ValueError(f"{path} has the weights of {n_layer} layers, and its config.json {says}")
 
 
+def _tie_head(state, keys, fields, path):
+    """Put the embeddings' table into the dict `state` as the head. A stored head that differs from it
+    stays instead, and unties the model, as transformers does it: then fields['tied'] becomes False.
+    """
+    table = state.get('transformer.wte.weight')
+    head = state.setdefault('lm_head.weight', table)
+    if table is None or head is table or _are_equal(head, table):
+        return      # without a table, `fill` says that it is missing
+    fields['tied'] = False
+    says = "lacks tie_word_embeddings, for which transformers uses true"
+    if keys.has('tie_word_embeddings'):
+        says = "says tie_word_embeddings=true"
+    _notice(f"{path} stores an lm_head.weight that differs from the embeddings, although its "
+            f"config.json {says}: using both, as transformers does (tied=False)")
+
+
+def _are_equal(a, b):
+    """Whether two tensors, perhaps of different dtypes, have the same shape and numbers."""
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def _notice(text):
+    """Print a line, once for all processes of a run."""
+    if os.environ.get('RANK', '0') == '0':
+        print(text, flush=True)
+
+
 def fill(model, weights, source):
     """Put the state dict that `read` got from `source` into `model`. Raises ValueError unless it is its own."""
     own = model.state_dict()
-    wrong = [k for k in own | weights if k not in own or weights.get(k) is None or weights[k].shape != own[k].shape]
-    if wrong:
-        raise ValueError(f"{source}: {len(wrong)} weights are missing or don't fit its config.json, {min(wrong)} for one")
+    missing = [name for name in own if weights.get(name) is None]
+    unknown = [name for name in weights if name not in own]
+    shared = [name for name in own if name not in missing]
+    unfit = [name for name in shared if weights[name].shape != own[name].shape]
+    reasons = []
+    if unfit:
+        there, here = tuple(weights[unfit[0]].shape), tuple(own[unfit[0]].shape)
+        reasons.append(f"{unfit[0]} has the shape {there}, by config.json {here}")
+    if missing:
+        reasons.append(f"missing: {_some(missing)}")
+    if unknown:
+        reasons.append(f"not in a model of this config.json: {_some(unknown)}")
+    if reasons:
+        count = len(unfit) + len(missing) + len(unknown)
+        raise ValueError(f"{source}: {count} weights are missing or don't fit its config.json: "
+                         f"{'; '.join(reasons)}")
     model.load_state_dict(weights)
+
+
+def _some(names):
+    """The first three of the names, and how many more there are."""
+    more = len(names) - 3
+    return ', '.join(names[:3]) + (f" and {more} more" if more > 0 else '')
 
 
 def _download(name):

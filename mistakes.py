@@ -13,7 +13,7 @@ import time
 STOPPED = 128 + signal.SIGINT   # a shell's exit codes: of a program that Ctrl-C ended,
 PIPE_CLOSED = 128 + 13          # and of one whose output nobody reads any more (SIGPIPE, which Windows does not have)
 REPLACED = 'nanogpt-replaced'   # the name of the error handler below
-_lacking = set()                # the encoding of standard output, once something could not be printed in it
+_lacking = set()                # encodings of standard output that lacked a character of what was printed
 
 
 def begin_script():
@@ -169,7 +169,11 @@ def _discard_output():
 
 
 def _finish_output():
-    """At the end: write what is left, and say whether something could not be printed."""
+    """At the end: write what is left, and say whether something could not be printed.
+
+    Ctrl-C is ignored from then on. Python is about to remove its own handlers, and the system's would kill
+    a script that has done its work.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -182,3 +186,4 @@ def _finish_output():
         hint = '' if codecs.lookup(encoding).name == 'utf-8' else '; PYTHONIOENCODING=utf-8 prints it'
         with contextlib.suppress(OSError):
             print(f"? stands for text that standard output can't show, as it is {encoding}{hint}", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

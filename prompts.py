@@ -65,8 +65,9 @@ def stops(value, tokenizer):
             texts[-1] += part
     is_cut = any(end in text for text in re.split(MARK, value) for end in ('<|', '|>', '[|', '|]'))
     if is_cut or not all(texts):
-        raise ValueError(f"stop={value!r} is either one text or several with | between them: write the texts that are "
-                         f"meant as a list, --stop=\"{[value]}\" or --stop=\"['a', 'b']\"")
+        parts = [text for text in texts if text]
+        raise ValueError(f"stop={value!r} is either one text or several with | between them: "
+                         f'write what you mean as a list, --stop="{[value]}" or --stop="{parts}"')
     return texts
 
 

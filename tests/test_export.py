@@ -361,6 +361,39 @@ def test_an_untied_head_is_cut_to_the_vocabulary(transformers, tmp_path):
     assert (logits(model, idx)[..., :n] - logits(other, idx)).abs().max() < 1e-5
 
 
+def store_head(folder, head):
+    """Add a head's weights to the file of a folder."""
+    from safetensors.torch import load_file, save_file
+    path = folder / 'model.safetensors'
+    save_file(load_file(path) | {'lm_head.weight': head}, path, metadata={'format': 'pt'})
+
+
+@pytest.mark.parametrize('tied, says', [
+    (True, 'says tie_word_embeddings=true'),
+    (..., 'lacks tie_word_embeddings, for which transformers uses true')])
+def test_a_stored_head_that_differs_unties_a_gpt2(transformers, gpt2, tmp_path, capsys, tied, says):
+    _, folder = gpt2()
+    edit(folder, tie_word_embeddings=tied)
+    store_head(folder, torch.randn(64, 32))
+    model, idx = checkpoint.load_model(folder), torch.randint(64, (2, 24))
+    assert not model.config.tied and capsys.readouterr().out == (
+        f"{folder} stores an lm_head.weight that differs from the embeddings, although its config.json "
+        f"{says}: using both, as transformers does (tied=False)\n")
+    expected = logits(transformers.AutoModelForCausalLM.from_pretrained(folder), idx)
+    assert (logits(model, idx) - expected).abs().max() / expected.abs().max() < 1e-5
+    assert export(f'--init_from={folder}', f'--folder={tmp_path / "hf"}').returncode == 0
+    there = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf'), idx)
+    assert (there - expected).abs().max() / expected.abs().max() < 1e-5
+
+
+def test_a_stored_copy_of_the_table_leaves_a_gpt2_tied(gpt2, capsys):
+    theirs, folder = gpt2()
+    store_head(folder, theirs.lm_head.weight.detach().clone())
+    model = checkpoint.load_model(folder)
+    assert model.config.tied and model.lm_head.weight is model.transformer.wte.weight
+    assert capsys.readouterr().out == ''
+
+
 def edit(folder, **changes):
     """Change keys of a folder's config.json; ... leaves one out."""
     config = json.loads((folder / 'config.json').read_text()) | changes
@@ -375,7 +408,9 @@ def edit(folder, **changes):
     ({'n_inner': 0}, 'n_inner=0 is not a whole number from 1 up'),
     ({'n_inner': 64}, "don't fit its config.json"),
     ({'layer_norm_epsilon': 'x'}, "layer_norm_epsilon='x' is not a number above 0"),
-    ({'n_head': 3}, 'n_embd=32 is not divisible by n_head=3'),
+    ({'n_head': 3},
+     "config.json can't be loaded as --model=gpt: n_embd=32 is not divisible by n_head=3"),
+    ({'n_embd': ..., 'n_head': 5}, 'n_embd=768 is not divisible by n_head=5'),
     ({'tie_word_embeddings': False}, 'lm_head.weight'),
     ({'tie_word_embeddings': 'no'}, "tie_word_embeddings='no' is neither true nor false"),
     ({'scale_attn_weights': 1}, 'scale_attn_weights=1 is neither true nor false'),

@@ -90,9 +90,12 @@ def test_how_stops_are_said(value, texts):
     assert prompts.stops(value, MARKS) == texts
 
 
-@pytest.mark.parametrize('value', ['a|', '|a', 'a||b', '<|', '<|im_end', 'im_end|>', '<|two words|>', '<|a|b|>'])
-def test_stops_that_may_mean_two_things_are_an_error(value):
-    with pytest.raises(ValueError, match=re.escape(f"stop={value!r} is either one text or several with | between them")):
+@pytest.mark.parametrize('value, parts', [
+    ('a|', ['a']), ('|a', ['a']), ('a||b', ['a', 'b']),
+    ('<|', ['<']), ('<|im_end', ['<', 'im_end']), ('im_end|>', ['im_end', '>']),
+    ('<|two words|>', ['<', 'two words', '>']), ('<|a|b|>', ['<', 'a', 'b', '>'])])
+def test_stops_that_may_mean_two_things_are_an_error_with_both_as_lists(value, parts):
+    with pytest.raises(ValueError, match=re.escape(f'as a list, --stop="{[value]}" or --stop="{parts}"')):
         prompts.stops(value, MARKS)
 
 

@@ -62,6 +62,18 @@ def test_a_second_interrupt_ends_the_cleaning_up_of_the_first_without_a_word():
     assert (done.returncode, done.stderr) == (130, 'stopped\n')
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason="there os.kill with SIGINT ends the process")
+def test_an_interrupt_once_all_is_done_changes_nothing():
+    """While Python tears its modules down, without its handlers: with torch loaded that takes a while."""
+    done = a_script("class Late:\n"
+                    "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT, write=os.write):\n"
+                    "        kill(pid, number)\n"
+                    "        write(1, b'torn down')\n"
+                    "late = Late()\n"
+                    "print('all done')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'all done\ntorn down', '')
+
+
 @pytest.mark.skipif(sys.platform == 'win32', reason="Windows has no SIGINT for another process")
 def test_an_interrupt_reaches_a_script_and_the_one_that_started_it_and_one_of_them_says_so(tmp_path):
     (tmp_path / 'prepare.py').write_text(f"""

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import TINY, run, same
+from safetensors.torch import load_file, save_file
 from test_export import check, export, exported, saved
 
 import checkpoint
@@ -250,6 +251,35 @@ def llama_folder(transformers, folder, config):
     return theirs, folder
 
 
+def test_what_weights_lack_and_what_they_have_too_much_of(transformers, tmp_path):
+    config = LLAMA_3_2 | {'attention_bias': True, 'head_dim': 32}
+    _, folder = llama_folder(transformers, tmp_path, config)
+    wanted = {k: v for k, v in config.items() if k not in ('attention_bias', 'head_dim')} | {'mlp_bias': True}
+    (folder / 'config.json').write_text(json.dumps(wanted))
+    with pytest.raises(ValueError) as caught:
+        checkpoint.open_model(folder)
+    assert str(caught.value) == (
+        f"{folder}: 18 weights are missing or don't fit its config.json: "
+        'transformer.h.0.attn.c_q.weight has the shape (128, 256), by config.json (256, 256); '
+        'missing: transformer.h.0.mlp.c_gate.bias, transformer.h.0.mlp.c_fc.bias, '
+        'transformer.h.0.mlp.c_proj.bias and 3 more; '
+        'not in a model of this config.json: transformer.h.0.attn.c_q.bias, '
+        'transformer.h.0.attn.c_kv.bias, transformer.h.0.attn.c_proj.bias and 3 more')
+
+
+def test_a_stored_head_that_differs_unties_a_llama(transformers, tmp_path, capsys):
+    _, folder = llama_folder(transformers, tmp_path, LLAMA_3_2)
+    stored = load_file(folder / 'model.safetensors')
+    head = torch.randn_like(stored['model.embed_tokens.weight'])
+    save_file(stored | {'lm_head.weight': head}, folder / 'model.safetensors', metadata={'format': 'pt'})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, idx = checkpoint.load_model(folder), torch.randint(128, (1, 24))
+    assert not model.config.tied and torch.equal(model.lm_head.weight, head)
+    assert 'lm_head.weight that differs from the embeddings' in capsys.readouterr().out
+    expected = theirs(idx).logits
+    assert (model(idx, idx)[0] - expected).abs().max() / expected.abs().max() < 1e-5
+
+
 def test_llama_3_2s_angles_are_bit_for_bit_those_of_transformers(transformers, tmp_path):
     theirs, folder = llama_folder(transformers, tmp_path, LLAMA_3_2)
     model = checkpoint.load_model(folder)
@@ -323,14 +353,25 @@ def test_what_llama_does_not_have_is_not_exported(tmp_path, fields, part):
     ({'rope_scaling': 'linear'}, "rope_scaling='linear' is not an object"),
     ({'rope_theta': 'big', 'rope_parameters': None}, "rope_theta='big' is not a number above 0"),
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 is not supported'),
-    ({'attention_bias': True}, 'attn.c_attn.bias'), ({'mlp_bias': True}, 'mlp.c_fc.bias'), ({'head_dim': 16}, '6 weights'),
-    ({'head_dim': 7}, 'head_dim=7'), ({'hidden_act': 'gelu'}, "hidden_act='gelu' is not supported, only silu, swish"),
+    ({'attention_bias': True}, 'attn.c_attn.bias'), ({'mlp_bias': True}, 'mlp.c_fc.bias'),
+    ({'hidden_act': 'gelu'}, "hidden_act='gelu' is not supported, only silu, swish"),
     ({'intermediate_size': None}, 'intermediate_size=None is not a whole number from 1 up'),
     ({'num_key_value_heads': 3}, 'num_key_value_heads=3 is not a divisor of num_attention_heads=4'),
     ({'tie_word_embeddings': False}, 'lm_head.weight'),
     ({'num_hidden_layers': 2}, 'has the weights of 3 layers, and its config.json says num_hidden_layers=2'),
     ({'num_hidden_layers': ...}, 'its config.json lacks num_hidden_layers, for which transformers uses 32'),
-    ({'vocab_size': 49}, '2 weights')], ids=str)
+    ({'head_dim': 7}, "config.json can't be loaded as --model=transformerpp: head_dim=7 is odd"),
+    ({'hidden_size': 36, 'head_dim': ...},
+     "config.json can't be loaded as --model=transformerpp: hidden_size=36 is not divisible by 2 x num_attention_heads=4"),
+    ({'rope_scaling': {'type': 'llama3', 'factor': 8, 'low_freq_factor': 4, 'high_freq_factor': 1}},
+     "config.json can't be loaded as --model=transformerpp: "
+     'rope_scaling.low_freq_factor=4 is not below high_freq_factor=1.0'),
+    ({'head_dim': 16},
+     "6 weights are missing or don't fit its config.json: transformer.h.0.attn.c_attn.weight has "
+     'the shape (96, 32), by config.json (192, 32)'),
+    ({'vocab_size': 49},
+     '2 weights are missing or don\'t fit its config.json: transformer.wte.weight has the shape (50, 32), '
+     'by config.json (49, 32)')], ids=str)
 def test_what_another_llama_has_is_refused(tmp_path, change, part):
     folder = exported(tmp_path, shaken())
     config = json.loads((folder / 'config.json').read_text()) | change
