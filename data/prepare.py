@@ -14,9 +14,9 @@ and a relative one begins where you stand.
 
 SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as .gz or .zst, folders of
 these, globs in quotes, - for standard input, and owner/name[@REVISION][:FOLDER-OR-GLOB] for a dataset on the Hugging
-Face Hub, whose files are fetched one after the other and not kept. Of folders and globs, what is
-not UTF-8 text is left out, which is said. For .csv, .tsv and .json an error says how to make rows
-of them; --as_text reads them as they are.
+Face Hub, whose files are fetched one after the other and not kept. Of folders and globs, files that
+are not UTF-8 text, and .jsonl without a row on each line, are left out, which is said. For .csv,
+.tsv and .json an error says how to make rows of them; --as_text reads them as they are.
 
 DOCUMENTS of a text are the file, its paragraphs, its lines, or whatever stands between two
 separators: --document=TEXT. Line ends around a separator belong to no document. Documents go to

@@ -506,6 +506,25 @@ def test_an_object_that_holds_the_rows_is_told_from_lines(tmp_path, monkeypatch,
     assert texts(tmp_path / 'out') == EXPECTED
 
 
+def test_an_array_in_a_folder_is_left_out_for_its_own_reason(tmp_path, monkeypatch, capsys):
+    """The other reason to leave a file out, that it is not UTF-8 text, is a line of its own."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'texts'
+    folder.mkdir()
+    write_lines(folder / 'a.jsonl', [ROWS['messages'](i) for i in range(12)])
+    (folder / 'b.jsonl').write_text(json.dumps([ROWS['messages'](i) for i in range(12)]))
+    (folder / 'c.jsonl').write_bytes(b'\xff\xfe\xff')
+    prepare('./out', 'texts')
+    said = capsys.readouterr().out
+    left_out = 'texts: 1 of 3 files left out, which '
+    assert f'{left_out}are not UTF-8 text; the first is texts/c.jsonl\n' in said
+    reason = f'{left_out}do not hold a row on each line; the first, texts/b.jsonl, is one JSON array: '
+    assert reason in said
+    assert texts(tmp_path / 'out') == EXPECTED
+    prepare('./out', follow(re.search('`(.*)` writes its rows as lines', said)[1]))
+    assert texts(tmp_path / 'out') == EXPECTED
+
+
 ROWS_OF_IT, ONE_ROW = 'for row in json.load(', 'for row in [json.load('
 
 
