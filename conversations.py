@@ -103,11 +103,17 @@ def reader(row, field=None, template=None):
     if isinstance(row, list):
         return Conversations(['messages'], template)
     fields = _recognized(row)
-    if fields and 'text' in row:
-        print(f"the rows have 'text', which is prepared; to prepare their conversations, use "
-              f"--field={','.join(fields)}", flush=True)
+    if fields is None:
         return None
-    return Conversations(fields, template) if fields else None
+    if 'text' in row:
+        names = ','.join(fields)
+        if row[fields[-1]] is None:
+            print("the rows have 'text', which is prepared; to prepare their conversations, use "
+                  f"--field={names}", flush=True)
+            return None
+        print(f"the conversation in {names} is prepared, and not the 'text' beside it; to prepare "
+              "the text, use --field=text", flush=True)
+    return Conversations(fields, template)
 
 
 def tells_how_to_read(row, field=None):

@@ -100,7 +100,7 @@ def open(words, field=None, document='file', template=None, folder=None, max_byt
     Raises ValueError or OSError.
 
     field: of rows; a.b is b in a. Names with commas between are those of a conversation, and so is
-    one that holds messages; None: 'text', or what conversations.FORMS recognizes. skip_bad_rows:
+    one that holds messages; None: what conversations.FORMS recognizes, or 'text'. skip_bad_rows:
     leave out rows that can't be used and report them, in place of an error. document: what is one
     in a text: 'file', 'paragraph', 'line', or for any other text: what stands between two of
     these. template: a chat template, chat.DEFAULT where it is None. folder: where the bins will be;

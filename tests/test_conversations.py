@@ -242,10 +242,33 @@ def test_what_says_nothing_is_not_reported(row):
     assert turns(row) == SUM
 
 
-def test_plain_text_beside_a_conversation_is_prepared_and_the_other_way_named(capsys):
-    row = {'text': 'a', 'instruction': 'b', 'output': 'c'}
-    assert conversations.reader(row) is None
-    assert '--field=instruction,input,output' in capsys.readouterr().out
+@pytest.mark.parametrize(
+    'row, fields',
+    [
+        ({'instruction': '2+2?', 'input': '', 'output': '4'}, 'instruction,input,output'),
+        ({'prompt': '2+2?', 'completion': '4'}, 'prompt,completion'),
+        ({'messages': [ASK, ANSWER]}, 'messages'),
+    ],
+)
+def test_a_conversation_is_prepared_and_not_the_text_beside_it(capsys, row, fields):
+    """As in the published Alpaca data, where 'text' is the same conversation in a template."""
+    row = {**row, 'text': 'Below is an instruction. 2+2? 4'}
+    assert turns(row) == SUM
+    said = capsys.readouterr().out
+    assert said == (
+        f"the conversation in {fields} is prepared, and not the 'text' beside it; to prepare the "
+        'text, use --field=text\n'
+    )
+    assert conversations.reader(row, 'text') is None
+    assert capsys.readouterr().out == ''
+
+
+def test_text_is_prepared_where_the_first_row_has_no_conversation_beside_it(capsys):
+    assert conversations.reader({'text': 'a', 'messages': None}) is None
+    said = capsys.readouterr().out
+    assert "'text', which is prepared" in said and '--field=messages\n' in said
+    assert conversations.reader({'text': 'a', 'conversation': 'thread-12'}) is None
+    assert capsys.readouterr().out == ''
 
 
 # ---- what is refused -----------------------------------------------------------------------------
