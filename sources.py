@@ -413,12 +413,14 @@ class Files:
             if number > 1 and '--skip_bad_rows' not in str(error):
                 advice = "; --skip_bad_rows leaves such rows out"
             raise ValueError(f"{where}: {error}{advice}") from None
-        yield document
+        if document is not None:
+            yield document
         for about in unused:
             yield Remark(about, where)
 
     def _document(self, row):
-        """(the text of a row or the parts of its conversation, [what it has that is not used])."""
+        """(the text of a row, the parts of its conversation, or None if it is to be left out,
+        [what it has that is not used])."""
         if self.conversations:
             return self.conversations.parts(row)
         if not isinstance(row, dict):

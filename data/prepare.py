@@ -33,7 +33,8 @@ CONVERSATIONS are rows with "messages" or "conversations" (OpenAI's, ShareGPT's)
 "completion", with "instruction", "input" and "output"; rows that are a list of messages; and what
 --field=MESSAGES or --field=ASKED,ANSWERED names. Where rows have "text" as well, the conversation
 is prepared, unless --field=text asks for the text. They are written in a chat template, and only
-the answers are learned, except for those with "weight": 0.
+the answers are learned, except for those with "weight": 0 or "loss_mask": 0; a row that has one of
+these itself is left out, and counted.
 
 A run that was stopped goes on when it gets the same command; the bins are the same for any --num_proc. Old bins stay until
 the new ones are whole.
