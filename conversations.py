@@ -7,6 +7,9 @@ A row holds a conversation in one field, in several, or is one itself:
     {"prompt": …, "completion": …}                            texts, or lists of messages
     {"instruction": …, "input": …, "output": …}               Alpaca's; "input" may be empty
     [{"role": …, "content": …}, …]
+
+What says that something is not to be learned is followed ("weight": 0), or is an error where it
+can't be (UNCLEAR_KEYS): nothing that its author may have masked is learned.
 """
 from chat import ASSISTANT, USER, Template
 
@@ -41,8 +44,22 @@ ROLES = {
 ROLE_KEYS = 'role', 'from'
 CONTENT_KEYS = 'content', 'value'
 # Whether an answer is learned: in OpenAI's format, in Axolotl's (train, training), in ms-swift's.
-WEIGHT_KEYS = 'weight', 'train', 'training', 'loss'
+WEIGHT_KEYS = 'weight', 'train', 'training', 'loss', 'loss_mask'
+# Of a whole row: 0 leaves it out.
+ROW_WEIGHT_KEYS = 'weight', 'loss_mask'
 CALL_KEYS = 'tool_calls', 'function_call'
+
+# Keys of an answer that say what is learned of it, but in a way that can't be followed: a guess
+# would train on what somebody has masked.
+INSTEAD = 'write "weight": 0 (read, not learned) or "weight": 1 (learned) in its place'
+TWO_MEANINGS = "whose 1 means learned in some projects and not learned in others"
+A_PART = "which tells parts of the answer apart, while an answer is learned as a whole or not at all"
+UNCLEAR_KEYS = {
+    'mask': TWO_MEANINGS,
+    'masked': TWO_MEANINGS,
+    'train_detail': A_PART,
+    'training_detail': A_PART,
+}
 
 # A message has few keys, and an unknown one may well change how it is to be read or learned
 # ("mask", "reasoning_content"). So each one that is not used is reported, except for these, which
@@ -54,10 +71,9 @@ HARMLESS_KEYS = {
     'length', 'tokens', 'token_count', 'num_tokens',
 }
 # A row has any number of columns about it (category, score, license), which nobody expects a model
-# to learn. So only those are reported that are known to hold a part of the conversation, or to say
-# how much it counts.
+# to learn. So only those are reported that are known to hold a part of the conversation.
 ROW_KEYS = (
-    'system', 'system_prompt', 'tools', 'functions', 'history', 'weight',
+    'system', 'system_prompt', 'tools', 'functions', 'history',
     'image', 'images', 'audio', 'audios', 'video', 'videos',
 )
 WHICH_FIELD = ("--field=NAME says which one is the text, --field=ASKED,ANSWERED which are a "
@@ -103,11 +119,17 @@ def reader(row, field=None, template=None):
     if isinstance(row, list):
         return Conversations(['messages'], template)
     fields = _recognized(row)
-    if fields and 'text' in row:
-        print(f"the rows have 'text', which is prepared; to prepare their conversations, use "
-              f"--field={','.join(fields)}", flush=True)
+    if fields is None:
         return None
-    return Conversations(fields, template) if fields else None
+    if 'text' in row:
+        names = ','.join(fields)
+        if row[fields[-1]] is None:
+            print("the rows have 'text', which is prepared; to prepare their conversations, use "
+                  f"--field={names}", flush=True)
+            return None
+        print(f"the conversation in {names} is prepared, and not the 'text' beside it; to prepare "
+              "the text, use --field=text", flush=True)
+    return Conversations(fields, template)
 
 
 def tells_how_to_read(row, field=None):
@@ -167,14 +189,19 @@ class Conversations:
         self.fields = fields
         self.template = Template(template)
         self.required = list(dict.fromkeys([fields[0], fields[-1]]))
-        self.optional = [*fields[1:-1], *ROW_KEYS]
+        self.optional = [*fields[1:-1], *ROW_KEYS, *ROW_WEIGHT_KEYS, 'mask']
 
     def parts(self, row):
         """(parts, unused) of a row. Raises ValueError if the row can't be used.
 
-        parts: [(text, is_learned)]; unused: [str], a sentence for each thing that is ignored.
+        parts: [(text, is_learned)], or None for a row with weight 0, which is left out;
+        unused: [str], a sentence for each thing that is ignored.
         """
         unused = []
+        if isinstance(row, dict):
+            self._check_mask(row)
+            if self._weight(row, unused) == 0:
+                return None, ["row(s) with weight 0, which are left out"]
         if isinstance(row, list):
             if len(self.fields) > 1:
                 raise ValueError("the row is a list, which has no fields "
@@ -190,6 +217,35 @@ class Conversations:
                 if key not in self.fields and row.get(key) not in EMPTY:
                     unused.append(f"row(s) with {key!r} beside the conversation, which is not used")
         return self.template.parts(messages), list(dict.fromkeys(unused))
+
+    def _check_mask(self, row):
+        """Raises ValueError if a row has a "mask", unless this is the role of the user, whose
+        turns are not learned anyway (NeMo's format)."""
+        mask = row.get('mask')
+        if 'mask' in self.fields or mask in EMPTY:
+            return
+        if isinstance(mask, str) and self._role(mask, 'mask') == USER:
+            return
+        raise ValueError(f"the row has mask={repr(mask)[:40]}, and projects differ in what that "
+                         'means: write "weight": 0 (read, not learned) or "weight": 1 (learned) '
+                         "in each of the assistant's messages, or in the row, in its place")
+
+    def _weight(self, row, unused):
+        """0 if a row is to be left out, else 1."""
+        for key in ROW_WEIGHT_KEYS:
+            weight = row.get(key)
+            if key in self.fields or weight in EMPTY or weight == 1:
+                continue
+            if weight == 0:
+                return 0
+            # An importance, or the share of the row's source in a mixture.
+            if isinstance(weight, (int, float)) and weight > 0:
+                unused.append(f"row(s) whose {key!r} is neither 0 nor 1, which are learned as "
+                              "those with 1")
+                continue
+            raise ValueError(f"the row has {key}={repr(weight)[:40]}: only 0 (the row is left "
+                             "out) and 1 (its answers are learned) are supported")
+        return 1
 
     def _question(self, row, unused):
         """The messages of all fields but the last."""
@@ -240,6 +296,9 @@ class Conversations:
         content = _content(message[content_key], whose)
         weight = 0
         if role == ASSISTANT:
+            for key, why in UNCLEAR_KEYS.items():
+                if message.get(key) not in EMPTY:
+                    raise ValueError(f"{whose} has {key!r}, {why}: {INSTEAD}")
             weight = _weight(message, whose)
         elif any(message.get(key) not in (None, 0) for key in WEIGHT_KEYS):
             unused.append("row(s) with a weight on messages that are not the assistant's, which "

@@ -233,7 +233,7 @@ class Output:
             n_skipped, first = self.done['remarks'][SKIPPED]
             raise ValueError(f"none of the {n_skipped:,} row(s) can be used: {first[0]}")
         if not n:
-            raise ValueError("there is no text in the sources: every document is empty")
+            raise ValueError("there is no text in the sources: every document is empty or left out")
         for split, facts in self.done['splits'].items():
             if facts['tokens'] >= 2:
                 continue

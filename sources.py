@@ -100,7 +100,7 @@ def open(words, field=None, document='file', template=None, folder=None, max_byt
     Raises ValueError or OSError.
 
     field: of rows; a.b is b in a. Names with commas between are those of a conversation, and so is
-    one that holds messages; None: 'text', or what conversations.FORMS recognizes. skip_bad_rows:
+    one that holds messages; None: what conversations.FORMS recognizes, or 'text'. skip_bad_rows:
     leave out rows that can't be used and report them, in place of an error. document: what is one
     in a text: 'file', 'paragraph', 'line', or for any other text: what stands between two of
     these. template: a chat template, chat.DEFAULT where it is None. folder: where the bins will be;
@@ -413,12 +413,14 @@ class Files:
             if number > 1 and '--skip_bad_rows' not in str(error):
                 advice = "; --skip_bad_rows leaves such rows out"
             raise ValueError(f"{where}: {error}{advice}") from None
-        yield document
+        if document is not None:
+            yield document
         for about in unused:
             yield Remark(about, where)
 
     def _document(self, row):
-        """(the text of a row or the parts of its conversation, [what it has that is not used])."""
+        """(the text of a row, the parts of its conversation, or None if it is to be left out,
+        [what it has that is not used])."""
         if self.conversations:
             return self.conversations.parts(row)
         if not isinstance(row, dict):

@@ -172,25 +172,46 @@ def _readable(word, found):
                          f".json, not text; the first is {tables[0]}. Convert them (the error for "
                          "one alone says how), leave them out by a glob in quotes, such as "
                          "'*.txt', or read them as they are with --as_text")
-    wrong = {file for file in found if _what_is_wrong(file)}
-    if wrong:
-        first = next(file.name for file in found if file in wrong)
-        print(f"{word}: {len(wrong):,} of {len(found):,} files left out, which are not UTF-8 text; "
-              f"the first is {first}")
-    return [file for file in found if file not in wrong]
+    readable, not_text, not_lines = [], [], []
+    for file in found:
+        why_not_text, why_not_lines = _judged(file)
+        if why_not_text:
+            not_text.append(file.name)
+        elif why_not_lines:
+            not_lines.append((file.name, why_not_lines))
+        else:
+            readable.append(file)
+    if not_text:
+        print(f"{word}: {len(not_text):,} of {len(found):,} files left out, which are not UTF-8 "
+              f"text; the first is {not_text[0]}")
+    if not_lines:
+        first, why = not_lines[0]
+        print(f"{word}: {len(not_lines):,} of {len(found):,} files left out, which do not hold a "
+              f"row on each line; the first, {first}, {why}")
+    return readable
 
 
 def _what_is_wrong(file):
     """Why a file is neither text nor rows, judged by its beginning, or ''."""
+    if file.kind == 'table':
+        with reading(file) as (_, stream):
+            return _how_to_convert(file, stream.read(SNIFF))
+    why_not_text, why_not_lines = _judged(file)
+    return why_not_text or why_not_lines
+
+
+def _judged(file):
+    """(why a file is not UTF-8 text, why it can't be read as rows), each '' if it is fine. Judged
+    by the beginning of a file that is not one of TABLES."""
     if file.kind == 'parquet':
-        return ''
+        return '', ''
     with reading(file) as (_, stream):
         head = stream.read(SNIFF)
-    if file.kind == 'table':
-        return _how_to_convert(file, head)
-    if wrong := _why_not_text(head, is_whole=len(head) < SNIFF):
-        return wrong
-    return _what_is_wrong_with_lines(file, head) if file.kind == 'jsonl' else ''
+    if why_not_text := _why_not_text(head, is_whole=len(head) < SNIFF):
+        return why_not_text, ''
+    if file.kind != 'jsonl':
+        return '', ''
+    return '', _what_is_wrong_with_lines(file, head)
 
 
 def _why_not_text(head, is_whole):

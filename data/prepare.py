@@ -14,9 +14,9 @@ and a relative one begins where you stand.
 
 SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as .gz or .zst, folders of
 these, globs in quotes, - for standard input, and owner/name[@REVISION][:FOLDER-OR-GLOB] for a dataset on the Hugging
-Face Hub, whose files are fetched one after the other and not kept. Of folders and globs, what is
-not UTF-8 text is left out, which is said. For .csv, .tsv and .json an error says how to make rows
-of them; --as_text reads them as they are.
+Face Hub, whose files are fetched one after the other and not kept. Of folders and globs, files that
+are not UTF-8 text, and .jsonl without a row on each line, are left out, which is said. For .csv,
+.tsv and .json an error says how to make rows of them; --as_text reads them as they are.
 
 DOCUMENTS of a text are the file, its paragraphs, its lines, or whatever stands between two
 separators: --document=TEXT. Line ends around a separator belong to no document. Documents go to
@@ -31,8 +31,10 @@ A document that is in several splits stays in all of them; with --dedup only in 
 
 CONVERSATIONS are rows with "messages" or "conversations" (OpenAI's, ShareGPT's), with "prompt" and
 "completion", with "instruction", "input" and "output"; rows that are a list of messages; and what
---field=MESSAGES or --field=ASKED,ANSWERED names. They are written in a chat template, and only the
-answers are learned, except for those with "weight": 0.
+--field=MESSAGES or --field=ASKED,ANSWERED names. Where rows have "text" as well, the conversation
+is prepared, unless --field=text asks for the text. They are written in a chat template, and only
+the answers are learned, except for those with "weight": 0 or "loss_mask": 0; a row that has one of
+these itself is left out, and counted.
 
 A run that was stopped goes on when it gets the same command; the bins are the same for any --num_proc. Old bins stay until
 the new ones are whole.
@@ -82,7 +84,7 @@ def arguments(words):
         "train:sentencepiece:VOCAB; default: gpt2")
     add('--field', metavar='NAME[,NAME…]', help="of a row: which is its text or its messages (a.b: "
         "b in a); of several, the last is what is answered, the others what is asked; default: "
-        "text, or those of a conversation")
+        "those of a conversation, or text")
     add('--document', default='file', metavar='KIND', help="what is one in a text: file, "
         r"paragraph, line, or any text that stands between documents, such as '<|endoftext|>' or "
         r"'\n---\n' (\n, \t and \r are line ends and tabs, \\ is a backslash); default: file")

@@ -168,7 +168,7 @@ def test_text_in_parts_is_joined(parts):
     assert turns([{**ASK, 'content': parts}, ANSWER]) == SUM
 
 
-@pytest.mark.parametrize('key', ['weight', 'train', 'training', 'loss'])
+@pytest.mark.parametrize('key', ['weight', 'train', 'training', 'loss', 'loss_mask'])
 @pytest.mark.parametrize(
     'weight, is_learned',
     [(0, False), (False, False), (0.0, False), (1, True), (True, True), (None, True)],
@@ -195,6 +195,32 @@ def test_a_prompt_has_the_ids_that_were_learned_from_with_every_role_and_weight(
     prompt, _ = chat.encode(ByteTokenizer(), reader.template.prompt(messages[:-1]))
     assert ids[: len(prompt)] == prompt
     assert learned == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+
+
+@pytest.mark.parametrize('key', ['weight', 'loss_mask'])
+def test_a_row_of_weight_0_is_left_out(key):
+    row = {'messages': [ASK, ANSWER]}
+    for weight in (1, True, 1.0, None, ''):
+        assert turns({**row, key: weight}) == SUM
+    for weight in (0, False, 0.0):
+        parts, unused = conversations.reader(row).parts({**row, key: weight})
+        assert parts is None and unused == ['row(s) with weight 0, which are left out']
+
+
+def test_another_weight_of_a_row_is_reported():
+    """It is an importance, or the share of the row's source in a mixture."""
+    found, unused = read({'messages': [ASK, ANSWER], 'weight': 2.5})
+    assert found == SUM
+    assert unused == ["row(s) whose 'weight' is neither 0 nor 1, which are learned as those with 1"]
+
+
+def test_a_mask_of_the_user_says_what_is_so_anyway():
+    row = {'mask': 'User', 'conversations': [{'from': 'User', 'value': '2+2?'}, SHAREGPT[1]]}
+    assert turns(row) == SUM
+
+
+def test_a_weight_that_is_a_field_of_the_conversation_is_only_that():
+    assert turns({'weight': '2+2?', 'mask': '4'}, 'weight,mask') == SUM
 
 
 # ---- what is not used is reported ----------------------------------------------------------------
@@ -242,10 +268,33 @@ def test_what_says_nothing_is_not_reported(row):
     assert turns(row) == SUM
 
 
-def test_plain_text_beside_a_conversation_is_prepared_and_the_other_way_named(capsys):
-    row = {'text': 'a', 'instruction': 'b', 'output': 'c'}
-    assert conversations.reader(row) is None
-    assert '--field=instruction,input,output' in capsys.readouterr().out
+@pytest.mark.parametrize(
+    'row, fields',
+    [
+        ({'instruction': '2+2?', 'input': '', 'output': '4'}, 'instruction,input,output'),
+        ({'prompt': '2+2?', 'completion': '4'}, 'prompt,completion'),
+        ({'messages': [ASK, ANSWER]}, 'messages'),
+    ],
+)
+def test_a_conversation_is_prepared_and_not_the_text_beside_it(capsys, row, fields):
+    """As in the published Alpaca data, where 'text' is the same conversation in a template."""
+    row = {**row, 'text': 'Below is an instruction. 2+2? 4'}
+    assert turns(row) == SUM
+    said = capsys.readouterr().out
+    assert said == (
+        f"the conversation in {fields} is prepared, and not the 'text' beside it; to prepare the "
+        'text, use --field=text\n'
+    )
+    assert conversations.reader(row, 'text') is None
+    assert capsys.readouterr().out == ''
+
+
+def test_text_is_prepared_where_the_first_row_has_no_conversation_beside_it(capsys):
+    assert conversations.reader({'text': 'a', 'messages': None}) is None
+    said = capsys.readouterr().out
+    assert "'text', which is prepared" in said and '--field=messages\n' in said
+    assert conversations.reader({'text': 'a', 'conversation': 'thread-12'}) is None
+    assert capsys.readouterr().out == ''
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -278,6 +327,33 @@ def test_plain_text_beside_a_conversation_is_prepared_and_the_other_way_named(ca
             "(learned) are supported",
         ),
         ({'messages': [ASK, {**ANSWER, 'weight': '0'}]}, None, "has weight='0': only 0"),
+        ({'messages': [ASK, {**ANSWER, 'loss_mask': [1, 0]}]}, None, 'has loss_mask=[1, 0]: only'),
+        (
+            {'messages': [ASK, {**ANSWER, 'mask': True}]},
+            None,
+            "message 2, the assistant's, has 'mask', whose 1 means learned in some projects and "
+            'not learned in others: write "weight": 0 (read, not learned) or "weight": 1 (learned)',
+        ),
+        ({'messages': [ASK, {**ANSWER, 'masked': 0}]}, None, "has 'masked', whose 1 means"),
+        (
+            {'messages': [ASK, {**ANSWER, 'train_detail': [{'train': False}]}]},
+            None,
+            "has 'train_detail', which tells parts of the answer apart, while an answer is "
+            'learned as a whole or not at all: write "weight": 0',
+        ),
+        (
+            {'messages': [ASK, ANSWER], 'weight': '0'},
+            None,
+            "the row has weight='0': only 0 (the row is left out) and 1 (its answers are learned)",
+        ),
+        ({'messages': [ASK, ANSWER], 'weight': -1}, None, 'the row has weight=-1: only 0'),
+        ({'messages': [ASK, ANSWER], 'loss_mask': [0, 1]}, None, 'has loss_mask=[0, 1]: only 0'),
+        (
+            {'messages': [ASK, ANSWER], 'mask': 'Assistant'},
+            None,
+            "the row has mask='Assistant', and projects differ in what that means: write",
+        ),
+        ({'messages': [ASK, ANSWER], 'mask': [0, 1]}, None, 'the row has mask=[0, 1], and'),
         (
             {'messages': [ASK, {**ANSWER, 'content': None, 'tool_calls': [{'id': 'a'}]}]},
             None,
@@ -445,6 +521,34 @@ def test_reports_are_counted_and_printed_once(tmp_path, capsys, write, name):
     assert texts(tmp_path / 'out') == EXPECTED
 
 
+@pytest.mark.parametrize('write, suffix', [(write_lines, 'jsonl'), (write_parquet, 'parquet')])
+def test_what_its_author_masked_is_not_learned(tmp_path, capsys, write, suffix):
+    rows = [{**ROWS['messages'](i), 'weight': 1} for i in range(14)]
+    rows[12]['weight'] = 0
+    rows[13]['messages'] = [
+        *ROWS['messages'](0)['messages'],
+        {'role': 'user', 'content': 'q13'},
+        {'role': 'assistant', 'content': 'a13', 'loss_mask': 0},
+    ]
+    rows = write(tmp_path / f'rows.{suffix}', rows)
+    prepare(tmp_path / 'out', rows)
+    learned = texts(tmp_path / 'out')[1]
+    assert learned == sorted([*EXPECTED[1], 'a0'])
+    unit = 'line' if suffix == 'jsonl' else 'row'
+    report = f'1 row(s) with weight 0, which are left out; the first is {rows}, {unit} 13\n'
+    assert report in capsys.readouterr().out
+
+
+def test_where_all_rows_are_left_out_the_reason_is_printed(tmp_path, capsys):
+    row = {**ROWS['messages'](0), 'weight': 0}
+    rows = write_lines(tmp_path / 'rows.jsonl', [row, row])
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / 'out', rows)
+    said = capsys.readouterr()
+    assert '2 row(s) with weight 0, which are left out' in said.out
+    assert 'every document is empty or left out' in said.err
+
+
 def pack(content, packed):
     if packed == '.gz':
         return gzip.compress(content)
@@ -503,6 +607,25 @@ def test_an_object_that_holds_the_rows_is_told_from_lines(tmp_path, monkeypatch,
     (tmp_path / 'a.json').write_text(json.dumps(rows, indent=1))
     error = failure(capsys, tmp_path / 'out', 'a.json', *options)
     prepare(tmp_path / 'out', follow(re.search('`(.*)` writes the list under a KEY', error)[1]))
+    assert texts(tmp_path / 'out') == EXPECTED
+
+
+def test_an_array_in_a_folder_is_left_out_for_its_own_reason(tmp_path, monkeypatch, capsys):
+    """The other reason to leave a file out, that it is not UTF-8 text, is a line of its own."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'texts'
+    folder.mkdir()
+    write_lines(folder / 'a.jsonl', [ROWS['messages'](i) for i in range(12)])
+    (folder / 'b.jsonl').write_text(json.dumps([ROWS['messages'](i) for i in range(12)]))
+    (folder / 'c.jsonl').write_bytes(b'\xff\xfe\xff')
+    prepare('./out', 'texts')
+    said = capsys.readouterr().out
+    left_out = 'texts: 1 of 3 files left out, which '
+    assert f'{left_out}are not UTF-8 text; the first is texts/c.jsonl\n' in said
+    reason = f'{left_out}do not hold a row on each line; the first, texts/b.jsonl, is one JSON array: '
+    assert reason in said
+    assert texts(tmp_path / 'out') == EXPECTED
+    prepare('./out', follow(re.search('`(.*)` writes its rows as lines', said)[1]))
     assert texts(tmp_path / 'out') == EXPECTED
 
 
