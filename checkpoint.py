@@ -387,10 +387,30 @@ def restore(state, settings=None, in_parts=False):
 
 
 def check_tokenizer(model, trained_on, data, whose):
-    """Raises ValueError where the dataset `data` has other ids than `model`, by the tokenizer `trained_on`, learned."""
-    if data.vocab_size > model.config.vocab_size or (data.tokenizer and trained_on not in (None, data.tokenizer)):
+    """Raises ValueError where the dataset `data` has other ids than `model`, by the tokenizer `trained_on`, learned.
+
+    Of a model whose tokenizer is not known only the size of the vocabulary can be compared, and a line says so.
+    """
+    entries = model.config.vocab_size
+    if data.vocab_size > entries or (data.tokenizer and trained_on not in (None, data.tokenizer)):
         raise ValueError(f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
                          f"{whose}")
+    if trained_on or not data.tokenizer:
+        return
+    if entries not in (data.vocab_size, padded_vocab_size(data.vocab_size)):
+        raise ValueError(f"{data.folder} has a tokenizer of {data.vocab_size} entries, the model of {whose} has "
+                         f"{entries} and does not say which tokenizer they belong to: use the dataset that it was "
+                         "trained on")
+    if os.environ.get('RANK', '0') == '0':
+        print(f"{whose} does not say which tokenizer its {entries} ids belong to; assuming those of "
+              f"{data.folder}", flush=True)
+
+
+def padded_vocab_size(vocab_size):
+    """How many entries a new model has for a vocabulary: from 1000 on a multiple of 64, for speed."""
+    if vocab_size < 1000:
+        return vocab_size
+    return 64 * math.ceil(vocab_size / 64)
 
 
 def _free(Config, settings):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import mistakes
-from shards import LOOKED_AT, Shards, read_meta, wider_dtype
+from shards import LOOKED_AT, Shards, conversion, may_separate, read_meta, wider_dtype
 
 ROOT = Path(__file__).resolve().parent / 'data'
 TIKTOKEN_EOT = {'gpt2': 50256, 'p50k_base': 50256, 'cl100k_base': 100257, 'o200k_base': 199999}   # <|endoftext|>
@@ -105,12 +105,26 @@ class Dataset:
         """ValueError where a file's ids were written as int64 or int32."""
         shards = self.shards[split]
         for path, start, end in zip(shards.paths, shards.starts, shards.ends):
-            wide = wider_dtype(shards.read(start, min(LOOKED_AT, end - start)), self.tokenizer)
-            if wide:
-                raise ValueError(
-                    f"{path} seems to hold {wide} ids: read as {self.dtype}, each one is followed by zeros. "
-                    f"`python -c \"import numpy; p = '{path.as_posix()}'; numpy.fromfile(p, '{wide}')"
-                    f".astype('{self.dtype}').tofile(p)\"` converts it")
+            ids = shards.read(start, min(LOOKED_AT, end - start))
+            wide = wider_dtype(ids)
+            if wide is None:
+                continue
+            if may_separate(ids, wide, self.tokenizer):
+                self._print_separated(path, wide)
+                continue
+            command, converted = conversion(path, wide, self.dtype)
+            raise ValueError(
+                f"{path} seems to hold {wide} ids: read as {self.dtype}, each one is followed by zeros. "
+                f"`{command}` writes {converted} beside it, to be renamed to {path.name}. "
+                f"If the ids are right as they are, put \"splits\": {{\"{split}\": "
+                f"{{\"tokens\": {self.tokens[split]}}}}} into meta.json")
+
+    def _print_separated(self, path, wide):
+        if os.environ.get('RANK', '0') == '0':
+            command, converted = conversion(path, wide, self.dtype)
+            print(f"{path}: every second id is 0, which is {self.tokenizer['chars'][0]!r}. If these are "
+                  f"{wide} ids instead, `{command}` writes {converted} beside it, to be renamed to "
+                  f"{path.name}", flush=True)
 
     def _read(self, split, spans):
         """(idx, targets), each (len(spans), block_size) int64: the tokens of each span (see `_spans`), and the same one
@@ -256,7 +270,9 @@ class Dataset:
     def bytes_per_token(self, split):
         """Of the text of a split; None: see bits_per_byte."""
         facts = self.meta.get('splits', {}).get(split)
-        return facts['bytes'] / facts['tokens'] if facts and not self.masks else None
+        if not facts or 'bytes' not in facts or self.masks:
+            return None
+        return facts['bytes'] / facts['tokens']
 
 
 class Documents(Dataset):

@@ -90,7 +90,13 @@ def read_text():
     if own.lossless:
         parts, n_ids = np.split(ids, np.flatnonzero(ids == eot)), len(ids)
         documents = [own.decode(part[part != eot].tolist()) for part in parts]
-    n_bytes = sum(len(text.encode()) for text in documents) if documents else data.meta['splits'][split]['bytes']
+    if documents:
+        n_bytes = sum(len(text.encode()) for text in documents)
+    else:
+        n_bytes = data.meta.get('splits', {}).get(split, {}).get('bytes')
+        if n_bytes is None:
+            raise ValueError(f"{data.folder / 'meta.json'} does not say how many bytes of text {split} has "
+                             "(splits): give the text itself, as --dataset=FILE")
     n_words = sum(len(re.split(r'\s+', text)) for text in documents if text)
     n_bytes, n_words = n_bytes * len(ids) // max(1, n_ids), n_words * len(ids) / max(1, n_ids)
     if len(ids) < 2 or not n_bytes:

@@ -53,14 +53,12 @@ class Shards:
         return np.concatenate([np.zeros(0, self.dtype), *pieces])
 
 
-def wider_dtype(ids, tokenizer=None):
+def wider_dtype(ids):
     """'int64' or 'int32' if `ids`, the start of a bin, seem to have been written so; else None.
 
     ids: (n,), as read in the bin's own dtype, uint16 or uint32. An int64 id read as uint16 is
-    followed by three zeros, an int32 id by one. tokenizer: the description of the tokenizer that
-    made the ids, or None.
+    followed by three zeros, an int32 id by one.
     """
-    is_char = (tokenizer or {}).get('kind') == 'char'
     for wide in ('int64', 'int32'):
         per_id = np.dtype(wide).itemsize // ids.dtype.itemsize
         if per_id == 1 or len(ids) % per_id or len(ids) < 64:
@@ -71,10 +69,43 @@ def wider_dtype(ids, tokenizer=None):
             continue
         if first.min() == first.max():      # 1, 0, 1, 0, …: as int32 it would be the same id for ever
             continue
-        if per_id == 2 and is_char and first.min() > 0:     # lines of one character; line ends are 0
-            continue
         return wide
     return None
+
+
+def may_separate(ids, wide, tokenizer):
+    """Whether the zeros in `ids`, which look like `wide` ones, may be the text's own.
+
+    So it is where every second character is the same line end, space or punctuation mark, as in
+    "0 1 1 0". tokenizer: the description of the tokenizer that made the ids, or None.
+    """
+    if not tokenizer or tokenizer['kind'] != 'char' or tokenizer['chars'][:1].isalnum():
+        return False
+    per_id = np.dtype(wide).itemsize // ids.dtype.itemsize
+    return per_id == 2 and bool(ids[::2].min() > 0)
+
+
+def conversion(path, wide, dtype):
+    """(command, name): a shell command that writes the ids of `path`, which are `wide`, as `dtype`
+    to a file of this name beside it. It leaves `path` as it is, and refuses ids that do not fit."""
+    name = f"{path.stem}-{dtype}.bin"
+    limit = np.iinfo(dtype).max + 1
+    program = (f"import numpy; p = '{_escaped(path.as_posix())}'; ids = numpy.memmap(p, '{wide}', 'r'); "
+               f"0 <= ids.min() and ids.max() < {limit} or exit('error: an id is not from 0 to {limit - 1}'); "
+               f"ids.astype('{dtype}').tofile(p[:-4] + '-{dtype}.bin')")
+    return f'python -c "{program}"', name
+
+
+def _escaped(text):
+    """A text for a literal of Python that stands between double quotes in a shell.
+
+    Two spaces are escaped too: an error is one line, in which they would become one.
+    """
+
+    def escape(match):
+        return f"\\U{ord(match[0]):08x}"
+
+    return re.sub(r'[^\w /.,:=+@~-]| (?= )', escape, text)
 
 
 def read_meta(folder):
@@ -89,7 +120,7 @@ def read_meta(folder):
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
             if meta['dtype'] not in ('uint16', 'uint32') or type(meta['vocab_size']) is not int:
                 raise ValueError(f"dtype {meta['dtype']!r}, vocab_size {meta['vocab_size']!r}")
-            if not all(type(facts['tokens']) is int and 0 < facts['bytes'] < 1 << 63
+            if not all(type(facts['tokens']) is int and 0 < facts.get('bytes', 1) < 1 << 63
                        for facts in meta.get('splits', {}).values()):
                 raise ValueError("splits")
             for key, most in (('vocab_size', 1 << 32), ('separator', meta['vocab_size']), ('eot', meta['vocab_size'])):

@@ -135,7 +135,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smalle
     data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
     data.check_evaluations(eval_iters)      # now, and not after hours of training
     if init_from == 'scratch':
-        vocab_size = data.vocab_size if data.vocab_size < 1000 else 64 * math.ceil(data.vocab_size / 64)    # for speed
+        vocab_size = checkpoint.padded_vocab_size(data.vocab_size)
         fields = {f.name for f in dataclasses.fields(models.architecture(model).Config)} & config.keys()
         model, trained_on = models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}), data.tokenizer
     checkpoint.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)

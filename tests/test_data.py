@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, TINY, write_text
 
 import dataset
+import mistakes
 import tokenizer
 from bins import write_bins
 from dataset import Dataset, RandomDataset
@@ -168,6 +169,29 @@ def test_a_run_without_a_tokenizer_trains_and_says_what_sampling_lacks(warm, tmp
         assert 'or meta.pkl (itos, one character per id)' in line
 
 
+def test_a_run_without_a_tokenizer_goes_on_with_data_of_as_many_entries_only(warm, tmp_path):
+    """With as many, its ids may be those that it learned, which is printed."""
+    folder = with_meta_pkl(tmp_path / 'data', pickle.dumps({'vocab_size': 40}))
+    out_dir = tmp_path / 'out'
+    assert warm('train.py', *TINY, '--max_iters=1', f'--dataset={folder}', f'--out_dir={out_dir}').returncode == 0
+
+    def resume(itos=None):
+        if itos:
+            (folder / 'meta.pkl').write_bytes(pickle.dumps({'itos': itos}))
+        return warm('train.py', *TINY, '--max_iters=2', f'--dataset={folder}', f'--out_dir={out_dir}', '--init_from=resume')
+
+    assert 'ids belong to' not in resume().stdout
+    done = resume([chr(65 + i) for i in range(30)])
+    line, = done.stderr.splitlines()
+    assert done.returncode == 2 and line == (
+        f"error: {folder} has a tokenizer of 30 entries, the model of {out_dir} has 40 and does not say which tokenizer "
+        "they belong to: use the dataset that it was trained on")
+    done = resume([chr(65 + i) for i in range(40)])
+    assert done.returncode == 0, done.stderr
+    assert (f"{out_dir} does not say which tokenizer its 40 ids belong to; assuming those of {folder}"
+            in done.stdout.splitlines())
+
+
 def test_a_run_with_a_padded_table_samples_characters_only(warm, tmp_path):
     folder = with_meta_pkl(tmp_path / 'data', pickle.dumps({'itos': CHARS, 'vocab_size': 500}))
     done = warm('train.py', *TINY, '--max_iters=1', f'--dataset={folder}', f'--out_dir={tmp_path / "out"}', sample=True)
@@ -200,6 +224,18 @@ def with_bins(folder, ids, dtype, meta=None):
     return folder
 
 
+def run_conversion(message, path):
+    """Do what the message says: run its command, and rename the file that this writes."""
+    line = mistakes.one_line(message)
+    command, name = re.search('`(python -c .*)` writes (.*) beside it, to be renamed to', line).groups()
+    before = path.read_bytes()
+    done = subprocess.run(command.replace('python', sys.executable, 1), shell=True, capture_output=True, text=True)
+    assert path.read_bytes() == before
+    if done.returncode == 0:
+        path.with_name(name).replace(path)
+    return done
+
+
 @pytest.mark.parametrize('kind, dtype, meta', [
     ('text', 'int64', None), ('text', 'int32', None), ('text', 'uint32', None), ('without 0', 'int64', None),
     ('mostly 0', 'int64', None), ('GPT-2', 'int64', {}), ('GPT-2', 'int32', {}),
@@ -213,10 +249,73 @@ def test_ids_of_another_width_are_noticed_and_what_is_said_mends_them(tmp_path, 
         with pytest.raises(ValueError, match=f"{split}.bin seems to hold {wide} ids: read as {read_as}, each") as caught:
             Dataset(folder, block_size=8, batch_size=2)
         assert '\n' not in str(caught.value)
-        program = re.search('`python -c "(.*)"` converts it', str(caught.value))[1]
-        exec(program)
+        run_conversion(str(caught.value), folder / f'{split}.bin')
     data = Dataset(folder, block_size=8, batch_size=2)
     assert np.array_equal(data.first('train', len(ids) + 1), ids) and data.tokens['val'] == len(ids)
+
+
+@pytest.mark.parametrize('name', [
+    "it's here", 'two  spaces', '$HOME `id` !x', 'a"b', 'données', 'deep/' * 40 + 'er', 'tab\tinside'])
+def test_the_command_that_converts_works_in_any_folder(tmp_path, name):
+    ids = ids_like('text')
+    folder = with_bins(tmp_path / name, ids, 'int64')
+    with pytest.raises(ValueError) as caught:
+        Dataset(folder, block_size=8, batch_size=2)
+    assert run_conversion(str(caught.value), folder / 'train.bin').returncode == 0
+    assert np.array_equal(np.fromfile(folder / 'train.bin', 'uint16'), ids)
+
+
+@pytest.mark.parametrize('odd', [65536, -1])
+def test_the_command_that_converts_refuses_ids_that_do_not_fit(tmp_path, odd):
+    """They come behind those that are looked at to guess the width."""
+    folder = with_bins(tmp_path, np.append(ids_like('text', dataset.LOOKED_AT), odd), 'int64')
+    with pytest.raises(ValueError) as caught:
+        Dataset(folder, block_size=8, batch_size=2)
+    done = run_conversion(str(caught.value), folder / 'train.bin')
+    assert done.returncode == 1 and done.stderr == 'error: an id is not from 0 to 65535\n'
+    assert not (folder / 'train-uint16.bin').exists()
+
+
+def test_right_ids_that_look_wide_are_read_once_meta_json_counts_them(tmp_path):
+    """As the message says, which needs no bytes of text."""
+    ids = np.where(np.arange(400) % 2, 0, np.arange(400))
+    folder = with_bins(tmp_path, ids, 'uint16', {'dtype': 'uint16'})
+    meta = json.loads((folder / 'meta.json').read_text())
+    for split in ('train', 'val'):
+        with pytest.raises(ValueError) as caught:
+            Dataset(folder, block_size=8, batch_size=2)
+        facts = re.search(f'put "splits": {{("{split}": {{.*}})}} into meta.json', str(caught.value))[1]
+        meta['splits'] = {**meta.get('splits', {}), **json.loads('{' + facts + '}')}
+        (folder / 'meta.json').write_text(json.dumps(meta))
+    data = Dataset(folder, block_size=8, batch_size=2)
+    assert np.array_equal(data.first('train', 500), ids) and data.bits_per_byte('val', 1.0) is None
+
+
+def chars_from(first):
+    """nanoGPT's meta.pkl with a vocabulary of 65 characters that begins with this one."""
+    return pickle.dumps({'itos': [first, *(chr(97 + i) for i in range(64))], 'vocab_size': 65})
+
+
+@pytest.mark.parametrize('first', ['\n', ' ', ','])
+def test_zeros_that_may_separate_characters_are_printed(tmp_path, capsys, first):
+    """One character in each line, or int32 ids of a text without line ends: both are possible."""
+    folder = with_bins(tmp_path, ids_like('without 0'), 'int32')
+    (folder / 'meta.pkl').write_bytes(chars_from(first))
+    Dataset(folder, block_size=8, batch_size=2)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"{folder / 'train.bin'}: every second id is 0, which is {first!r}. If these are int32 ids")
+    run_conversion(line, folder / 'train.bin')
+    run_conversion(line.replace('train', 'val'), folder / 'val.bin')
+    data = Dataset(folder, block_size=8, batch_size=2)
+    assert np.array_equal(data.first('train', 5000), ids_like('without 0')) and not capsys.readouterr().out
+
+
+def test_zeros_that_separate_nothing_are_int32(tmp_path):
+    """No text has the same letter as every second character."""
+    folder = with_bins(tmp_path, ids_like('without 0'), 'int32')
+    (folder / 'meta.pkl').write_bytes(chars_from('A'))
+    with pytest.raises(ValueError, match='seems to hold int32 ids'):
+        Dataset(folder, block_size=8, batch_size=2)
 
 
 def test_a_shard_of_another_width_is_named(tmp_path):
