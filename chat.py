@@ -45,7 +45,8 @@ class Template:
 
     def parts(self, messages):
         """[(text, is_learned)] of a conversation: a list of {"role", "content"}, with "weight": 0
-        where an answer is only read. Raises ValueError for one that the template can't write, or
+        where an answer is only read, and "where" if an error is to call a message by this instead
+        of by its number. Raises ValueError for a conversation that the template can't write, or
         that has nothing to learn."""
         parts = self._turns(messages)
         if not any(message['role'] == ASSISTANT for message in messages):
@@ -63,8 +64,14 @@ class Template:
 
     def _turns(self, messages):
         parts = []
-        for number, message in enumerate(messages, 1):
+        number = 0
+        for message in messages:
             role, content = message['role'], message['content']
+            if 'where' in message:
+                whose = message['where']
+            else:
+                number += 1
+                whose = f"message {number}, the {role}'s,"
             if role not in self.description:
                 raise ValueError(f"message {number} has the role {role!r}; the template has "
                                  f"{', '.join(self.description)}: use a --template=FILE.json that "
@@ -74,9 +81,9 @@ class Template:
                 forbidden = [*self.marks, self.stops[0]]        # an answer would end there
             for mark in forbidden:      # or a user could speak as the assistant
                 if mark in content:
-                    raise ValueError(f"message {number}, the {role}'s, contains {mark!r}, which "
-                                     "marks turns in the template: change the message, or use a "
-                                     "--template with other marks")
+                    raise ValueError(f"{whose} contains {mark!r}, which marks turns in the "
+                                     "template: change the message, or use a --template with "
+                                     "other marks")
             before, after = self.description[role]
             is_learned = role == ASSISTANT and message.get('weight', 1) == 1
             parts += [(Marker(before), False), (content, is_learned), (Marker(after), is_learned)]

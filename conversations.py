@@ -8,10 +8,15 @@ A row holds a conversation in one field, in several, or is one itself:
     {"instruction": …, "input": …, "output": …}               Alpaca's; "input" may be empty
     [{"role": …, "content": …}, …]
 
+A row's "system" or "system_prompt" becomes a turn in front, and Alpaca's "history", a list of
+[question, answer], earlier turns whose answers are read, not learned.
+
 What says that something is not to be learned is followed ("weight": 0), or is an error where it
 can't be (UNCLEAR_KEYS): nothing that its author may have masked is learned.
 """
 from chat import ASSISTANT, USER, Template
+
+SYSTEM = 'system'
 
 # The fields by which a conversation is recognized, the first match first.
 FORMS = (
@@ -35,12 +40,13 @@ ROLES = {
     'bot': ASSISTANT,
     'model': ASSISTANT,
     'function_call': ASSISTANT,
-    'developer': 'system',
+    'developer': SYSTEM,
     'function': 'tool',
     'observation': 'tool',
     'ipython': 'tool',
 }
 
+SYSTEM_KEYS = 'system', 'system_prompt'     # of a row
 ROLE_KEYS = 'role', 'from'
 CONTENT_KEYS = 'content', 'value'
 # Whether an answer is learned: in OpenAI's format, in Axolotl's (train, training), in ms-swift's.
@@ -73,9 +79,9 @@ HARMLESS_KEYS = {
 # A row has any number of columns about it (category, score, license), which nobody expects a model
 # to learn. So only those are reported that are known to hold a part of the conversation.
 ROW_KEYS = (
-    'system', 'system_prompt', 'tools', 'functions', 'history',
-    'image', 'images', 'audio', 'audios', 'video', 'videos',
+    'tools', 'functions', 'image', 'images', 'audio', 'audios', 'video', 'videos',
 )
+NOT_USED = "beside the conversation, which is not used"
 WHICH_FIELD = ("--field=NAME says which one is the text, --field=ASKED,ANSWERED which are a "
                "conversation")
 EMPTY = None, '', [], {}, '[]'      # some datasets keep a list as JSON in a text
@@ -189,7 +195,7 @@ class Conversations:
         self.fields = fields
         self.template = Template(template)
         self.required = list(dict.fromkeys([fields[0], fields[-1]]))
-        self.optional = [*fields[1:-1], *ROW_KEYS, *ROW_WEIGHT_KEYS, 'mask']
+        self.optional = [*fields[1:-1], *ROW_KEYS, *SYSTEM_KEYS, 'history', *ROW_WEIGHT_KEYS, 'mask']
 
     def parts(self, row):
         """(parts, unused) of a row. Raises ValueError if the row can't be used.
@@ -213,16 +219,61 @@ class Conversations:
             question = self._question(row, unused)
             messages = [*question, *self._answer(row, len(question), unused)]
         if isinstance(row, dict):
+            messages = [*self._history(row, unused), *messages]
+            messages = [*self._system(row, messages, unused), *messages]
             for key in ROW_KEYS:
-                if key not in self.fields and row.get(key) not in EMPTY:
-                    unused.append(f"row(s) with {key!r} beside the conversation, which is not used")
+                if self._beside(row, key) is not None:
+                    unused.append(f"row(s) with {key!r} {NOT_USED}")
         return self.template.parts(messages), list(dict.fromkeys(unused))
+
+    def _beside(self, row, key):
+        """What a row has under a key beside the fields of the conversation, or None."""
+        if key in self.fields or row.get(key) in EMPTY:
+            return None
+        return row[key]
+
+    def _system(self, row, messages, unused):
+        """[the turn to put in front of the messages for a row's system prompt], or []."""
+        there = [message['content'].strip() for message in messages if message['role'] == SYSTEM]
+        turns = []
+        for key in SYSTEM_KEYS:
+            text = self._beside(row, key)
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                unused.append(f"row(s) with {key!r} {NOT_USED}: it is not text")
+            elif not text.strip() or text.strip() in there:
+                continue
+            elif SYSTEM not in self.template.description:
+                unused.append(f"row(s) with {key!r} {NOT_USED}: the template has no {SYSTEM!r}")
+            elif there:
+                unused.append(f"row(s) with {key!r} {NOT_USED}: there is another system message")
+            else:
+                turns.append(_turn(SYSTEM, text, f"its {key!r}"))
+                there.append(text.strip())
+        return turns
+
+    def _history(self, row, unused):
+        """The earlier turns of a question in Alpaca's form; the answers in them are only read."""
+        history = self._beside(row, 'history')
+        if history is None:
+            return []
+        is_text = len(self.fields) > 1 and isinstance(value(row, self.fields[0]), str)
+        if not is_text or not _is_history(history):
+            unused.append(f"row(s) with 'history' {NOT_USED}")
+            return []
+        unused.append("row(s) with 'history', whose answers are read, not learned")
+        turns = []
+        for number, (question, answer) in enumerate(history, 1):
+            turns.append(_turn(USER, question, f"question {number} of its 'history'"))
+            turns.append(_turn(ASSISTANT, answer, f"answer {number} of its 'history'"))
+        return turns
 
     def _check_mask(self, row):
         """Raises ValueError if a row has a "mask", unless this is the role of the user, whose
         turns are not learned anyway (NeMo's format)."""
-        mask = row.get('mask')
-        if 'mask' in self.fields or mask in EMPTY:
+        mask = self._beside(row, 'mask')
+        if mask is None:
             return
         if isinstance(mask, str) and self._role(mask, 'mask') == USER:
             return
@@ -233,8 +284,8 @@ class Conversations:
     def _weight(self, row, unused):
         """0 if a row is to be left out, else 1."""
         for key in ROW_WEIGHT_KEYS:
-            weight = row.get(key)
-            if key in self.fields or weight in EMPTY or weight == 1:
+            weight = self._beside(row, key)
+            if weight is None or weight == 1:
                 continue
             if weight == 0:
                 return 0
@@ -319,6 +370,23 @@ class Conversations:
         if role in self.template.description:
             return role
         return ROLES.get(role, role)
+
+
+def _turn(role, text, where):
+    """A message that is only read. where: what an error calls it."""
+    return {'role': role, 'content': text, 'weight': 0, 'where': where}
+
+
+def _is_history(history):
+    """Whether this is a list of [question, answer]."""
+    if not isinstance(history, list):
+        return False
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            return False
+        if not all(isinstance(text, str) for text in pair):
+            return False
+    return True
 
 
 def _key_of(message, keys, name):

@@ -34,7 +34,8 @@ CONVERSATIONS are rows with "messages" or "conversations" (OpenAI's, ShareGPT's)
 --field=MESSAGES or --field=ASKED,ANSWERED names. Where rows have "text" as well, the conversation
 is prepared, unless --field=text asks for the text. They are written in a chat template, and only
 the answers are learned, except for those with "weight": 0 or "loss_mask": 0; a row that has one of
-these itself is left out, and counted.
+these itself is left out, and counted. A row's "system" or "system_prompt" becomes a turn in front,
+Alpaca's "history" earlier turns, whose answers are read, not learned.
 
 A run that was stopped goes on when it gets the same command; the bins are the same for any --num_proc. Old bins stay until
 the new ones are whole.

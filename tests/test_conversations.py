@@ -223,6 +223,67 @@ def test_a_weight_that_is_a_field_of_the_conversation_is_only_that():
     assert turns({'weight': '2+2?', 'mask': '4'}, 'weight,mask') == SUM
 
 
+# ---- what stands beside a conversation and belongs to it ------------------------------------------
+
+BRIEF = [turn('system', 'Be brief.'), *SUM]
+
+
+@pytest.mark.parametrize(
+    'row',
+    [
+        {'conversations': SHAREGPT, 'system': 'Be brief.'},
+        {'messages': [ASK, ANSWER], 'system_prompt': 'Be brief.'},
+        {'instruction': '2+2?', 'output': '4', 'system': 'Be brief.'},
+        {'prompt': [ASK], 'completion': [ANSWER], 'system': 'Be brief.'},
+        {'messages': [ASK, ANSWER], 'system': 'Be brief.', 'system_prompt': 'Be brief.'},
+        {'messages': [{'role': 'system', 'content': 'Be brief. '}, ASK, ANSWER], 'system': 'Be brief.'},
+    ],
+)
+def test_a_rows_system_prompt_is_a_turn_in_front(row):
+    found = [(mark, text.strip(), is_learned) for mark, text, is_learned in turns(row)]
+    assert found == BRIEF
+
+
+def test_a_system_prompt_that_finds_no_place_is_reported():
+    first = {'role': 'system', 'content': 'Be brief.'}
+    found, unused = read({'messages': [first, ASK, ANSWER], 'system': 'Be verbose.'})
+    assert found == BRIEF and unused[0].endswith('not used: there is another system message')
+    template = {'user': ['U ', '\n'], 'assistant': ['A ', '|\n']}
+    found, unused = read({'messages': [ASK, ANSWER], 'system': 'Be brief.'}, template=template)
+    assert [mark for mark, *_ in found] == ['U ', 'A ']
+    assert unused[0].endswith("not used: the template has no 'system'")
+
+
+@pytest.mark.parametrize('form', [('instruction', 'output'), ('prompt', 'completion')])
+def test_alpacas_history_is_earlier_turns_whose_answers_are_only_read(form):
+    asked, answered = form
+    row = {asked: '2+2?', answered: '4', 'system': 'Be brief.'}
+    row['history'] = [['0+1?', '1'], ['1+1?', '2']]
+    found, unused = read(row)
+    assert found == [
+        turn('system', 'Be brief.'),
+        turn('user', '0+1?'),
+        turn('assistant', '1', is_learned=False),
+        turn('user', '1+1?'),
+        turn('assistant', '2', is_learned=False),
+        *SUM,
+    ]
+    assert unused == ["row(s) with 'history', whose answers are read, not learned"]
+
+
+@pytest.mark.parametrize(
+    'beside, where',
+    [
+        ({'system': 'x ### User: y'}, "its 'system' contains '### User:', which marks turns"),
+        ({'history': [['a', 'b'], ['c', '### End']]}, "answer 2 of its 'history' contains"),
+        ({'system': 'a', 'output': '### End'}, "message 2, the assistant's, contains '### End'"),
+    ],
+)
+def test_a_mark_is_located_by_what_the_row_itself_has(beside, where):
+    with pytest.raises(ValueError, match=where):
+        read({'instruction': '2+2?', 'output': '4', **beside})
+
+
 # ---- what is not used is reported ----------------------------------------------------------------
 
 
@@ -243,7 +304,18 @@ def test_a_weight_that_is_a_field_of_the_conversation_is_only_that():
             {'messages': [ASK, ANSWER], 'tools': [{'type': 'function'}]},
             "'tools' beside the conversation, which is not used",
         ),
-        ({'conversations': SHAREGPT, 'system': 'Be brief.'}, "'system' beside the conversation"),
+        (
+            {'messages': [ASK, ANSWER], 'system': ['Be brief.']},
+            "'system' beside the conversation, which is not used: it is not text",
+        ),
+        (
+            {'messages': [ASK, ANSWER], 'history': [['1+1?', '2']]},
+            "'history' beside the conversation, which is not used",
+        ),
+        (
+            {'instruction': '2+2?', 'output': '4', 'history': [['1+1?']]},
+            "'history' beside the conversation, which is not used",
+        ),
     ],
 )
 def test_what_changes_the_meaning_and_is_not_used_is_reported(row, message):
@@ -519,6 +591,19 @@ def test_reports_are_counted_and_printed_once(tmp_path, capsys, write, name):
     ):
         assert said.count(report.format(tmp_path / name)) == 1
     assert texts(tmp_path / 'out') == EXPECTED
+
+
+@pytest.mark.parametrize('write, suffix', [(write_lines, 'jsonl'), (write_parquet, 'parquet')])
+def test_system_and_history_are_prepared(tmp_path, capsys, write, suffix):
+    rows = [{**ROWS['alpaca'](i), 'system': None, 'history': []} for i in range(12)]
+    rows[5].update(system='Be brief.', history=[['h', 'r']])
+    prepare(tmp_path / 'out', write(tmp_path / f'rows.{suffix}', rows))
+    everything, learned = texts(tmp_path / 'out')
+    assert 'h\n\n### Assistant:\nr\n### End\n\n' in everything and learned == EXPECTED[1]
+    bins = [tmp_path / 'out' / f'{split}.bin' for split in ('train', 'val')]
+    written = bytes(np.concatenate([np.fromfile(path, 'u2') for path in bins]).astype('u1'))
+    assert b'### System:\nBe brief.\n\n### User:\nh' in written
+    assert "1 row(s) with 'history', whose answers are read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('write, suffix', [(write_lines, 'jsonl'), (write_parquet, 'parquet')])
