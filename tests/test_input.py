@@ -454,7 +454,8 @@ def test_a_meta_pkl_that_is_none(content):
     b"ccollections\nOrderedDict\n)RN}S'get'\nS'changed'\nstb.",
     # An array of two billion numbers that does not hold them; 200 dictionaries of one list.
     b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I2000000000\ntC\x01btR(I1\n(I2000000000\nttb.",
-    b"(" + b"".join(b"(I%d\nI0\nl" % i for i in range(2000)) + b"lp0\n0(" + b"ccollections\nOrderedDict\n(g0\ntR" * 200 + b"l.",
+    b"(" + b"".join(b"(I%d\nI0\nl" % i for i in range(2000)) + b"lp0\n0("
+    + b"ccollections\nOrderedDict\n(g0\ntR" * 200 + b"l.",
 ], ids=lambda content: repr(content[:12]))
 def test_a_meta_pkl_has_no_more_of_numpy_than_plain_numbers(content):
     stand_ins = set(tokenizer._NoCode.STAND_INS.values())
