@@ -5,6 +5,7 @@ folder or else of this repository, over the same settings, so that it sees the d
 """
 import ast
 import contextlib
+import dataclasses
 import sys
 import traceback
 from importlib.machinery import ModuleSpec
@@ -15,6 +16,32 @@ ROOT = Path(__file__).resolve().parent
 
 class ConfigFileError(ValueError):
     """A config file that can't be run, with the file and the line."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What config files assigned, and what is known about the names.
+
+    values: {name: value}. origins: {name: path} of those that an imported config file assigned
+    last. own_names: what may be helpers rather than settings (see _own_names). bound_names: what
+    statements bind by name, except for imports of config files. star_names: what
+    `from MODULE import *` bound, of modules that are not config files.
+    """
+
+    values: dict = dataclasses.field(default_factory=dict)
+    origins: dict = dataclasses.field(default_factory=dict)
+    own_names: set = dataclasses.field(default_factory=set)
+    bound_names: set = dataclasses.field(default_factory=set)
+    star_names: set = dataclasses.field(default_factory=set)
+
+    def add_names(self, other):
+        self.own_names |= other.own_names
+        self.bound_names |= other.bound_names
+        self.star_names |= other.star_names
+
+    def is_only_starred(self, name):
+        """Whether nobody wrote this name: a star import alone bound it."""
+        return name in self.star_names and name not in self.bound_names
 
 
 class _Recorder(dict):
@@ -36,12 +63,12 @@ class _Recorder(dict):
 class _ConfigImporter:
     """Finds config.NAME for the import statement, and runs it as a config file over `namespace`.
 
-    own_names: the own names (see _own_names) of all files that were imported.
+    imported: what all these files assigned together, a Result.
     """
 
     def __init__(self, namespace):
         self.namespace = namespace
-        self.own_names = set()
+        self.imported = Result()
 
     def find_spec(self, name, path=None, target=None):
         if name == 'config':
@@ -66,9 +93,12 @@ class _ConfigImporter:
         return None     # an ordinary one
 
     def exec_module(self, module):
-        assigned, own_names = run(module.__spec__.origin, self.namespace)
-        vars(module).update(assigned)
-        self.own_names |= own_names
+        path = module.__spec__.origin
+        result = run(path, self.namespace)
+        vars(module).update(result.values)
+        for name in result.values:
+            self.imported.origins[name] = result.origins.get(name, path)
+        self.imported.add_names(result)
 
 
 @contextlib.contextmanager
@@ -92,9 +122,7 @@ def _imports_configs(importer):
 def run(path, namespace):
     """Run the config file at `path` over a copy of `namespace`.
 
-    Returns (assigned, own_names): {name: value} of all that the file assigns, and the set of names
-    that may be helpers rather than settings (see _own_names). Raises ConfigFileError, whose message
-    has the file and the line.
+    Returns the Result. Raises ConfigFileError, whose message has the file and the line.
     """
     before = {**namespace, '__file__': path}
     namespace = _Recorder(before)
@@ -112,7 +140,13 @@ def run(path, namespace):
         raise ConfigFileError(f"{path}, line {_line_in(path, error)}: {what}") from None
     # what a function assigns to its globals passes the recorder by
     changed = {k: v for k, v in namespace.items() if k not in before or before[k] is not v}
-    return changed | namespace.assigned, _own_names(tree) | importer.own_names
+    result = Result(values=changed | namespace.assigned, own_names=_own_names(tree),
+                    bound_names=_bound_names(tree), star_names=_star_names(tree))
+    for name, origin in importer.imported.origins.items():
+        if name not in result.bound_names:
+            result.origins[name] = origin
+    result.add_names(importer.imported)
+    return result
 
 
 def _own_names(tree):
@@ -140,17 +174,42 @@ def _names_in(target):
     return {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
-def _imported(node):
-    """The names that an import statement binds.
+def _bound_names(tree):
+    """The names that a file's statements bind by name, except for imports of config files."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)) and not _is_of_config(node):
+            names |= _imported(node)
+    return names - {'*'}
 
-    For `from MODULE import *` these are known only for modules of the standard library: math's pi
-    and e, for example.
+
+def _star_names(tree):
+    """The names that `from MODULE import *` binds, for all modules but config files.
+
+    A module that is not loaded has none: its statement was not reached.
     """
-    names = {alias.asname or alias.name for alias in node.names}
-    if '*' in names and (node.module or '').partition('.')[0] in sys.stdlib_module_names:
-        module = sys.modules.get(node.module)       # None: the statement was not reached
-        names |= set(dir(module))
+    names = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.names[0].name != '*':
+            continue
+        module = sys.modules.get(node.module)
+        if module and not _is_of_config(node):
+            names |= set(getattr(module, '__all__', dir(module)))
     return names
+
+
+def _is_of_config(node):
+    """Whether an import statement is `from config.NAME import …`."""
+    return (getattr(node, 'module', None) or '').partition('.')[0] == 'config'
+
+
+def _imported(node):
+    """The names that stand in an import statement for what it binds."""
+    return {(alias.asname or alias.name).partition('.')[0] for alias in node.names}
 
 
 def _line_in(path, error):

@@ -10,7 +10,8 @@ resolves them checks the value.
 
 A file may have names of its own: modules, functions, names that begin with _, and names that it
 reads again, such as a number from which settings are computed. A name that it only assigns, or that
-is nearly a setting's, is a mistake.
+is nearly a setting's, is a mistake. Of the names that `from MODULE import *` binds, only those count
+that are settings and have a plain value.
 """
 import ast
 import dataclasses
@@ -32,6 +33,14 @@ LIST = re.compile(r"""\s*[\[(]\s*['"]""")     # how a list of texts begins on th
 # reads it again, as in `max_iter = 100; lr_decay_iters = max_iter`. Above this are max_iter,
 # n_layers, devices, beta; below it layer, betas, num_layers, d_model, batch, max_steps.
 MISSPELT = 0.85
+SIMILAR = 0.6       # a setting that is less like a name is not suggested for it
+# What other programs call some settings.
+ALIASES = {'lr': 'learning_rate', 'wd': 'weight_decay', 'epochs': 'max_iters', 'steps': 'max_iters',
+           'max_steps': 'max_iters', 'bs': 'batch_size', 'batch': 'batch_size',
+           'seq_len': 'block_size', 'context': 'block_size', 'context_length': 'block_size',
+           'd_model': 'n_embd', 'hidden_size': 'n_embd', 'layers': 'n_layer', 'num_layers': 'n_layer',
+           'heads': 'n_head', 'num_heads': 'n_head', 'output_dir': 'out_dir',
+           'max_tokens': 'max_new_tokens'}
 
 
 class Texts(list):
@@ -61,7 +70,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     values = dict(defaults)
     given = {}
     # Keys that may be fields of the model's Config, which is not known yet: (key, value, where,
-    # is_own); is_own: it may be a helper of the file.
+    # is_own); is_own: it may be a helper of the file; None: nobody wrote it (see is_only_starred).
     unknown = []
 
     def assign(key, value, where, is_own=False):
@@ -82,11 +91,16 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     for path in files:
         if os.path.realpath(path) == os.path.realpath(settings.get('__file__', '')):
             raise ValueError(f"command line: {path} is the script, not a config file")
-        assigned, own_names = configfile.run(path, {**settings, **values})
-        for key, value in assigned.items():
+        result = configfile.run(path, {**settings, **values})
+        for key, value in result.values.items():
             is_tool = isinstance(value, types.ModuleType) or callable(value)
-            if not key.startswith('_') and not (is_tool and key not in defaults):
-                assign(key, value, path, is_own=key in own_names)
+            if key.startswith('_') or (is_tool and key not in defaults):
+                continue
+            where = result.origins.get(key, path)
+            if not result.is_only_starred(key):
+                assign(key, value, where, is_own=key in result.own_names)
+            elif type(_plain(value)) in PLAIN:
+                assign(key, value, where, is_own=None)
     # Only the files see the resolved device: if nobody set it, the setting is 'auto' again.
     if 'device' in defaults and 'device' not in given:
         values['device'] = defaults['device']
@@ -103,6 +117,8 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     for key, value, where, is_own in unknown:
         if key in defaults:
             assign(key, value, where)
+        elif is_own is None:
+            continue
         elif not is_own or _is_misspelt(key, defaults):
             _refuse(key, value, where, defaults)
     settings.update(values)
@@ -177,11 +193,25 @@ def _refuse(key, value, where, settings):
             notice = f"{where}: vocab_size={_show(value)} is ignored: the dataset decides it"
             print(notice, flush=True)
         return
-    near, = difflib.get_close_matches(key.lower(), settings, n=1, cutoff=0)
-    hint = "names of the file's own begin with _"
+    near = _nearest_setting(key, settings)
+    problem = f"{where}: there is no setting {key!r}"
+    if near:
+        problem += f"; the nearest is {near!r}"
     if where == 'command line':
-        hint = '--help lists all'
-    raise ValueError(f"{where}: there is no setting {key!r}; the nearest is {near!r} ({hint})")
+        raise ValueError(f"{problem} (--help lists all)")
+    if near:
+        raise ValueError(f"{problem} (names of the file's own begin with _)")
+    raise ValueError(f"{problem}, and the file does not use it: a name of its own has to be read in the "
+                     "file, or begin with _")
+
+
+def _nearest_setting(key, settings):
+    """The setting that is meant by a name, as far as can be guessed, or None."""
+    alias = ALIASES.get(key.lower())
+    if alias in settings:
+        return alias
+    near = difflib.get_close_matches(key.lower(), settings, n=1, cutoff=SIMILAR)
+    return near[0] if near else None
 
 
 def _from_text(key, words, default, where):

@@ -249,10 +249,9 @@ def test_a_file_may_have_helpers(file, text, changed):
 
 
 @pytest.mark.parametrize('text, key, near', [
-    ('lr = 1e-3', 'lr', ''),                                            # never read: it was meant to do something
-    ('betas = (0.9, 0.95)', 'betas', ''),
+    ('lr = 1e-3', 'lr', 'learning_rate'),                               # never read: it was meant to do something
+    ('d_model = 64', 'd_model', 'n_embd'),                              # as other programs call it
     ('BATCH_SIZE = 4', 'BATCH_SIZE', 'batch_size'),
-    ('steps: int = 4', 'steps', ''),
     ('n_layers = 6\nbatch_size = n_layers', 'n_layers', 'n_layer'),      # read, but a misspelling
     ('batchsize = 8\nn_layer = batchsize', 'batchsize', 'batch_size'),
     ('learnin_rate = 1e-3\ndropout = learnin_rate', 'learnin_rate', 'learning_rate'),
@@ -264,6 +263,54 @@ def test_a_name_that_was_meant_for_a_setting(file, text, key, near):
     path = file(text)
     with pytest.raises(ValueError, match=re.escape(f"{path}: there is no setting {key!r}; the nearest is '{near}")):
         of(path, config_class=gpt)
+
+
+@pytest.mark.parametrize('text, key', [
+    ('comment = "the third try"', 'comment'), ('x = 3', 'x'), ('steps: int = 4', 'steps')])
+def test_a_name_that_is_like_no_setting_and_is_not_used(file, text, key):
+    """Nothing is suggested for it (comment is not compile); what makes it a helper is said."""
+    path = file(text)
+    message = (f"{path}: there is no setting {key!r}, and the file does not use it: a name of its own has to be read in "
+               "the file, or begin with _")
+    with pytest.raises(ValueError, match='^' + re.escape(message) + '$'):
+        of(path, config_class=gpt)
+
+
+@pytest.mark.parametrize('key, near', [
+    ('lr', 'learning_rate'), ('epochs', 'max_iters'), ('steps', 'max_iters'), ('bs', 'batch_size'),
+    ('seq_len', 'block_size'), ('context', 'block_size'), ('D_MODEL', 'n_embd'), ('num_layers', 'n_layer'),
+    ('warmup_steps', 'warmup_iters'), ('comment', None), ('verbose', None)])
+def test_what_is_suggested_on_the_command_line(key, near):
+    hint = f"; the nearest is {near!r} (--help lists all)" if near else " (--help lists all)"
+    with pytest.raises(ValueError) as caught:
+        of(f'--{key}=3', config_class=gpt, script=train_settings())
+    assert str(caught.value) == f"command line: there is no setting {key!r}{hint}"
+
+
+def test_what_other_programs_call_a_setting_is_one_here():
+    there = {*train_settings(), *sample_settings(), *FIELDS}
+    assert set(configurator.ALIASES.values()) - there == set()
+    assert configurator.ALIASES.keys() & there == set()
+
+
+@pytest.mark.parametrize('text, changed', [
+    ('from numpy import *\nn_layer = int(sqrt(16))', {'n_layer': 4}),
+    ('from torch import *\nn_layer = 3', {'n_layer': 3}),                   # which has a compile, a device, a seed
+    ('from many import *', {'batch_size': 5, 'gelu': 'tanh'}),
+    ('from many import *\nbatch_size = 6', {'batch_size': 6, 'gelu': 'tanh'}),
+])
+def test_a_star_import_sets_settings_of_plain_values_only(file, tmp_path, monkeypatch, text, changed):
+    """The other names that it binds nobody wrote, whatever setting they are like."""
+    file("batch_size = 5\ngelu = 'tanh'\nbatch_sise = n_layers = 7\ncompile = dropout = []\n", 'many.py')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'many', raising=False)
+    assert of(file(text), config_class=gpt, script=SCRIPT | {'dtype': 'auto'}) == {
+        **of(config_class=gpt), 'dtype': 'auto', **changed}
+
+
+def test_a_setting_that_a_star_import_replaces_is_a_mistake(file):
+    with pytest.raises(ValueError, match='compile takes auto or a plain value, not <function compile'):
+        of(file('compile = False\nfrom torch import *'))
 
 
 def test_the_data_decide_the_vocabulary(file, capsys, monkeypatch):
@@ -310,9 +357,20 @@ def test_a_file_imports_another(project, file, text, changed):
     assert of(file(text)) == {**of(), **changed}
 
 
-def test_what_is_imported_counts_as_set_by_the_file(project, file):
-    path = file('from config.base import *')
-    assert configure(dict(SCRIPT), [path])[1] == {'n_layer': path, 'out_dir': path}
+def test_what_is_imported_counts_as_set_by_the_file_that_says_it(project, file):
+    path, base = file('from config.base import *\nn_layer = 3'), str(project / 'config' / 'base.py')
+    assert configure(dict(SCRIPT), [path])[1] == {'n_layer': path, 'out_dir': base}
+
+
+@pytest.mark.parametrize('text', [
+    'wandb_logg = True', 'batch_size = "8"', 'lr = 3', 'comment = "mine"', 'import torch\nn_layer = torch'])
+@pytest.mark.parametrize('way', ['from config.zz import *', 'from config.small.top import *'])
+def test_a_mistake_in_an_imported_file_names_that_file(project, file, text, way):
+    (project / 'config' / 'small').mkdir()
+    (project / 'config' / 'small' / 'top.py').write_text('from config.zz import *\n')
+    (project / 'config' / 'zz.py').write_text(text)
+    with pytest.raises(ValueError, match='^' + re.escape(f"{project / 'config' / 'zz.py'}: ")):
+        of(file(way + '\nbias = True'), script=train_settings())
 
 
 def test_imports_go_through_several_files_and_leave_no_trace(project, file):
@@ -335,7 +393,7 @@ def test_the_repositorys_configs_can_be_imported(tmp_path, monkeypatch, file, wh
 
 
 @pytest.mark.parametrize('base, message', [
-    ('lr = 3', "config.py: there is no setting 'lr'; the nearest is"),
+    ('lr = 3', "base.py: there is no setting 'lr'; the nearest is 'learning_rate'"),
     ('x = 1 / 0', "base.py, line 1: ZeroDivisionError: division by zero"),
     ('x = = 1', 'base.py, line 1: invalid syntax'),
     ('from config.bse import *', "base.py, line 1: ModuleNotFoundError: No module named 'config.bse'"),
@@ -426,6 +484,11 @@ def train_settings():
     return {k: v for k, v in values.items() if not k.startswith('_')}
 
 
+def sample_settings():
+    """The names of sample.py's settings."""
+    return re.findall(r'^(\w+) = ', (ROOT / 'sample.py').read_text(), re.MULTILINE)
+
+
 def test_nanogpts_config_files_run_unchanged(file):
     values = of(file(NANOGPT_STYLE), '--batch_size=2', '--compile=True', script=train_settings())
     assert values['init_from'] == 'gpt2-xl' and values['wandb_run_name'].startswith('ft-') and values['max_iters'] == 20
@@ -465,7 +528,7 @@ def test_another_models_fields():
 
 
 @pytest.mark.parametrize('words, message', [
-    (['--n_expert=8'], "there is no setting 'n_expert'; the nearest is"),
+    (['--n_expert=8'], "there is no setting 'n_expert' (--help lists all)"),
     (['--vocab_size=100'], "there is no setting 'vocab_size'"),         # the data decides it
     (['--model=mamba9'], "model='mamba9' is unknown; the nearest is"),
     (['--model='], "model='' is unknown"),

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,14 @@ CHARS = sorted(set('some text, written twice: some text'))
      CHARS, len(CHARS)),
     ({'vocab_size': np.int64(65)}, None, 65),
     ({'vocab_size': 65}, None, 65),
+    ({'vocab_size': 65.0}, None, 65),
     ({'vocab_size': 65, 'itos': {}}, None, 65),
+    ({'vocab_size': 65, 'itos': 7}, None, 65),
+    ({'itos': np.array(CHARS), 'vocab_size': 65}, None, 65),
+    ({'itos': np.array(CHARS, object), 'vocab_size': np.int64(65)}, None, 65),
+    ({'itos': OrderedDict(enumerate(CHARS))}, CHARS, len(CHARS)),
+    (OrderedDict(itos=dict(enumerate(CHARS)), stoi=defaultdict(int, a=1)), CHARS, len(CHARS)),
+    ({'itos': defaultdict(str, enumerate(CHARS)), 'stoi': defaultdict(None)}, CHARS, len(CHARS)),
     ({'vocab_size': 65, 'itos': {1: 'a', 2: 'b'}}, None, 65),                   # not from 0 on
     ({'itos': ['the', ' ', 'of'] * 9}, None, 27),                               # words
     ({'itos': dict(enumerate(range(60, 87))), 'vocab_size': 27}, None, 27),     # notes of a piano
@@ -119,6 +127,13 @@ def test_what_a_meta_pkl_may_say(tmp_path, meta, chars, vocab_size):
         assert data.tokenizer == {'kind': 'char', 'chars': ''.join(chars)} and type(data.tokenizer['chars']) is str
     else:
         assert data.tokenizer is None and f"{tmp_path / 'meta.pkl'} has " in data.meta['no_tokenizer']
+
+
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_meta_pkl_may_hold_other_dictionaries_and_arrays_in_each_protocol(protocol):
+    meta = {'itos': OrderedDict(enumerate(CHARS)), 'stoi': defaultdict(int, a=1), 'counts': np.arange(65), 'vocab_size': 65}
+    found = tokenizer.describe_meta_pkl(pickle.dumps(meta, protocol))
+    assert found == ({'kind': 'char', 'chars': ''.join(CHARS)}, 65, None)
 
 
 @pytest.mark.parametrize('version', [1, 2])
@@ -138,10 +153,15 @@ def test_numpys_numbers_of_both_versions(version):
 @pytest.mark.parametrize('meta, message', [
     ({'vocab_size': 5, 'itos': CHARS}, f'vocab_size=5, but its itos has {len(CHARS)} entries'),
     ({'vocab_size': '65'}, 'vocab_size=65: it must be a whole number from 1 to 65,536'),
-    ({'vocab_size': 65.0}, 'vocab_size=65.0: it must be'),
+    ({'vocab_size': 65.5}, 'vocab_size=65.5: it must be'),
     ({'vocab_size': 100_000}, 'a larger vocabulary needs a meta.json that says uint32'),
-    ({'vocab_size': np.array([65])}, r'meta.pkl asks for numpy.*; it may hold only numbers, strings, lists and'),
-    ({}, 'vocab_size=0')])
+    ({'vocab_size': np.array([65])}, 'vocab_size=a NumPy array: it must be'),
+    ({'vocab_size': 65, 'itos': Path('a')}, r'meta.pkl asks for pathlib.*; it may hold only numbers, strings, lists and'),
+    ({}, 'meta.pkl has no vocab_size, and no itos: add vocab_size, how many ids there are'),
+    ({'itos': {0: 'a', 2: 'b'}}, 'no vocab_size, and its itos of 2 entries does not have one for each id from 0 to 1: add'),
+    ({'itos': []}, 'no vocab_size, and its itos is empty: add'),
+    ({'itos': 3}, 'no vocab_size, and its itos is not a table: add'),
+    ({'itos': np.array(CHARS)}, 'no vocab_size, and its itos is a NumPy array, which is not read: add')])
 def test_a_meta_pkl_that_does_not_fit_is_refused(tmp_path, meta, message):
     with pytest.raises(ValueError, match=message) as caught:
         Dataset(with_meta_pkl(tmp_path, pickle.dumps(meta)), block_size=4, batch_size=1)
@@ -154,6 +174,8 @@ def test_ids_beyond_a_table_of_characters_are_a_replacement_character():
 
 @pytest.mark.parametrize('meta, reason', [
     ({'vocab_size': 40}, 'has no itos, the table with a character for each id'),
+    ({'itos': np.array(CHARS), 'vocab_size': 40},
+     'has an itos that is a NumPy array, which is not read: save itos.tolist()'),
     ({'itos': ['the', 'of'] * 20}, 'has an itos that is not a single character for each id from 0 on, and no other is '
      'read'),
 ])
