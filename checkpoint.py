@@ -222,7 +222,12 @@ def begin(init_from, out_dir):
         except ValueError as error:
             print(f"{error}; starting afresh", flush=True)
             return otherwise or 'scratch', None
-    return init_from, read_latest(out_dir) if init_from == 'resume' else None
+    if init_from == 'resume':
+        return init_from, read_latest(out_dir)
+    # A misspelt name is told before any data is prepared.
+    if init_from != 'scratch' and init_from not in huggingface.OPENAI and not os.path.lexists(init_from):
+        raise _no_model(Path(init_from))
+    return init_from, None
 
 
 def read_latest(out_dir):
@@ -432,22 +437,28 @@ def open_model(source, settings=None):
         return _merged(_first_good([path / name for name in names], 'taking'), settings)
     if (path / 'metrics.jsonl').exists():
         raise FileNotFoundError(f"{source!r} holds a run that has saved no checkpoint yet")
-    folder, names = path.parent if is_weights else path, huggingface.OPENAI
-    if not (folder / 'config.json').exists() and source not in names:
-        what = "does not exist"
-        if folder.is_dir():
-            what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model"
-        near = _nearest_run(folder, [*names, 'scratch', 'resume', 'auto'])
-        if near:
-            what += f"; the nearest is {near!r}"
-        raise FileNotFoundError(f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}, and for "
-                                "train.py scratch, resume, auto")
+    folder = path.parent if is_weights else path
+    if not (folder / 'config.json').exists() and source not in huggingface.OPENAI:
+        raise _no_model(folder)
     name, fields, weights = huggingface.read(source)
     Model = models.architecture(name)
     most = (1 << 20) + 8 * sum(weight.numel() for weight in weights.values() if weight is not None)
     model = models.make(Model, Model.Config(**fields | _free(Model.Config, settings)), most)
     huggingface.fill(model, weights, source)
     return model, tokenizer_files.from_files(folder) or (dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None)
+
+
+def _no_model(folder):
+    """The error for a source of weights that is neither a folder with a model nor a known name."""
+    names = huggingface.OPENAI
+    what = "does not exist"
+    if folder.is_dir():
+        what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model"
+    near = _nearest_run(folder, [*names, 'scratch', 'resume', 'auto'])
+    if near:
+        what += f"; the nearest is {near!r}"
+    return FileNotFoundError(f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}, and for "
+                             "train.py scratch, resume, auto")
 
 
 def _merged(state, settings):

@@ -339,12 +339,16 @@ def is_path(name):
 
 
 def folder_of(name):
-    """The folder of a dataset, data/NAME or a path (see is_path); the other if only that exists."""
+    """The folder of a dataset, data/NAME or a path (see is_path); the other if only that exists.
+
+    A name with a dot in front is a path and nothing else: ./mine is not data/mine.
+    """
     first, second = ROOT / name, Path(name)
     if is_path(name):
         first, second = Path(os.path.expanduser(name)), ROOT / name
     # Unlike Path.is_dir, os.path.isdir is False of a name that no folder can have.
-    if os.path.isdir(second) and not os.path.isdir(first):
+    is_only_path = str(name).startswith('.')
+    if os.path.isdir(second) and not os.path.isdir(first) and not is_only_path:
         return second
     return first
 

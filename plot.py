@@ -125,7 +125,8 @@ with user_errors():
     labels = divided(names, ',') or [folder.rstrip('/') for folder in folders]
     labels = [label.encode(errors='replace').decode() for label in labels]      # a folder's name may be no text
     if len(set(labels)) != len(folders) or not folders:
-        raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and as many names")
+        raise ValueError(f"{len(folders)} runs, {len(set(labels))} names: give the out_dir of each run, and --names of as "
+                         "many, or none")
     path = Path(out or Path(folders[0] if len(folders) == 1 else '', f"{'-'.join(wanted)}.png".replace('/', '-')))
     runs = {label: read(Path(folder), wanted) for label, folder in zip(labels, folders)}
     try:

@@ -71,11 +71,18 @@ FLAGS = 'dedup', 'skip_bad_rows', 'as_text'      # options without a value
 TRAINING = 'model_type', 'character_coverage', 'max_piece_length', 'byte_fallback'      # vocabulary.open's options
 
 
+def _refuse(message):
+    """argparse's error; a single word is the NAME to it, where a user most likely left the NAME out."""
+    if message == 'the following arguments are required: SOURCE':
+        message = "NAME or SOURCE is missing: write `python data/prepare.py NAME SOURCE`, such as mine book.txt"
+    fail(message)
+
+
 def arguments(words):
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.error = fail
+    parser.error = _refuse
     add = parser.add_argument
     add('name', metavar='NAME', help="the folder in data/ to make; with a slash or a leading dot: "
         "a path")

@@ -33,6 +33,9 @@ sys.path.insert(0, str(ROOT))
 if 'PYTEST_XDIST_WORKER' in os.environ:     # a worker per core
     torch.set_num_threads(1)
 
+# 4,000 characters of a file that does not change, since losses depend on it.
+CORPUS = (ROOT / 'LICENSE').read_text(encoding='utf-8')[:1000] * 4
+
 # The smallest run that still has every part: dropout, accumulation, several evaluations.
 TINY = ['--model=gpt', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--device=cpu',
         '--gradient_accumulation_steps=2', '--dropout=0.1', '--max_iters=6', '--lr_decay_iters=6', '--warmup_iters=2',
@@ -113,9 +116,8 @@ def write_text(folder, text):
 
 @pytest.fixture(scope='session')
 def text_folder(tmp_path_factory):
-    """A dataset folder of 4,000 characters, for --dataset=PATH. The text must not change: losses and
-    tests depend on it."""
-    return write_text(tmp_path_factory.mktemp('data') / 'text', (ROOT / 'LICENSE').read_text(encoding='utf-8')[:1000] * 4)
+    """A dataset folder of CORPUS, for --dataset=PATH."""
+    return write_text(tmp_path_factory.mktemp('data') / 'text', CORPUS)
 
 
 @pytest.fixture(scope='session')

@@ -617,6 +617,11 @@ def test_resuming_where_there_is_no_run(warm, tmp_path, name):
     check(done, f"out_dir='{out_dir}' has no ckpt.pt to resume from")
 
 
+def test_a_misspelt_init_from_is_told_before_data_is_prepared(warm):
+    done = warm('train.py', '--init_from=resum', '--dataset=openwebtext', '--device=cpu')
+    assert done.returncode == 2 and "'resum' does not exist; the nearest is 'resume'" in done.stderr
+
+
 @pytest.mark.parametrize('script, words, near', [
     ('sample.py', '--out_dir={folder}/out-shakespear', '{folder}/out-shakespeare'),
     ('sample.py', '--init_from={folder}/exportd', '{folder}/exported'),

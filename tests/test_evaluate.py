@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, write_text
+from conftest import CORPUS, ROOT, run, write_text
 from safetensors.torch import save_file
 
 import models
@@ -88,7 +88,7 @@ def test_bits_per_byte_are_those_of_the_run(results, trained, tmp_path):
 
 
 def test_bits_per_byte_of_a_dataset_and_of_its_text_are_the_same(results, trained, text_folder, tmp_path):
-    (tmp_path / 'val.txt').write_text((Path(__file__).with_name('conftest.py').read_text()[:2000] * 2)[3600:])
+    (tmp_path / 'val.txt').write_text(CORPUS[3600:])
     of_bins, of_text = (results('--tasks=bpb', f'--out_dir={trained}', f'--dataset={name}', '--out=x.json')
                         for name in (text_folder, 'val.txt'))
     assert of_bins == of_text

@@ -1049,7 +1049,7 @@ def test_in_the_repository_the_printed_command_is_short(tmp_path, monkeypatch, c
     ('x', ['data/x', 'here/x'], 'data/x'), ('./x', ['data/x', 'here/x'], 'here/x'),
     ('a/x', ['data/a/x', 'here/a/x'], 'here/a/x'),
     ('a/x', ['data/a/x'], 'data/a/x'), ('x', ['here/x'], 'here/x'),      # there is only one
-    ('x', [], 'data/x'), ('./x', [], 'here/x'), ('out\\x', [], 'here/out\\x')])
+    ('x', [], 'data/x'), ('./x', [], 'here/x'), ('./x', ['data/x'], 'here/x'), ('out\\x', [], 'here/out\\x')])
 def test_the_same_rule_finds_a_dataset(tmp_path, monkeypatch, name, there, folder):
     for path in ('data', 'here', *there):
         (tmp_path / path).mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ def test_eval_only_and_finetuning_from_an_out_dir(trained, text_folder, tmp_path
                 '--block_size=16', '--batch_size=4', '--dtype=float32', '--eval_iters=1000')
     assert f" {metrics(trained)[-1]['val_loss']:.4f} " in out.splitlines()[-1] and not (tmp_path / 'none').exists()
     train(tmp_path / 'tuned', *TINY, f'--init_from={trained}', '--block_size=8', f'--dataset={text_folder}')
-    assert metrics(tmp_path / 'tuned')[0]['val_loss'] < metrics(trained)[0]['val_loss'] - 0.1      # not from scratch
+    assert metrics(tmp_path / 'tuned')[0]['val_loss'] < metrics(trained)[0]['val_loss'] - 0.04     # not from scratch
     assert checkpoint.load_model(tmp_path / 'tuned').config.block_size == 8
 
 
