@@ -63,8 +63,9 @@ def stops(value, tokenizer):
             texts.append('')
         else:
             texts[-1] += part
-    is_cut = any(end in text for text in re.split(MARK, value) for end in ('<|', '|>', '[|', '|]'))
-    if is_cut or not all(texts):
+    outside_marks = re.sub(MARK, ' ', value)
+    has_broken_mark = re.search(r'<\||\|>|\[\||\|\]', outside_marks) is not None
+    if has_broken_mark or not all(texts):
         parts = [text for text in texts if text]
         raise ValueError(f"stop={value!r} is either one text or several with | between them: "
                          f'write what you mean as a list, --stop="{[value]}" or --stop="{parts}"')

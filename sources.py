@@ -202,7 +202,8 @@ class Files:
         """{split: its length in characters} of those splits that are one text. That is divided by
         position, or is the whole of its split, and nothing stands behind it."""
         lengths = {}
-        for split in {file.split for file in self.files}:
+        splits = dict.fromkeys(file.split for file in self.files)       # each once, in their order
+        for split in splits:
             alone = [file for file in self.files if file.split == split]
             if self.document != 'file' or len(alone) > 1 or alone[0].kind != 'text':
                 continue

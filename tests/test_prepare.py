@@ -488,7 +488,8 @@ def test_special_tokens_in_a_conversation_are_told_and_those_of_its_template_are
         tmp_path, capsys):
     template = {'user': [MARK, '\n'], 'assistant': ['A: ', '\nEND\n']}
     (tmp_path / 'template.json').write_text(json.dumps(template))
-    rows = [{'q': f'what? {i}', 'a': '<|endoftext|' + '>' * (i == 7)} for i in range(60)]
+    rows = [{'q': f'what? {i}', 'a': MARK.removesuffix('>')} for i in range(60)]
+    rows[7]['a'] = MARK
     words = [write_rows(tmp_path / 'rows.jsonl', rows), '--field=q,a']
     with pytest.raises(SystemExit):
         prepare(tmp_path / 'out', *words, f"--template={tmp_path / 'template.json'}")

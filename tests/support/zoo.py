@@ -62,7 +62,11 @@ def batch(B=4, seed=1):
 
 def prepared(name):
     """A model in float64 and eval mode with no weight at its initial value, fitted and calibrated as train.py does."""
-    model, batches = new(name), [[ids.numpy() for ids in batch(8, seed)] for seed in (2, 3)]
+    model = new(name)
+    batches = []
+    for seed in (2, 3):
+        idx, targets = batch(8, seed)
+        batches.append([idx.numpy(), targets.numpy()])
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
