@@ -226,6 +226,18 @@ def test_a_run_that_is_resumed_after_it_stayed_high_has_time_to_recover():
     assert ends_at(two, [(HIGH, HIGH)] * (PATIENCE - 1)) is None
 
 
+@pytest.mark.parametrize('values', [[9.0, 9.0], [math.nan] * 3], ids=['after two spikes', 'after three NaN'])
+def test_a_guard_that_is_resumed_in_trouble_decides_the_same(values):
+    one = Guard(SIGMAS, GUESSING)
+    judged(one, losses(200) + values)
+    two = Guard(SIGMAS, GUESSING, one.state())
+    after = [9.0, 9.0, 9.0, math.nan, math.nan]
+    assert judged(one, after).keys() == judged(two, after).keys()
+    assert one.state() == two.state()
+    assert one.has_diverged == two.has_diverged
+    assert Guard(SIGMAS, GUESSING).state() != one.state()
+
+
 def test_states_of_other_versions_begin_anew():
     assert guard.is_sound(None) and guard.is_sound([3, 0, 0, 0.5, 0.1])
     assert Guard(SIGMAS, GUESSING, [3, 0, 0, 0.5, 0.1]).state() == Guard(SIGMAS, GUESSING).state()
