@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,20 +102,28 @@ def _main(said, script, words, hook, env, cwd, limit):
 
 
 def run_here(script, words, hook=None):
-    """Run the script in this process, as its main module, without the sample at the end; returns its exit code."""
+    """Run the script in this process, as its main module, without the sample at the end.
+
+    Returns the exit code that `python SCRIPT` would have, its excepthook included.
+    """
     importlib.import_module('generate').closing_sample = lambda *args: None
-    sys.argv, code = [script, *words], 0
+    sys.argv = [script, *words]
     try:
-        if hook:
-            hook()
-        if script:
-            runpy.run_path(script, run_name='__main__')
+        try:
+            if hook:
+                hook()
+            if script:
+                runpy.run_path(script, run_name='__main__')
+        except SystemExit:
+            raise
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            return 1
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    return code
+        if isinstance(end.code, int):
+            return end.code
+        return int(end.code is not None)
+    return 0
 
 
 def ranks(n, script, *words, hook=None, **options):
