@@ -1,4 +1,6 @@
-"""Batch normalisation of tokens in its kinds: where the statistics come from, in training and in use."""
+"""Batch normalisation of tokens in its kinds: where the statistics come from, in training and in
+use."""
+
 import torch
 from torch import nn
 
@@ -14,12 +16,13 @@ class NoNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Each channel of x (B, T, C) with mean 0 and variance 1 over batch and time, times a gain, plus a bias (arXiv
-    1502.03167). valid (B, T): which places count in the statistics; absent: all.
+    """Each channel of x (B, T, C) with mean 0 and variance 1 over batch and time, times a gain,
+    plus a bias (arXiv 1502.03167). valid (B, T): which places count in the statistics; absent: all.
 
-    In training the statistics are the mini-batch's, padding left out, so positions learn of each other there; otherwise
-    they are stored ones: here, moving averages. Of several processes each has its own mini-batch's, and
-    what the first one has stored is kept: as many others would differ a little.
+    In training the statistics are the mini-batch's, padding left out, so positions learn of each
+    other there; otherwise they are stored ones: here, moving averages. Of several processes each
+    has its own mini-batch's, and what the first one has stored is kept: as many others would differ
+    a little.
     """
 
     def __init__(self, C):
@@ -38,7 +41,7 @@ class BatchNorm(nn.Module):
     def in_training(self, x, valid):
         mean, var, n = moments(x, valid)
         with torch.no_grad():
-            rate = 0.1 * n.clamp(max=1)         # nothing is learned where all is padding
+            rate = 0.1 * n.clamp(max=1)  # nothing is learned where all is padding
             self.mean.lerp_(mean, rate)
             self.var.lerp_(var * n / (n - 1).clamp(min=1), rate)
         return mean, var
@@ -48,10 +51,11 @@ class BatchNorm(nn.Module):
 
 
 class PreciseBatchNorm(BatchNorm):
-    """BatchNorm whose stored statistics are those of many examples with the weights as they are (PreciseBN, arXiv
-    2105.07576): `measure_statistics` has to be called after the weights have changed."""
+    """BatchNorm whose stored statistics are those of many examples with the weights as they are
+    (PreciseBN, arXiv 2105.07576): `measure_statistics` has to be called after the weights have
+    changed."""
 
-    parts = None        # while measuring: (mean, var, n) of each mini-batch
+    parts = None  # while measuring: (mean, var, n) of each mini-batch
 
     def in_training(self, x, valid):
         mean, var, n = moments(x, valid)
@@ -63,17 +67,19 @@ class PreciseBatchNorm(BatchNorm):
         return True
 
     def store(self):
-        mean, var, n = (torch.stack(values) for values in zip(*self.parts))                 # (batches, C) twice, (batches,)
+        # (batches, C) twice, (batches,)
+        mean, var, n = (torch.stack(values) for values in zip(*self.parts))
         share = (n / n.sum().clamp(min=1))[:, None]
         self.mean.copy_((share * mean).sum(0))
-        self.var.copy_((share * (var + (mean - self.mean) ** 2)).sum(0))      # E[x²] - E[x]², without cancellation
+        # E[x²] - E[x]², without cancellation
+        self.var.copy_((share * (var + (mean - self.mean) ** 2)).sum(0))
         self.is_measured.fill_(True)
         self.parts = None
 
 
 class FrozenBatchNorm(PreciseBatchNorm):
-    """BatchNorm whose statistics are measured once, by `measure_statistics` or else of the first mini-batch; from then on
-    they hold in training too, where gain and bias still learn."""
+    """BatchNorm whose statistics are measured once, by `measure_statistics` or else of the first
+    mini-batch; from then on they hold in training too, where gain and bias still learn."""
 
     def in_training(self, x, valid):
         mean, var, n = moments(x.detach(), valid)
@@ -84,14 +90,16 @@ class FrozenBatchNorm(PreciseBatchNorm):
         self.mean.copy_(torch.where(is_known, self.mean, mean))
         self.var.copy_(torch.where(is_known, self.var, var))
         self.is_measured.logical_or_(n > 0)
-        return self.mean.clone(), self.var.clone()      # the next micro-batch may write before this one's backward pass
+        # the next micro-batch may write before this one's backward pass
+        return self.mean.clone(), self.var.clone()
 
     def is_due(self):
         return not self.is_measured
 
 
 class MiniBatchNorm(BatchNorm):
-    """BatchNorm by the statistics of what it is given, in use too: the answer to one text depends on the others."""
+    """BatchNorm by the statistics of what it is given, in use too: the answer to one text depends
+    on the others."""
 
     def in_training(self, x, valid):
         return moments(x, valid)[:2]
@@ -99,14 +107,24 @@ class MiniBatchNorm(BatchNorm):
     in_use = in_training
 
 
-BATCH_NORMS = {'': NoNorm, 'ema': BatchNorm, 'precise': PreciseBatchNorm, 'frozen': FrozenBatchNorm, 'batch': MiniBatchNorm}
-IN_TRAINING = {'accumulation': "each micro-batch is normalised by its own statistics"}    # exemptions of models with them
-ONE_BATCH = IN_TRAINING | {name: "what is there together is normalised together, the future too"
-                           for name in ('causality', 'cache')}                            # and with MiniBatchNorm
+BATCH_NORMS = {
+    '': NoNorm,
+    'ema': BatchNorm,
+    'precise': PreciseBatchNorm,
+    'frozen': FrozenBatchNorm,
+    'batch': MiniBatchNorm,
+}
+# exemptions of models with them
+IN_TRAINING = {'accumulation': "each micro-batch is normalised by its own statistics"}
+ONE_BATCH = IN_TRAINING | {
+    name: "what is there together is normalised together, the future too"
+    for name in ('causality', 'cache')
+}  # and with MiniBatchNorm
 
 
 def moments(x, valid=None):
-    """Mean and biased variance (C,) of x (B, T, C) over its valid (B, T) places, and how many those are."""
+    """Mean and biased variance (C,) of x (B, T, C) over its valid (B, T) places, and how many those
+    are."""
     x = x.flatten(0, 1)
     weight = x.new_ones(len(x)) if valid is None else valid.flatten().to(x.dtype)
     n = weight.sum()
@@ -118,16 +136,20 @@ def moments(x, valid=None):
 
 @torch.no_grad()
 def measure_statistics(model, batches, samples=10_000):
-    """Measure what the PreciseBatchNorms of `model` store: over batches of (idx, targets), up to this many targets or a
-    few more. The paper found 1,000 to 10,000 enough."""
-    norms, was = [norm for norm in model.modules() if isinstance(norm, PreciseBatchNorm) and norm.is_due()], model.training
+    """Measure what the PreciseBatchNorms of `model` store: over batches of (idx, targets), up to
+    this many targets or a few more. The paper found 1,000 to 10,000 enough."""
+    norms, was = (
+        [norm for norm in model.modules() if isinstance(norm, PreciseBatchNorm) and norm.is_due()],
+        model.training,
+    )
     if not norms:
         return
     for norm in norms:
         norm.parts = []
     for idx, targets in batches:
         idx, targets = (torch.as_tensor(ids, device=norms[0].mean.device) for ids in (idx, targets))
-        model.train()._call_impl(idx, targets)      # with FSDP's hooks; compiled, it would be compiled anew for every batch
+        # with FSDP's hooks; compiled, it would be compiled anew for every batch
+        model.train()._call_impl(idx, targets)
         samples -= (targets >= 0).sum()
         if samples <= 0:
             break

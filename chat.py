@@ -7,8 +7,9 @@ no answer contains: sample.py ends an answer there, or at the tokenizer's end of
 another turn begins. A message may not contain the template's own marks, or it could pass for
 another turn.
 """
+
 ASSISTANT, USER = 'assistant', 'user'
-DEFAULT = {     # plain text, which any tokenizer can write
+DEFAULT = {  # plain text, which any tokenizer can write
     'system': ['### System:\n', '\n\n'],
     USER: ['### User:\n', '\n\n'],
     ASSISTANT: ['### Assistant:\n', '\n### End\n\n'],
@@ -28,17 +29,21 @@ class Template:
     def __init__(self, description=None):
         description = DEFAULT if description is None else description
         if not _is_template(description):
-            raise ValueError('a chat template is {"user": [before, after], "assistant": [before, '
-                             'after]}, all of it text, perhaps with more roles: not '
-                             f"{str(description)[:80]}")
+            raise ValueError(
+                'a chat template is {"user": [before, after], "assistant": [before, '
+                'after]}, all of it text, perhaps with more roles: not '
+                f"{str(description)[:80]}"
+            )
         self.description = {role: list(pair) for role, pair in description.items()}
         texts = []
         for pair in self.description.values():
             texts += pair
         self.marks = _without_copies(text.strip() for text in texts)
         if not self.description[USER][1].strip() and not self.description[ASSISTANT][0].strip():
-            raise ValueError('nothing stands between the template\'s "user" and its "assistant": a '
-                             "model could not tell where to answer")
+            raise ValueError(
+                'nothing stands between the template\'s "user" and its "assistant": a '
+                "model could not tell where to answer"
+            )
         end = self.description[ASSISTANT][1]
         others = [text.rstrip() for text in texts]
         self.stops = _without_copies([end.rstrip() or end, end.strip(), *others])
@@ -50,11 +55,15 @@ class Template:
         that has nothing to learn."""
         parts = self._turns(messages)
         if not any(message['role'] == ASSISTANT for message in messages):
-            raise ValueError("the conversation has no turn of the assistant, so there is nothing to "
-                             "learn from it")
+            raise ValueError(
+                "the conversation has no turn of the assistant, so there is nothing to "
+                "learn from it"
+            )
         if not any(is_learned for _, is_learned in parts):
-            raise ValueError("the conversation has no answer to learn: each has weight 0, or is "
-                             "part of the prompt")
+            raise ValueError(
+                "the conversation has no answer to learn: each has weight 0, or is "
+                "part of the prompt"
+            )
         return parts
 
     def prompt(self, messages):
@@ -73,17 +82,21 @@ class Template:
                 number += 1
                 whose = f"message {number}, the {role}'s,"
             if role not in self.description:
-                raise ValueError(f"message {number} has the role {role!r}; the template has "
-                                 f"{', '.join(self.description)}: use a --template=FILE.json that "
-                                 f'has "{role}": ["before", "after"] too')
+                raise ValueError(
+                    f"message {number} has the role {role!r}; the template has "
+                    f"{', '.join(self.description)}: use a --template=FILE.json that "
+                    f'has "{role}": ["before", "after"] too'
+                )
             forbidden = self.marks
             if role == ASSISTANT:
-                forbidden = [*self.marks, self.stops[0]]        # an answer would end there
-            for mark in forbidden:      # or a user could speak as the assistant
+                forbidden = [*self.marks, self.stops[0]]  # an answer would end there
+            for mark in forbidden:  # or a user could speak as the assistant
                 if mark in content:
-                    raise ValueError(f"{whose} contains {mark!r}, which marks turns in the "
-                                     "template: change the message, or use a --template with "
-                                     "other marks")
+                    raise ValueError(
+                        f"{whose} contains {mark!r}, which marks turns in the "
+                        "template: change the message, or use a --template with "
+                        "other marks"
+                    )
             before, after = self.description[role]
             is_learned = role == ASSISTANT and message.get('weight', 1) == 1
             parts += [(Marker(before), False), (content, is_learned), (Marker(after), is_learned)]
@@ -116,7 +129,7 @@ class Dialogue:
     def __init__(self, template, tokenizer, room):
         self.template, self.tokenizer, self.room = template, tokenizer, room
         self.stops, self.end = template.stops, tokenizer.eot
-        if not tokenizer.lossless:      # it writes them in its own way
+        if not tokenizer.lossless:  # it writes them in its own way
             self.stops = [tokenizer.decode(tokenizer.encode(stop)) for stop in self.stops]
         self.said, self.asked, self.left_out = [], None, 0
 
@@ -127,13 +140,13 @@ class Dialogue:
             raise ValueError("an empty turn: type, or give by --start, what the user says")
         self.asked = {'role': USER, 'content': text}
         while True:
-            parts = self.template.prompt([*self.said[self.left_out:], self.asked])
+            parts = self.template.prompt([*self.said[self.left_out :], self.asked])
             ids, _ = encode(self.tokenizer, parts)
             if self.end is not None:
                 ids = [self.end, *ids]
             if len(ids) <= self.room or self.left_out == len(self.said):
                 return ids
-            self.left_out += 2      # a question and its answer
+            self.left_out += 2  # a question and its answer
 
     def answer(self, text):
         """What the assistant said to the last question."""

@@ -3,6 +3,7 @@
 A config file may import others: `from config.NAME import *` runs config/NAME.py, of the current
 folder or else of this repository, over the same settings, so that it sees the device too.
 """
+
 import ast
 import contextlib
 import dataclasses
@@ -90,7 +91,7 @@ class _ConfigImporter:
         return spec
 
     def create_module(self, spec):
-        return None     # an ordinary one
+        return None  # an ordinary one
 
     def exec_module(self, module):
         path = module.__spec__.origin
@@ -135,13 +136,17 @@ def run(path, namespace):
         raise ConfigFileError(f"{path}, line {error.lineno or 1}: {error.msg}") from None
     except (KeyboardInterrupt, ConfigFileError):
         raise
-    except BaseException as error:      # SystemExit too
+    except BaseException as error:  # SystemExit too
         what = ' '.join(f"{type(error).__name__}: {error}".split())
         raise ConfigFileError(f"{path}, line {_line_in(path, error)}: {what}") from None
     # what a function assigns to its globals passes the recorder by
     changed = {k: v for k, v in namespace.items() if k not in before or before[k] is not v}
-    result = Result(values=changed | namespace.assigned, own_names=_own_names(tree),
-                    bound_names=_bound_names(tree), star_names=_star_names(tree))
+    result = Result(
+        values=changed | namespace.assigned,
+        own_names=_own_names(tree),
+        bound_names=_bound_names(tree),
+        star_names=_star_names(tree),
+    )
     for name, origin in importer.imported.origins.items():
         if name not in result.bound_names:
             result.origins[name] = origin

@@ -1,4 +1,6 @@
-"""--help: every setting of a script and of the chosen model, with its default and its comment in the source."""
+"""--help: every setting of a script and of the chosen model, with its default and its comment in
+the source."""
+
 import inspect
 import re
 from pathlib import Path

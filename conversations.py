@@ -14,6 +14,7 @@ A row's "system" or "system_prompt" becomes a turn in front, and Alpaca's "histo
 What says that something is not to be learned is followed ("weight": 0), or is an error where it
 can't be (UNCLEAR_KEYS): nothing that its author may have masked is learned.
 """
+
 from chat import ASSISTANT, USER, Template
 
 SYSTEM = 'system'
@@ -46,7 +47,7 @@ ROLES = {
     'ipython': 'tool',
 }
 
-SYSTEM_KEYS = 'system', 'system_prompt'     # of a row
+SYSTEM_KEYS = 'system', 'system_prompt'  # of a row
 ROLE_KEYS = 'role', 'from'
 CONTENT_KEYS = 'content', 'value'
 # Whether an answer is learned: in OpenAI's format, in Axolotl's (train, training), in ms-swift's.
@@ -59,7 +60,9 @@ CALL_KEYS = 'tool_calls', 'function_call'
 # would train on what somebody has masked.
 INSTEAD = 'write "weight": 0 (read, not learned) or "weight": 1 (learned) in its place'
 TWO_MEANINGS = "whose 1 means learned in some projects and not learned in others"
-A_PART = "which tells parts of the answer apart, while an answer is learned as a whole or not at all"
+A_PART = (
+    "which tells parts of the answer apart, while an answer is learned as a whole or not at all"
+)
 UNCLEAR_KEYS = {
     'mask': TWO_MEANINGS,
     'masked': TWO_MEANINGS,
@@ -71,20 +74,41 @@ UNCLEAR_KEYS = {
 # ("mask", "reasoning_content"). So each one that is not used is reported, except for these, which
 # only identify the message, its speaker or its origin, or measure it.
 HARMLESS_KEYS = {
-    'id', 'uuid', 'message_id', 'parent', 'parent_id', 'tool_call_id', 'index', 'idx', 'turn',
-    'name', 'model', 'source', 'url', 'lang', 'language',
-    'time', 'timestamp', 'date', 'created', 'created_at', 'create_time', 'updated_at',
-    'length', 'tokens', 'token_count', 'num_tokens',
+    'id',
+    'uuid',
+    'message_id',
+    'parent',
+    'parent_id',
+    'tool_call_id',
+    'index',
+    'idx',
+    'turn',
+    'name',
+    'model',
+    'source',
+    'url',
+    'lang',
+    'language',
+    'time',
+    'timestamp',
+    'date',
+    'created',
+    'created_at',
+    'create_time',
+    'updated_at',
+    'length',
+    'tokens',
+    'token_count',
+    'num_tokens',
 }
 # A row has any number of columns about it (category, score, license), which nobody expects a model
 # to learn. So only those are reported that are known to hold a part of the conversation.
-ROW_KEYS = (
-    'tools', 'functions', 'image', 'images', 'audio', 'audios', 'video', 'videos',
-)
+ROW_KEYS = ('tools', 'functions', 'image', 'images', 'audio', 'audios', 'video', 'videos')
 NOT_USED = "beside the conversation, which is not used"
-WHICH_FIELD = ("--field=NAME says which one is the text, --field=ASKED,ANSWERED which are a "
-               "conversation")
-EMPTY = None, '', [], {}, '[]'      # some datasets keep a list as JSON in a text
+WHICH_FIELD = (
+    "--field=NAME says which one is the text, --field=ASKED,ANSWERED which are a conversation"
+)
+EMPTY = None, '', [], {}, '[]'  # some datasets keep a list as JSON in a text
 
 
 def value(row, field):
@@ -119,8 +143,10 @@ def reader(row, field=None, template=None):
         # Rows may lack the fields between the first and the last, but one of the first rows has to
         # have them: otherwise a misspelled name would silently be left out everywhere.
         if row and isinstance(row, dict) and (missing := _missing(row, fields[1:-1])):
-            raise ValueError(f"the first rows have no field {missing[0]!r}, only {', '.join(row)}: "
-                             f'if the name is right, add "{missing[0]}": null to the first one')
+            raise ValueError(
+                f"the first rows have no field {missing[0]!r}, only {', '.join(row)}: "
+                f'if the name is right, add "{missing[0]}": null to the first one'
+            )
         return Conversations(fields, template)
     if isinstance(row, list):
         return Conversations(['messages'], template)
@@ -130,17 +156,23 @@ def reader(row, field=None, template=None):
     if 'text' in row:
         names = ','.join(fields)
         if row[fields[-1]] is None:
-            print("the rows have 'text', which is prepared; to prepare their conversations, use "
-                  f"--field={names}", flush=True)
+            print(
+                "the rows have 'text', which is prepared; to prepare their conversations, use "
+                f"--field={names}",
+                flush=True,
+            )
             return None
-        print(f"the conversation in {names} is prepared, and not the 'text' beside it; to prepare "
-              "the text, use --field=text", flush=True)
+        print(
+            f"the conversation in {names} is prepared, and not the 'text' beside it; to prepare "
+            "the text, use --field=text",
+            flush=True,
+        )
     return Conversations(fields, template)
 
 
 def tells_how_to_read(row, field=None):
-    """Whether this row shows how its file is to be read: it has 'text', a known conversation, or the
-    given fields."""
+    """Whether this row shows how its file is to be read: it has 'text', a known conversation, or
+    the given fields."""
     if isinstance(row, list):
         return any(map(is_message, row))
     if field is None:
@@ -195,7 +227,14 @@ class Conversations:
         self.fields = fields
         self.template = Template(template)
         self.required = list(dict.fromkeys([fields[0], fields[-1]]))
-        self.optional = [*fields[1:-1], *ROW_KEYS, *SYSTEM_KEYS, 'history', *ROW_WEIGHT_KEYS, 'mask']
+        self.optional = [
+            *fields[1:-1],
+            *ROW_KEYS,
+            *SYSTEM_KEYS,
+            'history',
+            *ROW_WEIGHT_KEYS,
+            'mask',
+        ]
 
     def parts(self, row):
         """(parts, unused) of a row. Raises ValueError if the row can't be used.
@@ -210,8 +249,10 @@ class Conversations:
                 return None, ["row(s) with weight 0, which are left out"]
         if isinstance(row, list):
             if len(self.fields) > 1:
-                raise ValueError("the row is a list, which has no fields "
-                                 f"{', '.join(self.fields)}: leave --field out")
+                raise ValueError(
+                    "the row is a list, which has no fields "
+                    f"{', '.join(self.fields)}: leave --field out"
+                )
             messages = self._messages(row, unused)
         elif len(self.fields) == 1:
             messages = self._messages(value(row, self.fields[0]), unused)
@@ -277,9 +318,11 @@ class Conversations:
             return
         if isinstance(mask, str) and self._role(mask, 'mask') == USER:
             return
-        raise ValueError(f"the row has mask={repr(mask)[:40]}, and projects differ in what that "
-                         'means: write "weight": 0 (read, not learned) or "weight": 1 (learned) '
-                         "in each of the assistant's messages, or in the row, in its place")
+        raise ValueError(
+            f"the row has mask={repr(mask)[:40]}, and projects differ in what that "
+            'means: write "weight": 0 (read, not learned) or "weight": 1 (learned) '
+            "in each of the assistant's messages, or in the row, in its place"
+        )
 
     def _weight(self, row, unused):
         """0 if a row is to be left out, else 1."""
@@ -291,11 +334,14 @@ class Conversations:
                 return 0
             # An importance, or the share of the row's source in a mixture.
             if isinstance(weight, (int, float)) and weight > 0:
-                unused.append(f"row(s) whose {key!r} is neither 0 nor 1, which are learned as "
-                              "those with 1")
+                unused.append(
+                    f"row(s) whose {key!r} is neither 0 nor 1, which are learned as those with 1"
+                )
                 continue
-            raise ValueError(f"the row has {key}={repr(weight)[:40]}: only 0 (the row is left "
-                             "out) and 1 (its answers are learned) are supported")
+            raise ValueError(
+                f"the row has {key}={repr(weight)[:40]}: only 0 (the row is left "
+                "out) and 1 (its answers are learned) are supported"
+            )
         return 1
 
     def _question(self, row, unused):
@@ -304,8 +350,10 @@ class Conversations:
         asked = value(row, first)
         if isinstance(asked, list):
             if middle:
-                raise ValueError(f"its {first!r} is a list of messages, to which {middle[0]!r} "
-                                 f"can't be added: use --field={first},{self.fields[-1]}")
+                raise ValueError(
+                    f"its {first!r} is a list of messages, to which {middle[0]!r} "
+                    f"can't be added: use --field={first},{self.fields[-1]}"
+                )
             return [{**message, 'weight': 0} for message in self._messages(asked, unused)]
         texts = [_text(asked, first)]
         for name in middle:
@@ -329,8 +377,10 @@ class Conversations:
         """
         if not isinstance(messages, list) or not messages:
             raise ValueError('the row has no "messages", a list of {"role", "content"}')
-        return [self._message(message, f"message {number}", unused)
-                for number, message in enumerate(messages, n_before + 1)]
+        return [
+            self._message(message, f"message {number}", unused)
+            for number, message in enumerate(messages, n_before + 1)
+        ]
 
     def _message(self, message, name, unused):
         if not isinstance(message, dict):
@@ -340,9 +390,11 @@ class Conversations:
         whose = f"{name}, the {role}'s,"
         for key in CALL_KEYS:
             if message.get(key) not in EMPTY:
-                raise ValueError(f"{whose} has {key!r}, which a template can't write: move the "
-                                 "calls into its content as text, or use --skip_bad_rows to leave "
-                                 "such rows out")
+                raise ValueError(
+                    f"{whose} has {key!r}, which a template can't write: move the "
+                    "calls into its content as text, or use --skip_bad_rows to leave "
+                    "such rows out"
+                )
         content_key = _key_of(message, CONTENT_KEYS, name)
         content = _content(message[content_key], whose)
         weight = 0
@@ -352,8 +404,9 @@ class Conversations:
                     raise ValueError(f"{whose} has {key!r}, {why}: {INSTEAD}")
             weight = _weight(message, whose)
         elif any(message.get(key) not in (None, 0) for key in WEIGHT_KEYS):
-            unused.append("row(s) with a weight on messages that are not the assistant's, which "
-                          "are only read")
+            unused.append(
+                "row(s) with a weight on messages that are not the assistant's, which are only read"
+            )
         used = {role_key, content_key, *WEIGHT_KEYS}
         for key, item in message.items():
             if key not in used and key not in HARMLESS_KEYS and item not in EMPTY:
@@ -415,8 +468,9 @@ def _content(content, whose):
 def _part(part, whose):
     """The text of {"type": "text", "text": …}."""
     if not isinstance(part, dict):
-        raise ValueError(f'{whose} has a part that is not {{"type": "text", "text": …}} but '
-                         f"{str(part)[:40]!r}")
+        raise ValueError(
+            f'{whose} has a part that is not {{"type": "text", "text": …}} but {str(part)[:40]!r}'
+        )
     kind, text = part.get('type', 'text'), part.get('text')
     if kind not in ('text', 'input_text', 'output_text') or not isinstance(text, str):
         raise ValueError(f"{whose} has a part of type {kind!r}: only text can be prepared")
@@ -431,8 +485,10 @@ def _weight(message, whose):
         if found is None:
             continue
         if found not in (0, 1):
-            raise ValueError(f"{whose} has {key}={found!r}: only 0 (read, not learned) and 1 "
-                             "(learned) are supported")
+            raise ValueError(
+                f"{whose} has {key}={found!r}: only 0 (read, not learned) and 1 "
+                "(learned) are supported"
+            )
         weight = min(weight, int(found))
     return weight
 

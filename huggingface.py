@@ -1,7 +1,9 @@
-"""Hugging Face's format, both ways: a model's config, weights and tokenizer as `transformers` and its kin read them.
-
-TWINS has the architectures that `transformers` has too, each with a class that says what its config and weights are there.
+"""Hugging Face's format, both ways: a model's config, weights and tokenizer as `transformers` and
+its kin read them.
+ TWINS has the architectures that `transformers` has too, each with a class that says what its
+config and weights are there.
 """
+
 import json
 import math
 import os
@@ -14,12 +16,20 @@ import torch
 import hub
 import tokenizer_files
 
-# The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face Hub.
+# The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face
+# Hub.
 OPENAI = {
-    'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e', 'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
-    'gpt2-large': '32b71b12589c2f8d625668d2335a01cac3249519', 'gpt2-xl': '15ea56dee5df4983c59b2538573817e1667135e2',
+    'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e',
+    'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
+    'gpt2-large': '32b71b12589c2f8d625668d2335a01cac3249519',
+    'gpt2-xl': '15ea56dee5df4983c59b2538573817e1667135e2',
 }
-FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+FILES = (
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
+)
 
 
 class Keys:
@@ -101,25 +111,41 @@ def shortened(value):
 class GPT2:
     """model.GPT as GPT2LMHeadModel, which stores linear weights as (in, out) and always has biases.
 
-    Activations that differ only in rounding are treated as the same. reorder_and_upcast_attn is ignored: it
-    changes nothing but the rounding of scores in half precision, and transformers' default kernel
-    ignores it too.
+    Activations that differ only in rounding are treated as the same. reorder_and_upcast_attn is
+    ignored: it changes nothing but the rounding of scores in half precision, and transformers'
+    default kernel ignores it too.
     """
 
     model_type, architecture = 'gpt2', 'GPT2LMHeadModel'
     # {our field: (their key, transformers' default)}
-    sizes = {'block_size': ('n_positions', 1024), 'vocab_size': ('vocab_size', 50257),
-             'n_layer': ('n_layer', 12), 'n_head': ('n_head', 12), 'n_embd': ('n_embd', 768)}
+    sizes = {
+        'block_size': ('n_positions', 1024),
+        'vocab_size': ('vocab_size', 50257),
+        'n_layer': ('n_layer', 12),
+        'n_head': ('n_head', 12),
+        'n_embd': ('n_embd', 768),
+    }
     # {their key: another that transformers reads as the same}
-    aliases = {'n_positions': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
-               'n_head': 'num_attention_heads', 'n_embd': 'hidden_size'}
-    activations = {'gelu': 'exact', 'gelu_python': 'exact', 'gelu_new': 'tanh', 'gelu_fast': 'tanh',
-                   'gelu_accurate': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_python_tanh': 'tanh',
-                   'relu': 'relu'}
+    aliases = {
+        'n_positions': 'max_position_embeddings',
+        'n_layer': 'num_hidden_layers',
+        'n_head': 'num_attention_heads',
+        'n_embd': 'hidden_size',
+    }
+    activations = {
+        'gelu': 'exact',
+        'gelu_python': 'exact',
+        'gelu_new': 'tanh',
+        'gelu_fast': 'tanh',
+        'gelu_accurate': 'tanh',
+        'gelu_pytorch_tanh': 'tanh',
+        'gelu_python_tanh': 'tanh',
+        'relu': 'relu',
+    }
     # what export writes: torch's own kernels there
     written = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'relu': 'relu'}
     linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-    tables = ('transformer.wte.weight', 'lm_head.weight')       # a row per id
+    tables = ('transformer.wte.weight', 'lm_head.weight')  # a row per id
     without_bias = (*tables, 'transformer.wpe.weight')
 
     @classmethod
@@ -127,15 +153,18 @@ class GPT2:
         """config.json's part of a Config `c`."""
         sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
         dropout = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout)
-        return {**sizes, **dropout,
-                'n_ctx': c.block_size,
-                'n_inner': c.inner,
-                'layer_norm_epsilon': c.norm_eps,
-                'activation_function': cls.written[c.gelu],
-                'tie_word_embeddings': c.tied,
-                'scale_attn_weights': True,
-                'scale_attn_by_inverse_layer_idx': False,
-                'add_cross_attention': False}
+        return {
+            **sizes,
+            **dropout,
+            'n_ctx': c.block_size,
+            'n_inner': c.inner,
+            'layer_norm_epsilon': c.norm_eps,
+            'activation_function': cls.written[c.gelu],
+            'tie_word_embeddings': c.tied,
+            'scale_attn_weights': True,
+            'scale_attn_by_inverse_layer_idx': False,
+            'add_cross_attention': False,
+        }
 
     @classmethod
     def keys(cls, config):
@@ -155,12 +184,14 @@ class GPT2:
         # These two are only checked here: _scale_queries uses them.
         keys.flag('scale_attn_weights', True)
         keys.flag('scale_attn_by_inverse_layer_idx', False)
-        return {**fields,
-                'n_inner': 0 if n_inner == 4 * C else n_inner,
-                'bias': True,
-                'gelu': keys.choice('activation_function', cls.activations, 'gelu_new'),
-                'tied': keys.flag('tie_word_embeddings', True),
-                'norm_eps': keys.number('layer_norm_epsilon', 1e-5)}
+        return {
+            **fields,
+            'n_inner': 0 if n_inner == 4 * C else n_inner,
+            'bias': True,
+            'gelu': keys.choice('activation_function', cls.activations, 'gelu_new'),
+            'tied': keys.flag('tie_word_embeddings', True),
+            'norm_eps': keys.number('layer_norm_epsilon', 1e-5),
+        }
 
     @classmethod
     def stored(cls, state, c, vocab_size):
@@ -181,10 +212,11 @@ class GPT2:
 
     @classmethod
     def state(cls, stored, keys, fields):
-        """The state dict out of what is stored there, whose names may lack `transformer.`; fields: of `fields`."""
+        """The state dict out of what is stored there, whose names may lack `transformer.`; fields:
+        of `fields`."""
         state = {}
         for name, value in stored.items():
-            if name.endswith(('.attn.bias', '.attn.masked_bias')):      # masks
+            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # masks
                 continue
             if name != 'lm_head.weight':
                 name = 'transformer.' + name.removeprefix('transformer.')
@@ -213,20 +245,38 @@ class GPT2:
 
 
 class Llama:
-    """models/transformerpp.py as LlamaForCausalLM: queries, keys and values have matrices of their own there."""
+    """models/transformerpp.py as LlamaForCausalLM: queries, keys and values have matrices of their
+    own there."""
 
     model_type, architecture = 'llama', 'LlamaForCausalLM'
     # {our field: (their key, transformers' default)}
-    sizes = {'block_size': ('max_position_embeddings', 2048), 'vocab_size': ('vocab_size', 32000),
-             'n_layer': ('num_hidden_layers', 32), 'n_head': ('num_attention_heads', 32),
-             'n_embd': ('hidden_size', 4096), 'n_hidden': ('intermediate_size', 11008)}
+    sizes = {
+        'block_size': ('max_position_embeddings', 2048),
+        'vocab_size': ('vocab_size', 32000),
+        'n_layer': ('num_hidden_layers', 32),
+        'n_head': ('num_attention_heads', 32),
+        'n_embd': ('hidden_size', 4096),
+        'n_hidden': ('intermediate_size', 11008),
+    }
     # {their rope_type: our rope_scaling}
     ropes = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3'}
-    outside = {'transformer.wte': 'model.embed_tokens', 'transformer.ln_f': 'model.norm', 'lm_head': 'lm_head'}
+    outside = {
+        'transformer.wte': 'model.embed_tokens',
+        'transformer.ln_f': 'model.norm',
+        'lm_head': 'lm_head',
+    }
     q, k, v = 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'
-    block = {'ln_1': 'input_layernorm', 'ln_2': 'post_attention_layernorm', 'attn.c_attn': f'{q} {k} {v}', 'attn.c_q': q,
-             'attn.c_kv': f'{k} {v}', 'attn.c_proj': 'self_attn.o_proj', 'mlp.c_gate': 'mlp.gate_proj',
-             'mlp.c_fc': 'mlp.up_proj', 'mlp.c_proj': 'mlp.down_proj'}
+    block = {
+        'ln_1': 'input_layernorm',
+        'ln_2': 'post_attention_layernorm',
+        'attn.c_attn': f'{q} {k} {v}',
+        'attn.c_q': q,
+        'attn.c_kv': f'{k} {v}',
+        'attn.c_proj': 'self_attn.o_proj',
+        'mlp.c_gate': 'mlp.gate_proj',
+        'mlp.c_fc': 'mlp.up_proj',
+        'mlp.c_proj': 'mlp.down_proj',
+    }
 
     @classmethod
     def pairs(cls, n_layer):
@@ -244,22 +294,29 @@ class Llama:
         """config.json's part of a Config `c`. Raises ValueError where Llama has no such thing."""
         for name, known in (('attention_kind', ('mha', 'gqa', 'mqa')), ('norm_place', ('pre',))):
             if getattr(c, name) not in known:
-                raise ValueError(f"can't be exported: Hugging Face's Llama has no {name}={getattr(c, name)!r}, but "
-                                 f"{', '.join(known)}")
+                raise ValueError(
+                    f"can't be exported: Hugging Face's Llama has no {name}={getattr(c, name)!r}, but "
+                    f"{', '.join(known)}"
+                )
         if c.n_embd % c.n_head:
-            raise ValueError(f"can't be exported: n_embd={c.n_embd} is not divisible by "
-                             f"n_head={c.n_head}, which Hugging Face's Llama requires")
+            raise ValueError(
+                f"can't be exported: n_embd={c.n_embd} is not divisible by "
+                f"n_head={c.n_head}, which Hugging Face's Llama requires"
+            )
         sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
-        return {**sizes, **cls.rope_keys(c),
-                'intermediate_size': c.hidden,      # n_hidden may be 0
-                'num_key_value_heads': c.kv_heads,
-                'head_dim': c.head_size,
-                'hidden_act': 'silu',
-                'attention_bias': c.attention_bias,
-                'mlp_bias': c.mlp_bias,
-                'rms_norm_eps': c.norm_eps,
-                'attention_dropout': c.attn_dropout or c.dropout,
-                'tie_word_embeddings': c.tied}
+        return {
+            **sizes,
+            **cls.rope_keys(c),
+            'intermediate_size': c.hidden,  # n_hidden may be 0
+            'num_key_value_heads': c.kv_heads,
+            'head_dim': c.head_size,
+            'hidden_act': 'silu',
+            'attention_bias': c.attention_bias,
+            'mlp_bias': c.mlp_bias,
+            'rms_norm_eps': c.norm_eps,
+            'attention_dropout': c.attn_dropout or c.dropout,
+            'tie_word_embeddings': c.tied,
+        }
 
     @staticmethod
     def rope_keys(c):
@@ -269,11 +326,16 @@ class Llama:
         if c.rope_scaling != 'none':
             rope = {'rope_type': c.rope_scaling, 'factor': c.rope_factor}
         if c.rope_scaling == 'llama3':
-            rope |= {'low_freq_factor': c.rope_low_freq, 'high_freq_factor': c.rope_high_freq,
-                     'original_max_position_embeddings': c.rope_original}
-        return {'rope_theta': c.rope_theta,
-                'rope_scaling': None if c.rope_scaling == 'none' else rope,
-                'rope_parameters': rope | {'rope_theta': c.rope_theta}}
+            rope |= {
+                'low_freq_factor': c.rope_low_freq,
+                'high_freq_factor': c.rope_high_freq,
+                'original_max_position_embeddings': c.rope_original,
+            }
+        return {
+            'rope_theta': c.rope_theta,
+            'rope_scaling': None if c.rope_scaling == 'none' else rope,
+            'rope_parameters': rope | {'rope_theta': c.rope_theta},
+        }
 
     @classmethod
     def keys(cls, config):
@@ -293,24 +355,29 @@ class Llama:
         if keys.has('head_dim') and D % 2:
             keys.refuse('head_dim', "is odd: rotation is of pairs")
         if not keys.has('head_dim') and C % (2 * H) and not keys.problems:
-            keys.refuse('hidden_size', f"is not divisible by 2 x num_attention_heads={H}: rotation "
-                                       "is of pairs; weights with heads of another size need head_dim")
-        keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')    # one, by two names
+            keys.refuse(
+                'hidden_size',
+                f"is not divisible by 2 x num_attention_heads={H}: rotation "
+                "is of pairs; weights with heads of another size need head_dim",
+            )
+        keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')  # one, by two names
         keys.only('partial_rotary_factor', 1.0)
-        return {**fields,
-                'attention_kind': kind,
-                'n_kv_head': G if kind == 'gqa' else 0,
-                'head_dim': 0 if D * H == C else D,
-                'attention_bias': keys.flag('attention_bias', False),
-                'mlp_bias': keys.flag('mlp_bias', False),
-                'tied': keys.flag('tie_word_embeddings', False),
-                'norm_eps': keys.number('rms_norm_eps', 1e-6),
-                **cls.rope_fields(keys, fields['block_size'])}
+        return {
+            **fields,
+            'attention_kind': kind,
+            'n_kv_head': G if kind == 'gqa' else 0,
+            'head_dim': 0 if D * H == C else D,
+            'attention_bias': keys.flag('attention_bias', False),
+            'mlp_bias': keys.flag('mlp_bias', False),
+            'tied': keys.flag('tie_word_embeddings', False),
+            'norm_eps': keys.number('rms_norm_eps', 1e-6),
+            **cls.rope_fields(keys, fields['block_size']),
+        }
 
     @classmethod
     def rope_fields(cls, keys, block_size):
-        """The Config fields of the rotary embedding, from rope_scaling (transformers before version 5)
-        if it has a value, else from rope_parameters."""
+        """The Config fields of the rotary embedding, from rope_scaling (transformers before version
+        5) if it has a value, else from rope_parameters."""
         name = 'rope_scaling' if keys.config.get('rope_scaling') else 'rope_parameters'
         found = keys.config.get(name) or {}
         if type(found) is not dict:
@@ -330,7 +397,7 @@ class Llama:
                 rope.refuse('low_freq_factor', f"is not below high_freq_factor={high}")
             fields |= {'rope_low_freq': low, 'rope_high_freq': high}
             original = 'original_max_position_embeddings'
-            where = keys if keys.has(original) else rope        # transformers looks in this order
+            where = keys if keys.has(original) else rope  # transformers looks in this order
             fields['rope_original'] = where.optional_size(original, block_size)
         keys.problems += rope.problems
         return fields
@@ -347,16 +414,17 @@ class Llama:
     @classmethod
     def state(cls, stored, keys, fields):
         """The state dict out of what is stored there; fields: of `fields`."""
-        stored = {k: v for k, v in stored.items() if not k.endswith('inv_freq')}       # old versions' angles
+        # old versions' angles
+        stored = {k: v for k, v in stored.items() if not k.endswith('inv_freq')}
         absent = ('attn.c_attn',)
         if fields['attention_kind'] == 'mha':
             absent = ('attn.c_q', 'attn.c_kv')
         state = {}
         for ours, theirs in cls.pairs(fields['n_layer']):
-            is_here = all(name in stored for name in theirs)    # else `fill` says what is missing
+            is_here = all(name in stored for name in theirs)  # else `fill` says what is missing
             if is_here and not ours.rpartition('.')[0].endswith(absent):
                 state[ours] = torch.cat([stored.pop(name) for name in theirs])
-        return state | stored       # nothing should be left
+        return state | stored  # nothing should be left
 
 
 TWINS = {'gpt': GPT2, 'transformerpp': Llama}
@@ -367,7 +435,11 @@ def read(source):
 
     Prints which sizes config.json leaves to transformers' defaults. Raises ValueError, OSError.
     """
-    path = Path(source) if Path(source).is_dir() or str(source).endswith('.safetensors') else _download(source)
+    path = (
+        Path(source)
+        if Path(source).is_dir() or str(source).endswith('.safetensors')
+        else _download(source)
+    )
     folder = path.parent if path.suffix == '.safetensors' else path
     name, keys = _read_config(folder / 'config.json')
     twin = TWINS[name]
@@ -385,7 +457,7 @@ def read(source):
         _notice(f"{folder}/config.json lacks {missing}: using transformers' {defaults}")
     try:
         state = twin.state(stored, keys, fields)
-    except RuntimeError as error:       # torch's, of other shapes
+    except RuntimeError as error:  # torch's, of other shapes
         reason = ' '.join(str(error).split())[:120]
         raise ValueError(f"{path}: weights don't fit its config.json ({reason})") from None
     if fields['tied']:
@@ -407,8 +479,10 @@ def _read_config(path):
         raise ValueError(f"{path} can't be used: model_type is missing; supported are {supported}")
     model_type = config['model_type']
     if type(model_type) is not str or model_type not in known:
-        raise ValueError(f"{path} can't be used: model_type={shortened(model_type)} is not "
-                         f"supported, only {supported}")
+        raise ValueError(
+            f"{path} can't be used: model_type={shortened(model_type)} is not "
+            f"supported, only {supported}"
+        )
     name = known[model_type]
     return name, TWINS[name].keys(config)
 
@@ -426,19 +500,22 @@ def _check_depth(stored, key, keys, path):
 
 
 def _tie_head(state, keys, fields, path):
-    """Put the embeddings' table into the dict `state` as the head. A stored head that differs from it
-    stays instead, and unties the model, as transformers does it: then fields['tied'] becomes False.
+    """Put the embeddings' table into the dict `state` as the head. A stored head that differs from
+    it stays instead, and unties the model, as transformers does it: then fields['tied'] becomes
+    False.
     """
     table = state.get('transformer.wte.weight')
     head = state.setdefault('lm_head.weight', table)
     if table is None or head is table or _are_equal(head, table):
-        return      # without a table, `fill` says that it is missing
+        return  # without a table, `fill` says that it is missing
     fields['tied'] = False
     says = "lacks tie_word_embeddings, for which transformers uses true"
     if keys.has('tie_word_embeddings'):
         says = "says tie_word_embeddings=true"
-    _notice(f"{path} stores an lm_head.weight that differs from the embeddings, although its "
-            f"config.json {says}: using both, as transformers does (tied=False)")
+    _notice(
+        f"{path} stores an lm_head.weight that differs from the embeddings, although its "
+        f"config.json {says}: using both, as transformers does (tied=False)"
+    )
 
 
 def _are_equal(a, b):
@@ -453,7 +530,8 @@ def _notice(text):
 
 
 def fill(model, weights, source):
-    """Put the state dict that `read` got from `source` into `model`. Raises ValueError unless it is its own."""
+    """Put the state dict that `read` got from `source` into `model`. Raises ValueError unless it is
+    its own."""
     own = model.state_dict()
     missing = [name for name in own if weights.get(name) is None]
     unknown = [name for name in weights if name not in own]
@@ -469,8 +547,10 @@ def fill(model, weights, source):
         reasons.append(f"not in a model of this config.json: {_some(unknown)}")
     if reasons:
         count = len(unfit) + len(missing) + len(unknown)
-        raise ValueError(f"{source}: {count} weights are missing or don't fit its config.json: "
-                         f"{'; '.join(reasons)}")
+        raise ValueError(
+            f"{source}: {count} weights are missing or don't fit its config.json: "
+            f"{'; '.join(reasons)}"
+        )
     model.load_state_dict(weights)
 
 
@@ -481,7 +561,8 @@ def _some(names):
 
 
 def _download(name):
-    """The folder with config.json and model.safetensors of an OpenAI size; NANOGPT_MIRROR may hold it as NAME/."""
+    """The folder with config.json and model.safetensors of an OpenAI size; NANOGPT_MIRROR may hold
+    it as NAME/."""
     if name not in OPENAI:
         raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(OPENAI)}")
     if folder := hub.mirror_folder(name):
@@ -490,13 +571,16 @@ def _download(name):
         for file in ('config.json', 'model.safetensors'):
             path = hub.download(f'openai-community/{name}', file, OPENAI[name])
     except OSError as error:
-        raise OSError(f"{error}; or put config.json and model.safetensors of {name} into a folder and give that as "
-                      "--init_from") from None
+        raise OSError(
+            f"{error}; or put config.json and model.safetensors of {name} into a folder and give that as "
+            "--init_from"
+        ) from None
     return path.parent
 
 
 def _weights(path):
-    """{name: tensor} of a file, or of a folder: of the one file there, or of those that its index names."""
+    """{name: tensor} of a file, or of a folder: of the one file there, or of those that its index
+    names."""
     if path.is_dir():
         there = [path / name for name in FILES if (path / name).is_file()]
         if not there:
@@ -505,35 +589,61 @@ def _weights(path):
     try:
         if path.suffix == '.bin':
             found = torch.load(path, map_location='cpu', weights_only=True)
-            if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()):
+            if not all(
+                isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                for name, tensor in found.items()
+            ):
                 raise ValueError("it holds something other than tensors with names")
             return dict(found)
         if path.suffix != '.json':
             return safetensors.torch.load_file(path)
         names = sorted(set(json.loads(path.read_bytes())['weight_map'].values()))
-        if wrong := [name for name in names if not name.endswith(('.safetensors', '.bin')) or '..' in Path(name).parts
-                     or Path(name).is_absolute()]:
+        if wrong := [
+            name
+            for name in names
+            if not name.endswith(('.safetensors', '.bin'))
+            or '..' in Path(name).parts
+            or Path(name).is_absolute()
+        ]:
             raise ValueError(f"it names {wrong[0]!r}, which is no file of weights in this folder")
         shards = [path.parent / name for name in names]
-    except Exception as error:      # each format's own errors
+    except Exception as error:  # each format's own errors
         reason = ' '.join(str(error).split())[:120]
-        raise ValueError(f"{path} is damaged or not plain weights ({type(error).__name__}: {reason})") from None
+        raise ValueError(
+            f"{path} is damaged or not plain weights ({type(error).__name__}: {reason})"
+        ) from None
     for shard in shards:
         if not shard.is_file():
-            raise FileNotFoundError(f"{shard} is missing, one of {len(shards)} files that {path} names")
+            raise FileNotFoundError(
+                f"{shard} is missing, one of {len(shards)} files that {path} names"
+            )
     return {name: tensor for shard in shards for name, tensor in _weights(shard).items()}
 
 
 def content(model, name, dtype):
-    """({file: text or JSON}, {name: tensor}) of a model of the architecture `name`, padded ids left out. ValueError."""
+    """({file: text or JSON}, {name: tensor}) of a model of the architecture `name`, padded ids left
+    out. ValueError."""
     if name not in TWINS:
-        raise ValueError(f"Hugging Face's format has no model like {name!r}: train one with --model={' or '.join(TWINS)}")
+        raise ValueError(
+            f"Hugging Face's format has no model like {name!r}: train one with --model={' or '.join(TWINS)}"
+        )
     twin, c, own = TWINS[name], model.config, model.tokenizer
-    vocab_size, eot = min(own.vocab_size, c.vocab_size) if own else c.vocab_size, getattr(own, 'eot', None)
+    vocab_size, eot = (
+        min(own.vocab_size, c.vocab_size) if own else c.vocab_size,
+        getattr(own, 'eot', None),
+    )
     ends = {'bos_token_id': eot, 'eos_token_id': eot}
-    files = {'config.json': {'architectures': [twin.architecture], 'model_type': twin.model_type,
-                             **twin.config(c), 'vocab_size': vocab_size, **ends, 'torch_dtype': dtype},
-             'generation_config.json': {**ends, 'pad_token_id': eot}}
+    files = {
+        'config.json': {
+            'architectures': [twin.architecture],
+            'model_type': twin.model_type,
+            **twin.config(c),
+            'vocab_size': vocab_size,
+            **ends,
+            'torch_dtype': dtype,
+        },
+        'generation_config.json': {**ends, 'pad_token_id': eot},
+    }
     files |= tokenizer_files.to_files(own, c.block_size) if own else {}
     weights = twin.stored(model.state_dict(), c, vocab_size)
     return files, {k: v.to(getattr(torch, dtype)).contiguous() for k, v in weights.items()}

@@ -1,7 +1,9 @@
-"""Bins as they grow: appended to piece by piece, stopped anywhere, gone on with, put in place once they are whole.
-
-`Output` keeps them in a folder of their own, with a journal of what is done; `switch` puts them where readers look.
+"""Bins as they grow: appended to piece by piece, stopped anywhere, gone on with, put in place once
+they are whole.
+ `Output` keeps them in a folder of their own, with a journal of what is done; `switch` puts them
+where readers look.
 """
+
 import contextlib
 import hashlib
 import itertools
@@ -20,19 +22,20 @@ import numpy as np
 import files
 from mistakes import one_line
 
-SAVE_SECONDS = 5        # between two journals
+SAVE_SECONDS = 5  # between two journals
 SPLITS = 'train', 'val', 'test'
 
 
 SKIPPED = "row(s) skipped by --skip_bad_rows"
-SHOWN = 5       # remarks of a kind that are kept word for word; the others are counted
+SHOWN = 5  # remarks of a kind that are kept word for word; the others are counted
 
 
 class Remark(NamedTuple):
     """In place of a document: what to report at the end. Those about the same thing are counted."""
-    about: str          # SKIPPED, what `report` says after the count, or the source's own word
-    detail: str         # where: file and line, and what was wrong there
-    n: int = 1          # how often
+
+    about: str  # SKIPPED, what `report` says after the count, or the source's own word
+    detail: str  # where: file and line, and what was wrong there
+    n: int = 1  # how often
 
 
 def count_remarks(remarks, before):
@@ -61,7 +64,8 @@ def report(counts):
 
 
 class Stream:
-    """One file to append arrays to, or numbered ones of `shard` items each, from item n on: what is beyond is cut off."""
+    """One file to append arrays to, or numbered ones of `shard` items each, from item n on: what is
+    beyond is cut off."""
 
     def __init__(self, folder, name, suffix, dtype, shard, n):
         self.folder, self.name, self.suffix, self.dtype = folder, name, suffix, np.dtype(dtype)
@@ -76,7 +80,11 @@ class Stream:
             raise EOFError
 
     def paths(self):
-        return sorted(self.folder.glob(f'{self.name}-*{self.suffix}' if self.shard else self.name + self.suffix))
+        return sorted(
+            self.folder.glob(
+                f'{self.name}-*{self.suffix}' if self.shard else self.name + self.suffix
+            )
+        )
 
     def append(self, array):
         array = np.ascontiguousarray(array, self.dtype)
@@ -85,15 +93,17 @@ class Stream:
             if self.file is None or (self.shard and not inside):
                 self.close()
                 number = f'-{number:05d}' if self.shard else ''
-                self.file = open(self.folder / f'{self.name}{number}{self.suffix}', 'ab', buffering=0)
-            now = array[:self.shard - inside] if self.shard else array
+                self.file = open(
+                    self.folder / f'{self.name}{number}{self.suffix}', 'ab', buffering=0
+                )
+            now = array[: self.shard - inside] if self.shard else array
             self._write(memoryview(now).cast('B'))
-            array, self.n = array[len(now):], self.n + len(now)
+            array, self.n = array[len(now) :], self.n + len(now)
 
     def _write(self, content):
         try:
             while content:
-                content = content[self.file.write(content):]
+                content = content[self.file.write(content) :]
         except OSError as error:
             raise OSError(f"cannot write {self.file.name}: {error.strerror}") from None
 
@@ -115,43 +125,86 @@ class Output:
     """The bins as they grow in `folder`, and the journal that says how much of them is whole."""
 
     def __init__(self, folder, identity, splits, dtype, masked, dedup, shard_tokens):
-        self.folder, self.splits, self.dtype, self.masked, self.dedup = folder, splits, dtype, masked, dedup
+        self.folder, self.splits, self.dtype, self.masked, self.dedup = (
+            folder,
+            splits,
+            dtype,
+            masked,
+            dedup,
+        )
         self.shard_tokens, found = shard_tokens, load(folder)
         try:
             if found['identity'] != identity:
                 raise EOFError
             self._begin(found)
-            print(f"going on after the first {found['size'] / 1e6:,.1f} MB, which are done", flush=True)
+            print(
+                f"going on after the first {found['size'] / 1e6:,.1f} MB, which are done",
+                flush=True,
+            )
         except EOFError:
             if found['identity']:
-                print(f"{folder.parent} has the beginning of something else: starting anew", flush=True)
+                print(
+                    f"{folder.parent} has the beginning of something else: starting anew",
+                    flush=True,
+                )
             shutil.rmtree(folder)
             folder.mkdir()
-            self._begin(_NOTHING | {'identity': identity, 'splits': {
-                split: dict.fromkeys(('tokens', 'bytes', 'documents', 'learned'), 0) for split in splits}})
+            self._begin(
+                _NOTHING
+                | {
+                    'identity': identity,
+                    'splits': {
+                        split: dict.fromkeys(('tokens', 'bytes', 'documents', 'learned'), 0)
+                        for split in splits
+                    },
+                }
+            )
 
     def _begin(self, done):
         """Go on from what the journal says. Raises EOFError where there is less."""
-        self.done, self.saved, self.began = done, time.monotonic(), time.monotonic() - done['seconds']
-        n, shard = {split: facts['tokens'] for split, facts in done['splits'].items()}, self.shard_tokens
-        self.bins = {split: Stream(self.folder, split, '.bin', self.dtype, shard, n[split]) for split in n}
-        self.masks = {split: Stream(self.folder, split, '.mask', 'u1', shard, n[split]) for split in n if self.masked}
-        self.digests = Stream(self.folder, 'digests', '', 'V16', 0, done['kept']) if self.dedup else None
-        self.seen = set(np.fromfile(self.folder / 'digests', 'V16').tolist()) if self.dedup and done['kept'] else set()
+        self.done, self.saved, self.began = (
+            done,
+            time.monotonic(),
+            time.monotonic() - done['seconds'],
+        )
+        n, shard = (
+            {split: facts['tokens'] for split, facts in done['splits'].items()},
+            self.shard_tokens,
+        )
+        self.bins = {
+            split: Stream(self.folder, split, '.bin', self.dtype, shard, n[split]) for split in n
+        }
+        self.masks = {
+            split: Stream(self.folder, split, '.mask', 'u1', shard, n[split])
+            for split in n
+            if self.masked
+        }
+        self.digests = (
+            Stream(self.folder, 'digests', '', 'V16', 0, done['kept']) if self.dedup else None
+        )
+        self.seen = (
+            set(np.fromfile(self.folder / 'digests', 'V16').tolist())
+            if self.dedup and done['kept']
+            else set()
+        )
 
     def left_of(self, source):
         """The source's pieces that are not done."""
-        return itertools.islice(source.pieces(self.done['file']) if self.done['file'] else source.pieces(),
-                                self.done['pieces'], None)
+        return itertools.islice(
+            source.pieces(self.done['file']) if self.done['file'] else source.pieces(),
+            self.done['pieces'],
+            None,
+        )
 
     def add(self, piece, encoded):
-        """Append a piece, which `encoded` returns; returns its size in bytes. Whatever stops this, `done` stays true."""
+        """Append a piece, which `encoded` returns; returns its size in bytes. Whatever stops this,
+        `done` stays true."""
         ids, learned, table, remarks = encoded()
         kept, dropped = np.ones(len(table), bool), 0
         if self.digests:
             new = []
             for i, digest in enumerate(table['digest'].tolist()):
-                if any(digest):     # Parts have none
+                if any(digest):  # Parts have none
                     kept[i] = digest not in self.seen
                     if kept[i]:
                         self.seen.add(digest)
@@ -170,11 +223,16 @@ class Output:
             splits[split] = {key: self.done['splits'][split][key] + new[key] for key in new}
         file, size = getattr(piece, 'file', 0), getattr(piece, 'size', None)
         size = int(table['bytes'].sum()) if size is None else size
-        self.done = {**self.done, 'splits': splits, 'file': file, 'size': self.done['size'] + size,
-                     'pieces': self.done['pieces'] + 1 if file == self.done['file'] else 1,
-                     'dropped': self.done['dropped'] + dropped,
-                     'kept': self.digests.n if self.digests else 0,
-                     'remarks': count_remarks(remarks, self.done['remarks'])}
+        self.done = {
+            **self.done,
+            'splits': splits,
+            'file': file,
+            'size': self.done['size'] + size,
+            'pieces': self.done['pieces'] + 1 if file == self.done['file'] else 1,
+            'dropped': self.done['dropped'] + dropped,
+            'kept': self.digests.n if self.digests else 0,
+            'remarks': count_remarks(remarks, self.done['remarks']),
+        }
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
         return size
@@ -189,7 +247,11 @@ class Output:
         self.saved = time.monotonic()
 
     def _streams(self):
-        return [*self.bins.values(), *self.masks.values(), *([self.digests] if self.digests else [])]
+        return [
+            *self.bins.values(),
+            *self.masks.values(),
+            *([self.digests] if self.digests else []),
+        ]
 
     def close(self):
         for stream in self._streams():
@@ -198,7 +260,8 @@ class Output:
 
     @contextlib.contextmanager
     def kept_if_stopped(self):
-        """What stops this block leaves a journal; but what is wrong with a text stays wrong, and leaves nothing."""
+        """What stops this block leaves a journal; but what is wrong with a text stays wrong, and
+        leaves nothing."""
         try:
             yield
         except ValueError:
@@ -207,8 +270,10 @@ class Output:
             raise
         except BrokenProcessPool:
             self.save()
-            raise OSError("a process was killed while it encoded, by too little memory perhaps: take a smaller "
-                          f"--num_proc; {_KEPT}") from None
+            raise OSError(
+                "a process was killed while it encoded, by too little memory perhaps: take a smaller "
+                f"--num_proc; {_KEPT}"
+            ) from None
         except KeyboardInterrupt:
             self.save()
             print(f"stopped; {_KEPT}", file=sys.stderr)
@@ -238,11 +303,15 @@ class Output:
             if facts['tokens'] >= 2:
                 continue
             if split not in shares:
-                raise ValueError(f"the files for {split} hold {facts['tokens']} token(s) of text: "
-                                 "at least 2 are needed")
-            raise ValueError(f"none of the {n:,} {unit}(s) fell to {split}, whose share is "
-                             f"{shares[split]}: {advice}, or use another --split or --seed, or "
-                             f"your own files (--{split}=FILE)")
+                raise ValueError(
+                    f"the files for {split} hold {facts['tokens']} token(s) of text: "
+                    "at least 2 are needed"
+                )
+            raise ValueError(
+                f"none of the {n:,} {unit}(s) fell to {split}, whose share is "
+                f"{shares[split]}: {advice}, or use another --split or --seed, or "
+                f"your own files (--{split}=FILE)"
+            )
         self.save()
         meta = {**meta, 'splits': {split: self._facts(split) for split in self.splits}}
         with files.replacing(self.folder / 'meta.json') as file:
@@ -255,14 +324,27 @@ class Output:
             with open(path, 'rb') as file:
                 while block := file.read(1 << 22):
                     digest.update(block)
-        found = {key: facts[key] for key in ('tokens', 'bytes', 'documents')} | {'sha256': digest.hexdigest()}
+        found = {key: facts[key] for key in ('tokens', 'bytes', 'documents')} | {
+            'sha256': digest.hexdigest()
+        }
         if shard := self.shard_tokens:
-            found['shards'] = [min(shard, facts['tokens'] - i) for i in range(0, facts['tokens'], shard)]
+            found['shards'] = [
+                min(shard, facts['tokens'] - i) for i in range(0, facts['tokens'], shard)
+            ]
         return found | ({'learned': facts['learned']} if self.masked else {})
 
 
-_NOTHING = {'identity': None, 'file': 0, 'pieces': 0, 'size': 0, 'dropped': 0, 'kept': 0,
-            'seconds': 0.0, 'remarks': {}, 'splits': {}}
+_NOTHING = {
+    'identity': None,
+    'file': 0,
+    'pieces': 0,
+    'size': 0,
+    'dropped': 0,
+    'kept': 0,
+    'seconds': 0.0,
+    'remarks': {},
+    'splits': {},
+}
 
 
 def load(folder):
@@ -274,19 +356,26 @@ def load(folder):
 
 
 def switch(folder, new, meta):
-    """Put the bins in `new` in the place of the folder's own. Stopped in between, it can be called again: the meta.json
-    that stands there until then is one that readers refuse."""
+    """Put the bins in `new` in the place of the folder's own. Stopped in between, it can be called
+    again: the meta.json that stands there until then is one that readers refuse."""
+
     def write_meta(content):
         with files.replacing(folder / 'meta.json') as file:
             file.write(json.dumps(content, indent=1).encode())
 
-    write_meta({'dtype': "of bins that were replaced only in part: prepare them again", 'vocab_size': 0})
+    write_meta(
+        {'dtype': "of bins that were replaced only in part: prepare them again", 'vocab_size': 0}
+    )
     is_bin = re.compile(rf'({"|".join(SPLITS)})(-\d+)?\.(bin|mask)').fullmatch
     moved = {path.name for path in new.iterdir() if is_bin(path.name)}
     wanted = set()
     for split, facts in meta['splits'].items():
         numbers = [f'-{i:05d}' for i in range(len(facts['shards']))] if 'shards' in facts else ['']
-        wanted |= {f'{split}{n}.{kind}' for n in numbers for kind in (['bin', 'mask'] if meta.get('masked') else ['bin'])}
+        wanted |= {
+            f'{split}{n}.{kind}'
+            for n in numbers
+            for kind in (['bin', 'mask'] if meta.get('masked') else ['bin'])
+        }
     for path in folder.iterdir():
         if is_bin(path.name) and path.name not in wanted:
             path.unlink()

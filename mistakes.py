@@ -1,7 +1,9 @@
-"""How a script ends: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and exit code 130.
-
-Every script calls `begin_script` before its other imports, so this module imports nothing slow (runtime.py loads torch).
+"""How a script ends: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and
+exit code 130.
+ Every script calls `begin_script` before its other imports, so this module imports nothing slow
+(runtime.py loads torch).
 """
+
 import atexit
 import codecs
 import contextlib
@@ -10,32 +12,36 @@ import signal
 import sys
 import time
 
-STOPPED = 128 + signal.SIGINT   # a shell's exit codes: of a program that Ctrl-C ended,
-PIPE_CLOSED = 128 + 13          # and of one whose output nobody reads any more (SIGPIPE, which Windows does not have)
-REPLACED = 'nanogpt-replaced'   # the name of the error handler below
-_lacking = set()                # encodings of standard output that lacked a character of what was printed
+STOPPED = 128 + signal.SIGINT  # a shell's exit codes: of a program that Ctrl-C ended,
+# and of one whose output nobody reads any more (SIGPIPE, which Windows does not have)
+PIPE_CLOSED = 128 + 13
+REPLACED = 'nanogpt-replaced'  # the name of the error handler below
+_lacking = set()  # encodings of standard output that lacked a character of what was printed
 
 
 def begin_script():
     """Prepare the process for a user at a terminal; the first call of every script.
 
-    Ctrl-C, from here on until the process ends, is one line and exit code 130. A closed pipe (`| head`) ends the script
-    without a word. A character that standard output can't encode is printed as `?`, and a line at the end says so.
+    Ctrl-C, from here on until the process ends, is one line and exit code 130. A closed pipe (`|
+    head`) ends the script without a word. A character that standard output can't encode is printed
+    as `?`, and a line at the end says so.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:   # otherwise nohup, for example, ignores it
+    # otherwise nohup, for example, ignores it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop_at_once)
     if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])     # see no_interrupt
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see no_interrupt
     sys.excepthook = _end
     sys.unraisablehook = _end_where_nobody_catches
     codecs.register_error(REPLACED, _replaced)
     if hasattr(sys.stdout, 'reconfigure') and sys.stdout.errors in ('strict', 'surrogateescape'):
-        sys.stdout.reconfigure(errors=REPLACED)     # stderr writes backslashes, which never fails
+        sys.stdout.reconfigure(errors=REPLACED)  # stderr writes backslashes, which never fails
     atexit.unregister(_finish_output)
     atexit.register(_finish_output)
 
 
-# ---- a user's mistakes -----------------------------------------------------------------------------------------------
+# ---- a user's mistakes ---------------------------------------------------------------------------
+
 
 def fail(message):
     """End the script on a user's mistake: one line on stderr, exit code 2."""
@@ -46,8 +52,8 @@ def fail(message):
     raise SystemExit(2)
 
 
-MOST = 480      # characters of a line,
-MOST_WITH_COMMAND = 2000        # and of one with a `command`, which would not work if it were cut
+MOST = 480  # characters of a line,
+MOST_WITH_COMMAND = 2000  # and of one with a `command`, which would not work if it were cut
 
 
 def one_line(message):
@@ -58,7 +64,7 @@ def one_line(message):
     most = MOST_WITH_COMMAND if line.count('`') > 1 else MOST
     if len(line) <= most:
         return line
-    return f"{line[:most - 110]} … {line[-90:]}"
+    return f"{line[: most - 110]} … {line[-90:]}"
 
 
 def tell_torchrun(line):
@@ -67,15 +73,17 @@ def tell_torchrun(line):
     if not path:
         return
     import json  # here, since it takes 5 ms, in which Ctrl-C would print a traceback
+
     with contextlib.suppress(OSError), open(path, 'w', encoding='utf-8') as file:
         json.dump({'message': line, 'timestamp': int(time.time())}, file)
 
 
 @contextlib.contextmanager
 def user_errors():
-    """The project's modules raise ValueError and OSError with a line for the user; inside this, that line ends the
-    script. Only around calls that check what a user gave."""
-    if signal.getsignal(signal.SIGINT) is _stop_at_once:    # the imports are done: from now on there is work to clean up
+    """The project's modules raise ValueError and OSError with a line for the user; inside this,
+    that line ends the script. Only around calls that check what a user gave."""
+    # the imports are done: from now on there is work to clean up
+    if signal.getsignal(signal.SIGINT) is _stop_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -91,19 +99,21 @@ def user_errors():
         raise SystemExit(STOPPED) from None
 
 
-# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+
 
 def _stop_at_once(number, frame):
-    """The handler of SIGINT during imports. There is nothing to clean up, and an exception could be caught there."""
+    """The handler of SIGINT during imports. There is nothing to clean up, and an exception could be
+    caught there."""
     _say_stopped()
     os._exit(STOPPED)
 
 
 @contextlib.contextmanager
 def no_interrupt():
-    """Hold Ctrl-C back until this block ends. Processes started inside inherit the blocked signal, so
-    it never reaches them; only the project's own scripts unblock it, in begin_script."""
-    if not hasattr(signal, 'pthread_sigmask'):      # Windows
+    """Hold Ctrl-C back until this block ends. Processes started inside inherit the blocked signal,
+    so it never reaches them; only the project's own scripts unblock it, in begin_script."""
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -114,9 +124,11 @@ def no_interrupt():
 
 
 def _say_stopped():
-    with contextlib.suppress(ValueError):       # not in the main thread
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(STOPPED))   # pressed again: do not clean up
-    with contextlib.suppress(OSError, RuntimeError):    # stderr is closed; the signal came during a print
+    with contextlib.suppress(ValueError):  # not in the main thread
+        # pressed again: do not clean up
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(STOPPED))
+    # stderr is closed; the signal came during a print
+    with contextlib.suppress(OSError, RuntimeError):
         print("stopped", file=sys.stderr, flush=True)
 
 
@@ -125,7 +137,7 @@ def _end(kind, error, traceback):
     pipe, otherwise a traceback."""
     if _was_interrupted(error):
         _say_stopped()
-        raise SystemExit(STOPPED)       # from an excepthook, this sets the exit code
+        raise SystemExit(STOPPED)  # from an excepthook, this sets the exit code
     if isinstance(error, BrokenPipeError):
         _discard_output()
         raise SystemExit(PIPE_CLOSED)
@@ -133,7 +145,8 @@ def _end(kind, error, traceback):
 
 
 def _was_interrupted(error):
-    """Whether KeyboardInterrupt is what happened first: libraries turn it into errors of their own."""
+    """Whether KeyboardInterrupt is what happened first: libraries turn it into errors of their
+    own."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -142,14 +155,16 @@ def _was_interrupted(error):
 
 
 def _end_where_nobody_catches(unraisable):
-    """sys.unraisablehook: Python drops an exception in a destructor or in a function of atexit, and Ctrl-C with it."""
+    """sys.unraisablehook: Python drops an exception in a destructor or in a function of atexit, and
+    Ctrl-C with it."""
     if _was_interrupted(unraisable.exc_value):
         _say_stopped()
         os._exit(STOPPED)
     sys.__unraisablehook__(unraisable)
 
 
-# ---- standard output -------------------------------------------------------------------------------------------------
+# ---- standard output -----------------------------------------------------------------------------
+
 
 def _replaced(error):
     """The error handler of standard output: `?` for each character that its encoding lacks."""
@@ -171,8 +186,8 @@ def _discard_output():
 def _finish_output():
     """At the end: write what is left, and say whether something could not be printed.
 
-    Ctrl-C is ignored from then on. Python is about to remove its own handlers, and the system's would kill
-    a script that has done its work.
+    Ctrl-C is ignored from then on. Python is about to remove its own handlers, and the system's
+    would kill a script that has done its work.
     """
     try:
         sys.stdout.flush()
@@ -180,10 +195,19 @@ def _finish_output():
         _discard_output()
     except OSError as error:
         with contextlib.suppress(OSError):
-            print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr, flush=True)
+            print(
+                f"error: cannot write to standard output: {error.strerror}",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(2)
     for encoding in sorted(_lacking):
-        hint = '' if codecs.lookup(encoding).name == 'utf-8' else '; PYTHONIOENCODING=utf-8 prints it'
+        hint = (
+            '' if codecs.lookup(encoding).name == 'utf-8' else '; PYTHONIOENCODING=utf-8 prints it'
+        )
         with contextlib.suppress(OSError):
-            print(f"? stands for text that standard output can't show, as it is {encoding}{hint}", file=sys.stderr)
+            print(
+                f"? stands for text that standard output can't show, as it is {encoding}{hint}",
+                file=sys.stderr,
+            )
     signal.signal(signal.SIGINT, signal.SIG_IGN)

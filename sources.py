@@ -1,8 +1,10 @@
-"""What a dataset is made of: the documents in text, JSONL and parquet files, as bins.prepare takes them.
-
-One process reads, and cuts what it reads into pieces of about a megabyte, which is cheap; workers parse and encode them.
-A text file's byte order mark is no part of its text; everything else is, CR LF too.
+"""What a dataset is made of: the documents in text, JSONL and parquet files, as bins.prepare takes
+them.
+ One process reads, and cuts what it reads into pieces of about a megabyte, which is cheap; workers
+parse and encode them. A text file's byte order mark is no part of its text; everything else is, CR
+LF too.
 """
+
 import codecs
 import contextlib
 import difflib
@@ -32,30 +34,35 @@ from journal import SKIPPED, Remark
 from mistakes import one_line
 from textfiles import fetched, reading
 
-PIECE, LARGE = 1 << 20, 1 << 22     # bytes of a piece, about; of the largest text that is not encoded in parts
-MOST = 1 << 28      # bytes of a row, which has to be in memory whole; a small file may unpack to any number of them
+# bytes of a piece, about; of the largest text that is not encoded in parts
+PIECE, LARGE = 1 << 20, 1 << 22
+# bytes of a row, which has to be in memory whole; a small file may unpack to any number of them
+MOST = 1 << 28
 ROWS = 'jsonl', 'parquet'
-FIRST = 100     # rows at the beginning of a file, among which one has to show how all are read
+FIRST = 100  # rows at the beginning of a file, among which one has to show how all are read
 # What Remarks are about, apart from rows.
 SEPARATOR, SPECIAL = 'separator', 'special token '
 BLANK_LINES = re.compile(rb'(?:[ \t]*\r?\n)+')
-# Where a text can be cut so that its parts, each encoded on its own, have the same ids by GPT-2's and tiktoken's other
-# encodings: behind a newline between words, in front of a space between words.
+# Where a text can be cut so that its parts, each encoded on its own, have the same ids by GPT-2's
+# and tiktoken's other encodings: behind a newline between words, in front of a space between words.
 CUTS = re.compile(r'(?<=\S)\n(?=[^\s/])'), re.compile(r'(?<=\S)(?= [^\W\d_])')
 SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 
 class Division(NamedTuple):
     """How a text is divided into documents."""
-    separator: str | None   # the pattern of what stands between them; None: a text is one document
-    before: str = ''        # the characters that are stripped where a document begins,
-    behind: str = ''        # and where it ends
-    reach: int = 0          # bytes of the longest match; 0 unless the user has given the separator
+
+    separator: str | None  # the pattern of what stands between them; None: a text is one document
+    before: str = ''  # the characters that are stripped where a document begins,
+    behind: str = ''  # and where it ends
+    reach: int = 0  # bytes of the longest match; 0 unless the user has given the separator
 
 
-DIVISIONS = {'file': Division(None),
-             'paragraph': Division(r'\n(?:[ \t]*\r?\n)+', behind=' \t\r\n'),
-             'line': Division(r'\n', behind='\r\n')}
+DIVISIONS = {
+    'file': Division(None),
+    'paragraph': Division(r'\n(?:[ \t]*\r?\n)+', behind=' \t\r\n'),
+    'line': Division(r'\n', behind='\r\n'),
+}
 
 
 def _division(document):
@@ -64,11 +71,13 @@ def _division(document):
     if document in DIVISIONS:
         return DIVISIONS[document]
     if not document:
-        raise ValueError(f"document='' must be {', '.join(DIVISIONS)}, or the text that separates "
-                         "documents")
+        raise ValueError(
+            f"document='' must be {', '.join(DIVISIONS)}, or the text that separates documents"
+        )
     if near := difflib.get_close_matches(document.lower(), DIVISIONS, n=1, cutoff=0.8):
-        raise ValueError(f"document={document!r} looks like {near[0]!r}: write that, or a longer "
-                         "separator")
+        raise ValueError(
+            f"document={document!r} looks like {near[0]!r}: write that, or a longer separator"
+        )
     separator = r'\r?\n'.join(map(re.escape, document.split('\n')))
     reach = len(document.encode()) + document.count('\n')
     return Division(separator, before='\r\n', behind='\r\n', reach=reach)
@@ -76,28 +85,40 @@ def _division(document):
 
 class Chunk(NamedTuple):
     """Documents of a file that follow each other, or a part of one that is large."""
+
     name: str
     kind: str
-    data: object                    # bytes; of parquet a list of rows
-    offset: int = 0                 # of the data in the text, in bytes
-    line: int = 1                   # the number of its first line, or row
-    key: bytes | None = None        # key, is_last, place: bins.Part's
+    data: object  # bytes; of parquet a list of rows
+    offset: int = 0  # of the data in the text, in bytes
+    line: int = 1  # the number of its first line, or row
+    key: bytes | None = None  # key, is_last, place: bins.Part's
     is_last: bool = True
     place: tuple | None = None
-    is_first: bool = True           # whether a document begins here
-    split: str | None = None        # where its documents go; None: by a hash of each
+    is_first: bool = True  # whether a document begins here
+    split: str | None = None  # where its documents go; None: by a hash of each
 
 
 class Piece(NamedTuple):
-    file: int           # the number of the file in which it begins
-    size: int           # bytes on the disk
+    file: int  # the number of the file in which it begins
+    size: int  # bytes on the disk
     chunks: list
 
 
-def open(words, field=None, document='file', template=None, folder=None, max_bytes=None, *,
-         skip_bad_rows=False, as_text=False, val=(), test=()):
-    """The source that the words stand for: files, folders, globs, `-`, owner/name[@revision][:folder or glob] on the Hub.
-    Raises ValueError or OSError.
+def open(
+    words,
+    field=None,
+    document='file',
+    template=None,
+    folder=None,
+    max_bytes=None,
+    *,
+    skip_bad_rows=False,
+    as_text=False,
+    val=(),
+    test=(),
+):
+    """The source that the words stand for: files, folders, globs, `-`,
+    owner/name[@revision][:folder or glob] on the Hub. Raises ValueError or OSError.
 
     field: of rows; a.b is b in a. Names with commas between are those of a conversation, and so is
     one that holds messages; None: what conversations.FORMS recognizes, or 'text'. skip_bad_rows:
@@ -115,7 +136,7 @@ def open(words, field=None, document='file', template=None, folder=None, max_byt
     folder = folder and Path(folder)
     if [*map(str, [*words, *val, *test])].count('-') > 1:
         raise ValueError("standard input (-) can be only one of the sources: it is read once")
-    named = []      # those to test on come first: of equal documents --dedup keeps the first
+    named = []  # those to test on come first: of equal documents --dedup keeps the first
     for split, of_split in (('test', test), ('val', val), ('train' if val else None, words)):
         files_of_split = []
         for word in of_split:
@@ -145,71 +166,99 @@ def _each_once(named):
         else:
             n_held_out += 1
     if n_copies:
-        print(f"{n_copies:,} file(s) that the sources name more than once are read once",
-              flush=True)
+        print(
+            f"{n_copies:,} file(s) that the sources name more than once are read once", flush=True
+        )
     if n_held_out:
-        print(f"{n_held_out:,} file(s) of the sources are in val or test, and so not in train",
-              flush=True)
+        print(
+            f"{n_held_out:,} file(s) of the sources are in val or test, and so not in train",
+            flush=True,
+        )
     return list(found.values())
 
 
 class Files:
     """The documents in files, as bins.prepare takes them; `texts` are those of a vocabulary."""
 
-    def __init__(self, found, field, document, division, template, folder, max_bytes,
-                 skip_bad_rows):
-        if max_bytes:       # of what is trained on
+    def __init__(
+        self, found, field, document, division, template, folder, max_bytes, skip_bad_rows
+    ):
+        if max_bytes:  # of what is trained on
             max_bytes += sum(file.size for file in found if file.split in ('val', 'test'))
             ends = list(accumulate(file.size for file in found))
-            found = found[:bisect_left(ends, max_bytes) + 1]
-        self.files, self.max_bytes, self.size = found, max_bytes or sys.maxsize, sum(file.size for file in found)
+            found = found[: bisect_left(ends, max_bytes) + 1]
+        self.files, self.max_bytes, self.size = (
+            found,
+            max_bytes or sys.maxsize,
+            sum(file.size for file in found),
+        )
         self.size = min(self.size, self.max_bytes)
         self.document, self.division = document, division
         self.special, self.eot = None, None
         self.skip_bad_rows = skip_bad_rows
         self.fields = (field or 'text').split(',')
-        self.conversations = None       # a conversations.Conversations, where rows are not texts
+        self.conversations = None  # a conversations.Conversations, where rows are not texts
         if not all(self.fields):
-            raise ValueError(f"field={field!r} must be a name, or names with commas between: of "
-                             "what is asked, and last of what is answered")
+            raise ValueError(
+                f"field={field!r} must be a name, or names with commas between: of "
+                "what is asked, and last of what is answered"
+            )
         rows = [file for file in found if file.kind in ROWS]
         if rows:
             first = self._telling_row(rows, field, folder)
             self.conversations = conversations.reader(first, field, template)
         elif field:
-            raise ValueError(f"field={field!r} is of rows, which .jsonl and .parquet files have: {found[0].name} is text")
+            raise ValueError(
+                f"field={field!r} is of rows, which .jsonl and .parquet files have: {found[0].name} is text"
+            )
         elif skip_bad_rows:
-            raise ValueError("skip_bad_rows is for rows, which .jsonl and .parquet files have: "
-                             f"{found[0].name} is text")
+            raise ValueError(
+                "skip_bad_rows is for rows, which .jsonl and .parquet files have: "
+                f"{found[0].name} is text"
+            )
         self.facts = {}
         if self.conversations:
             self.fields = self.conversations.fields
             self.facts = {'masked': True, 'template': self.conversations.template.description}
         elif template:
-            raise ValueError("a template is for conversations, and there are none in the sources: "
-                             "of rows, --field=NAME says which field holds the messages, "
-                             "--field=ASKED,ANSWERED which ones a question and its answer")
-        if commits := sorted({f'{file.origin[0]}@{file.origin[1]}' for file in found if file.origin}):
+            raise ValueError(
+                "a template is for conversations, and there are none in the sources: "
+                "of rows, --field=NAME says which field holds the messages, "
+                "--field=ASKED,ANSWERED which ones a question and its answer"
+            )
+        if commits := sorted(
+            {f'{file.origin[0]}@{file.origin[1]}' for file in found if file.origin}
+        ):
             self.facts['hub'] = commits
         self.splits = {file.split for file in found if file.split}
         self.has_text = any(file.kind == 'text' for file in found)
         self.lengths = self._lengths()
         self.has_ends = not all(self.lengths.get(file.split) for file in found)
-        self.fingerprint = json.dumps([self.fields, document, self.facts, max_bytes, skip_bad_rows, [
-            [file.name, file.size, file.changed, file.kind, file.split] for file in found]])
+        self.fingerprint = json.dumps(
+            [
+                self.fields,
+                document,
+                self.facts,
+                max_bytes,
+                skip_bad_rows,
+                [[file.name, file.size, file.changed, file.kind, file.split] for file in found],
+            ]
+        )
 
     def _lengths(self):
         """{split: its length in characters} of those splits that are one text. That is divided by
         position, or is the whole of its split, and nothing stands behind it."""
         lengths = {}
-        splits = dict.fromkeys(file.split for file in self.files)       # each once, in their order
+        splits = dict.fromkeys(file.split for file in self.files)  # each once, in their order
         for split in splits:
             alone = [file for file in self.files if file.split == split]
             if self.document != 'file' or len(alone) > 1 or alone[0].kind != 'text':
                 continue
             if self.max_bytes < sys.maxsize and split in ('train', None):
-                raise ValueError("max_bytes takes the first of many documents, and this is one "
-                                 "text: divide it by --document")
+                raise ValueError(
+                    "max_bytes takes the first of many documents, and this is one "
+                    "text: divide it by --document"
+                )
             lengths[split] = _length(fetched(alone[0]))
         return lengths
 
@@ -217,9 +266,11 @@ class Files:
     def too_few(self):
         """(what the documents are called, what helps where a split has none)."""
         if self.has_text:
-            return 'document', ("use smaller ones (--document=paragraph or line), or make them one "
-                                "text, which is divided by position: `cat FILES | python "
-                                "data/prepare.py NAME -`")
+            return 'document', (
+                "use smaller ones (--document=paragraph or line), or make them one "
+                "text, which is divided by position: `cat FILES | python "
+                "data/prepare.py NAME -`"
+            )
         if self.conversations:
             return 'conversation', "add conversations"
         return 'row', "add rows"
@@ -233,7 +284,8 @@ class Files:
         self.eot = next((text for text in texts if tokenizer.special[text] == tokenizer.eot), None)
 
     def texts(self, most=None):
-        """The text of each document, or part of one; where `most` says so, about so many bytes, taken evenly from all."""
+        """The text of each document, or part of one; where `most` says so, about so many bytes,
+        taken evenly from all."""
         share = min(1, most / max(1, self.size)) if most else 1
         for i, piece in enumerate(self.pieces()):
             if i > 0 and int((i + 1) * share) == int(i * share):
@@ -277,14 +329,16 @@ class Files:
             yield Piece(begin, sum(file.size for file in self.files[begin:]), small)
 
     def _here(self, first):
-        """(number, file) of each file from `first` on. One of the Hub is fetched while that before it is read, and removed
-        after its turn."""
+        """(number, file) of each file from `first` on. One of the Hub is fetched while that before
+        it is read, and removed after its turn."""
         coming = {}
         for number, file in enumerate(self.files[first:], first):
-            for i, wanted in enumerate(self.files[number:number + 2], number):
+            for i, wanted in enumerate(self.files[number : number + 2], number):
                 if wanted.origin and i not in coming:
                     coming[i] = Future()
-                    threading.Thread(target=_fetch_into, args=(coming[i], wanted), daemon=True).start()
+                    threading.Thread(
+                        target=_fetch_into, args=(coming[i], wanted), daemon=True
+                    ).start()
             if file.origin:
                 coming.pop(number).result()
             yield number, file
@@ -303,8 +357,8 @@ class Files:
         return first
 
     def _first_row(self, file, field, folder):
-        """As _first_row below. Of a file of the Hub, it is kept: a command that was stopped needs it
-        again when the file is gone."""
+        """As _first_row below. Of a file of the Hub, it is kept: a command that was stopped needs
+        it again when the file is gone."""
         if not file.origin:
             return _first_row(file, field)
         kept = files.workplace(folder) / 'row.json'
@@ -337,7 +391,8 @@ class Files:
                 yield None, Remark(SPECIAL + token, chunk.name, n)
 
     def _special_in(self, document):
-        """The texts of special tokens in a document, but for those that a chat template puts there."""
+        """The texts of special tokens in a document, but for those that a chat template puts
+        there."""
         found = []
         for text, _ in _parts(document):
             if not isinstance(text, Marker):
@@ -362,7 +417,7 @@ class Files:
                 if text.strip() or not separator:
                     yield text.lstrip(self.division.before).rstrip(self.division.behind)
             return
-        text = texts[0]     # of a last part nothing follows the separator
+        text = texts[0]  # of a last part nothing follows the separator
         if chunk.is_first:
             text = text.lstrip(self.division.before)
         if chunk.is_last:
@@ -380,25 +435,33 @@ class Files:
         if special:
             yield one_line(self._special_notice(special))
         if self.document != 'file' and not self.has_text:
-            yield one_line(f"notice: --document={self.document!r} divides text files, and there "
-                           "are only rows: each one is a document")
+            yield one_line(
+                f"notice: --document={self.document!r} divides text files, and there "
+                "are only rows: each one is a document"
+            )
         elif self.division.reach and SEPARATOR not in remarks:
-            yield one_line(f"notice: the separator --document={self.document!r} is nowhere in the "
-                           "sources: each file is one document")
+            yield one_line(
+                f"notice: the separator --document={self.document!r} is nowhere in the "
+                "sources: each file is one document"
+            )
         yield from journal.report(others)
 
     def _special_notice(self, special):
-        most = 3        # which are named
-        said = [f"{token!r} {n:,} time(s), first in {details[0]}"
-                for token, (n, details) in special.items()]
+        most = 3  # which are named
+        said = [
+            f"{token!r} {n:,} time(s), first in {details[0]}"
+            for token, (n, details) in special.items()
+        ]
         if len(said) > most:
             said[most:] = [f"and {len(said) - most:,} others"]
         if self.eot in special and self.has_text:
             advice = f"; --document={shlex.quote(self.eot)} divides a text there"
         else:
             advice = ", while sample.py and evaluate.py read them as the tokens"
-        return ("notice: special tokens of the tokenizer were encoded as ordinary text: "
-                f"{'; '.join(said)}{advice}")
+        return (
+            "notice: special tokens of the tokenizer were encoded as ordinary text: "
+            f"{'; '.join(said)}{advice}"
+        )
 
     def _read_row(self, chunk, number, row):
         """The document that a row is, and Remarks on it."""
@@ -427,11 +490,12 @@ class Files:
         if not isinstance(row, dict):
             raise ValueError(f"not a row but {str(row)[:40]}: a row is {{…}}")
         text = conversations.value(row, self.fields[0])
-        if text is None:    # as large datasets have here and there: an empty document
+        if text is None:  # as large datasets have here and there: an empty document
             return '', []
         if not isinstance(text, str):
-            raise ValueError(f"its {self.fields[0]!r} is not text but "
-                             f"{json.dumps(text, default=str)[:40]}")
+            raise ValueError(
+                f"its {self.fields[0]!r} is not text but {json.dumps(text, default=str)[:40]}"
+            )
         return text, []
 
 
@@ -445,12 +509,17 @@ def _parts(document):
 
 
 def _cut(file, stream, head, division, length):
-    """The Chunks of a text or of JSONL, of which `head` is read already: whole documents, unless one is larger than LARGE.
+    """The Chunks of a text or of JSONL, of which `head` is read already: whole documents, unless
+    one is larger than LARGE.
 
     length: characters of a text that is alone in its split.
     """
     separator = division.separator and re.compile(division.separator.encode())
-    data, at_end, key = bytearray(head.removeprefix(codecs.BOM_UTF8)), len(head) <= PIECE, b'' if length else None
+    data, at_end, key = (
+        bytearray(head.removeprefix(codecs.BOM_UTF8)),
+        len(head) <= PIECE,
+        b'' if length else None,
+    )
     offset, line, characters = len(head) - len(data), 1, 0
     limit = MOST if file.kind == 'jsonl' else LARGE
 
@@ -458,9 +527,14 @@ def _cut(file, stream, head, division, length):
         nonlocal offset, line, characters
         taken = bytes(data[:n])
         place = (characters, length) if length else None
-        chunk = Chunk(file.name, file.kind, taken, offset, line, place=place, split=file.split,
-                      **facts)
-        offset, line, characters = offset + n, line + taken.count(b'\n'), characters + (_characters(taken) if length else 0)
+        chunk = Chunk(
+            file.name, file.kind, taken, offset, line, place=place, split=file.split, **facts
+        )
+        offset, line, characters = (
+            offset + n,
+            line + taken.count(b'\n'),
+            characters + (_characters(taken) if length else 0),
+        )
         del data[:n]
         return chunk
 
@@ -478,7 +552,7 @@ def _cut(file, stream, head, division, length):
             more = stream.read(max(PIECE, len(data)))
             data += more
             at_end = not more
-        elif key is not None and ends:      # here ends a document that came in parts
+        elif key is not None and ends:  # here ends a document that came in parts
             yield take(ends[0], key=key, is_first=False)
             key = None
         elif ends:
@@ -487,7 +561,7 @@ def _cut(file, stream, head, division, length):
             yield take(len(data), key=key, is_first=not key)
         else:
             end = LARGE
-            if matches and 0 < matches[0].start() < LARGE:      # a separator is not cut
+            if matches and 0 < matches[0].start() < LARGE:  # a separator is not cut
                 end = matches[0].start()
             n, is_first = _safe_end(bytes(data[:end])), not key
             if is_first:
@@ -497,13 +571,13 @@ def _cut(file, stream, head, division, length):
 
 def _safe_end(data):
     """The last place in these bytes where a text can be cut."""
-    for begin in (max(0, len(data) - (1 << 16)), 0):       # the end is enough for most
+    for begin in (max(0, len(data) - (1 << 16)), 0):  # the end is enough for most
         text = data[begin:].decode(errors='surrogateescape')
         for pattern in CUTS:
             if found := [match.end() for match in pattern.finditer(text)]:
-                return begin + len(text[:found[-1]].encode(errors='surrogateescape'))
+                return begin + len(text[: found[-1]].encode(errors='surrogateescape'))
     n = len(data) - 1
-    while n > len(data) - 4 and data[n] & 0xC0 == 0x80:     # not inside a character
+    while n > len(data) - 4 and data[n] & 0xC0 == 0x80:  # not inside a character
         n -= 1
     return n
 
@@ -553,8 +627,10 @@ def _parsed(row):
     try:
         line = row.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start:,} of the line: `iconv -f ITS_ENCODING "
-                         "-t UTF-8` converts the file") from None
+        raise ValueError(
+            f"not UTF-8 at byte {error.start:,} of the line: `iconv -f ITS_ENCODING "
+            "-t UTF-8` converts the file"
+        ) from None
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -591,7 +667,8 @@ def _first_row(file, field):
 
 
 def _good_rows(file):
-    """The rows at the beginning of a file. Those that can't be parsed are reported when all are read."""
+    """The rows at the beginning of a file. Those that can't be parsed are reported when all are
+    read."""
     if file.kind == 'parquet':
         with _parquet_file(file) as found:
             for batch in found.iter_batches(1):
@@ -612,8 +689,10 @@ def _parquet(file, fields, optional=()):
         columns = [field if field in names else field.split('.')[0] for field in fields]
         for column in columns:
             if column not in names:
-                raise ValueError(f"{file.name} has no column {column!r}, only {', '.join(names)}: "
-                                 f"{conversations.WHICH_FIELD}")
+                raise ValueError(
+                    f"{file.name} has no column {column!r}, only {', '.join(names)}: "
+                    f"{conversations.WHICH_FIELD}"
+                )
         for field in optional:
             column = field if field in names else field.split('.')[0]
             if column in names and column not in columns:
@@ -621,9 +700,14 @@ def _parquet(file, fields, optional=()):
         n, line = found.metadata.num_rows, 1
         for i in range(found.num_row_groups):
             group = found.metadata.row_group(i)
-            size = sum(column.total_uncompressed_size for column in map(group.column, range(group.num_columns))
-                       if column.path_in_schema.split('.')[0] in columns)
-            for batch in found.iter_batches(max(1, PIECE * group.num_rows // max(1, size)), [i], columns):
+            size = sum(
+                column.total_uncompressed_size
+                for column in map(group.column, range(group.num_columns))
+                if column.path_in_schema.split('.')[0] in columns
+            )
+            for batch in found.iter_batches(
+                max(1, PIECE * group.num_rows // max(1, size)), [i], columns
+            ):
                 at = file.size * (line - 1 + len(batch)) // n
                 yield Chunk(file.name, file.kind, batch.to_pylist(), at, line, split=file.split)
                 line += len(batch)

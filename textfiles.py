@@ -1,7 +1,9 @@
-"""Files of text by their names: those of folders and globs, standard input, datasets on the Hugging Face Hub; packed ones.
+"""Files of text by their names: those of folders and globs, standard input, datasets on the Hugging
+Face Hub; packed ones.
 
 Judges by a file's name what kind it is, and by its beginning whether it is text at all.
 """
+
 import codecs
 import contextlib
 import fnmatch
@@ -22,31 +24,38 @@ import conversations
 import files
 import hub
 
-BLOCK = 1 << 20     # bytes read at a time
-SNIFF = 1 << 16     # bytes at the beginning of a file by which it is taken for text
+BLOCK = 1 << 20  # bytes read at a time
+SNIFF = 1 << 16  # bytes at the beginning of a file by which it is taken for text
 # Named like these, a file holds rows that somebody exported, not text.
 TABLES = '.csv', '.tsv', '.json'
-STANDARD_INPUT = 'standard input'      # the File's name
-BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
-                    codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16'}
+STANDARD_INPUT = 'standard input'  # the File's name
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: 'UTF-32',
+    codecs.BOM_UTF32_BE: 'UTF-32',
+    codecs.BOM_UTF16_LE: 'UTF-16',
+    codecs.BOM_UTF16_BE: 'UTF-16',
+}
 
 
 class File(NamedTuple):
-    name: str           # as the user knows it
+    name: str  # as the user knows it
     path: Path
-    kind: str           # text, jsonl, parquet, or table: one of TABLES, which is an error
-    packed: str         # '', gz, zst
-    size: int           # bytes on the disk
-    changed: object     # what tells it from another file of this name and size
-    origin: tuple | None = None     # repository, commit and name of a file of the Hub, which is fetched to `path`
-    split: str | None = None        # where its documents go; None: by a hash of each
+    kind: str  # text, jsonl, parquet, or table: one of TABLES, which is an error
+    packed: str  # '', gz, zst
+    size: int  # bytes on the disk
+    changed: object  # what tells it from another file of this name and size
+    # repository, commit and name of a file of the Hub, which is fetched to `path`
+    origin: tuple | None = None
+    split: str | None = None  # where its documents go; None: by a hash of each
 
 
 def find(word, field=None, folder=None, as_text=False):
-    """The Files that a word stands for: a file, a folder, a glob, `-`, owner/name[@revision][:folder or glob] on the Hub.
+    """The Files that a word stands for: a file, a folder, a glob, `-`,
+    owner/name[@revision][:folder or glob] on the Hub.
 
-    field: where it is given, .json and standard input hold rows. folder: in whose files.workplace copies go; the bins there
-    are not sources. as_text: read TABLES as the text that they are. Raises ValueError or OSError.
+    field: where it is given, .json and standard input hold rows. folder: in whose files.workplace
+    copies go; the bins there are not sources. as_text: read TABLES as the text that they are.
+    Raises ValueError or OSError.
     """
     if not word:
         raise ValueError("a source has an empty name")
@@ -63,9 +72,13 @@ def find(word, field=None, folder=None, as_text=False):
         stem = word.rstrip('/')
         return _readable(word, [_file(f'{stem}/{name}', p, field, as_text) for name, p in found])
     if path.exists():
-        raise ValueError(f"{word} is neither a file nor a folder: send it to standard input, and take - for its name")
+        raise ValueError(
+            f"{word} is neither a file nor a folder: send it to standard input, and take - for its name"
+        )
     if glob.has_magic(str(path)):
-        names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        names = sorted(
+            name for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
+        )
         if names:
             return _readable(word, [_file(name, Path(name), field, as_text) for name in names])
     return _on_the_hub(word, field, folder)
@@ -78,8 +91,10 @@ def _walk(path, folder):
         is_own = Path(root).resolve() == own
         folders[:] = [name for name in folders if not name.startswith('.')]
         for name in names:
-            left_out = name.startswith('.') or (is_own and (name == 'meta.json' or name.endswith(('.bin', '.mask'))))
-            if not left_out and Path(root, name).is_file():     # no socket, no link to nowhere
+            left_out = name.startswith('.') or (
+                is_own and (name == 'meta.json' or name.endswith(('.bin', '.mask')))
+            )
+            if not left_out and Path(root, name).is_file():  # no socket, no link to nowhere
                 yield Path(root, name)
 
 
@@ -119,15 +134,21 @@ def _standard_input(field, folder):
 
 
 def _on_the_hub(word, field, folder):
-    """The files of owner/name[@revision][:folder or glob], a dataset on the Hub or in NANOGPT_MIRROR. A command that was
-    stopped goes on with the commit that it began with."""
+    """The files of owner/name[@revision][:folder or glob], a dataset on the Hub or in
+    NANOGPT_MIRROR. A command that was stopped goes on with the commit that it began with."""
     where, _, part = word.partition(':')
     repo, _, revision = where.partition('@')
-    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo) or re.search(r'\.(txt|jsonl?|parquet|md|gz|zst)$', repo):
-        raise FileNotFoundError(f"there is no file{' like' if glob.has_magic(word) else ' or folder'} {word}")
-    if not revision:    # else it can't be meant for a file
-        print(f"{word}: there is no such file or folder here, so it is taken for a dataset on the Hugging Face Hub",
-              flush=True)
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo) or re.search(
+        r'\.(txt|jsonl?|parquet|md|gz|zst)$', repo
+    ):
+        raise FileNotFoundError(
+            f"there is no file{' like' if glob.has_magic(word) else ' or folder'} {word}"
+        )
+    if not revision:  # else it can't be meant for a file
+        print(
+            f"{word}: there is no such file or folder here, so it is taken for a dataset on the Hugging Face Hub",
+            flush=True,
+        )
     try:
         if mirror := hub.mirror_folder(repo):
             found = sorted((p.relative_to(mirror).as_posix(), p) for p in _walk(mirror, folder))
@@ -136,25 +157,49 @@ def _on_the_hub(word, field, folder):
         commits = json.loads(pinned.read_text(encoding='utf-8')) if pinned.is_file() else {}
         commit, sizes = hub.listing(repo, commits.get(where) or revision or None)
     except OSError as error:
-        raise error if revision else OSError(f"{word} is neither a file nor a folder here, and {error}") from None
+        raise (
+            error
+            if revision
+            else OSError(f"{word} is neither a file nor a folder here, and {error}")
+        ) from None
     pinned.parent.mkdir(parents=True, exist_ok=True)
     pinned.write_text(json.dumps({**commits, where: commit}), encoding='utf-8')
     wanted = sorted(name for name in sizes if _is_wanted(name, part))
     if not wanted:
-        raise ValueError(f"{word}: of the {len(sizes)} files of commit {commit}, none is called .parquet, .jsonl or .txt "
-                         + f"and lies in {part}" * bool(part))
-    print(f"{repo}: commit {commit}, {len(wanted):,} file(s), {sum(map(sizes.get, wanted)) / 1e6:,.1f} MB, the first is "
-          f"{wanted[0]}; each is removed when it is read", flush=True)
+        raise ValueError(
+            f"{word}: of the {len(sizes)} files of commit {commit}, none is called .parquet, .jsonl or .txt "
+            + f"and lies in {part}" * bool(part)
+        )
+    print(
+        f"{repo}: commit {commit}, {len(wanted):,} file(s), {sum(map(sizes.get, wanted)) / 1e6:,.1f} MB, the first is "
+        f"{wanted[0]}; each is removed when it is read",
+        flush=True,
+    )
     path = pinned.with_name('hub') / repo.replace('/', '--')
-    return [File(f'{repo}:{name}', path / name, *_kind(name, field), sizes[name], commit, (repo, commit, name))
-            for name in wanted]
+    return [
+        File(
+            f'{repo}:{name}',
+            path / name,
+            *_kind(name, field),
+            sizes[name],
+            commit,
+            (repo, commit, name),
+        )
+        for name in wanted
+    ]
 
 
 def _is_wanted(name, part):
-    """Whether a file of a dataset is text or rows, and in the folder `part` or called as that glob says."""
+    """Whether a file of a dataset is text or rows, and in the folder `part` or called as that glob
+    says."""
     is_text = re.search(r'\.(parquet|(jsonl|ndjson|jsonlines|txt)(\.gz|\.zst)?)$', name.lower())
-    is_inside = not re.search(r'(^|/)\.\.(/|$)|^/|[\\:\x00-\x1f]', name)  # a server's word: it stays in the folder
-    return is_text and is_inside and (not part or fnmatch.fnmatch(name, part) or name.startswith(part.rstrip('/') + '/'))
+    # a server's word: it stays in the folder
+    is_inside = not re.search(r'(^|/)\.\.(/|$)|^/|[\\:\x00-\x1f]', name)
+    return (
+        is_text
+        and is_inside
+        and (not part or fnmatch.fnmatch(name, part) or name.startswith(part.rstrip('/') + '/'))
+    )
 
 
 def _checked(file):
@@ -168,10 +213,12 @@ def _readable(word, found):
     there are TABLES: they may be most of somebody's data."""
     tables = [file.name for file in found if file.kind == 'table']
     if tables:
-        raise ValueError(f"{word}: {len(tables):,} of {len(found):,} files are .csv, .tsv or "
-                         f".json, not text; the first is {tables[0]}. Convert them (the error for "
-                         "one alone says how), leave them out by a glob in quotes, such as "
-                         "'*.txt', or read them as they are with --as_text")
+        raise ValueError(
+            f"{word}: {len(tables):,} of {len(found):,} files are .csv, .tsv or "
+            f".json, not text; the first is {tables[0]}. Convert them (the error for "
+            "one alone says how), leave them out by a glob in quotes, such as "
+            "'*.txt', or read them as they are with --as_text"
+        )
     readable, not_text, not_lines = [], [], []
     for file in found:
         why_not_text, why_not_lines = _judged(file)
@@ -182,12 +229,16 @@ def _readable(word, found):
         else:
             readable.append(file)
     if not_text:
-        print(f"{word}: {len(not_text):,} of {len(found):,} files left out, which are not UTF-8 "
-              f"text; the first is {not_text[0]}")
+        print(
+            f"{word}: {len(not_text):,} of {len(found):,} files left out, which are not UTF-8 "
+            f"text; the first is {not_text[0]}"
+        )
     if not_lines:
         first, why = not_lines[0]
-        print(f"{word}: {len(not_lines):,} of {len(found):,} files left out, which do not hold a "
-              f"row on each line; the first, {first}, {why}")
+        print(
+            f"{word}: {len(not_lines):,} of {len(found):,} files left out, which do not hold a "
+            f"row on each line; the first, {first}, {why}"
+        )
     return readable
 
 
@@ -240,8 +291,10 @@ def _how_to_convert(file, head):
         return _how_to_convert_json(file, head)
     dialect = ",delimiter='\\t'" if ending == '.tsv' else ''
     command = _command(file, f"for row in csv.DictReader({_opened(file, as_text=True)}{dialect})")
-    return (f"is not text but a table: `{command}` writes its rows as lines, whose columns --field "
-            "names; --as_text reads it as it is")
+    return (
+        f"is not text but a table: `{command}` writes its rows as lines, whose columns --field "
+        "names; --as_text reads it as it is"
+    )
 
 
 def _how_to_convert_json(file, head):
@@ -254,8 +307,10 @@ def _how_to_convert_json(file, head):
     except (ValueError, RecursionError):
         row = None
     if isinstance(row, (dict, list)) and others.strip():
-        return ("holds a row on each line: --field=KEY reads what is under that key, or call it "
-                f".jsonl{as_it_is}")
+        return (
+            "holds a row on each line: --field=KEY reads what is under that key, or call it "
+            f".jsonl{as_it_is}"
+        )
     return f"is not text but {_how_to_convert_object(file)}{as_it_is}"
 
 
@@ -292,7 +347,7 @@ def _how_to_convert_array(file, head):
         if has_messages and is_cut_off and file.kind == 'jsonl':
             return ''
     rows = f'for row in {_parsed(file)}'
-    if has_messages:        # it is one row itself
+    if has_messages:  # it is one row itself
         rows = f'for row in [{_parsed(file)}]'
     return f"one JSON array: `{_command(file, rows)}` writes its rows as lines"
 
@@ -302,7 +357,7 @@ def _begins_with_message(text):
     text = text[1:].lstrip()
     try:
         return conversations.is_message(json.JSONDecoder().raw_decode(text)[0])
-    except (ValueError, RecursionError):      # it is longer
+    except (ValueError, RecursionError):  # it is longer
         return re.match(r'\{\s*"(role|from|content|value)"\s*:', text) is not None
 
 
@@ -321,7 +376,7 @@ def _stem_and_ending(file):
     a.JSON.gz."""
     name = file.name
     if file.packed:
-        name = name[:-len(f'.{file.packed}')]
+        name = name[: -len(f'.{file.packed}')]
     stem, dot, ending = name.rpartition('.')
     return stem, (dot + ending).lower()
 
@@ -336,7 +391,7 @@ def _command(file, rows):
     modules += [name for name in ('csv', 'gzip', 'zstandard') if f'{name}.' in rows]
     program = f"import {','.join(modules)};"
     if 'csv' in modules:
-        program += 'csv.field_size_limit(1<<30);'       # else texts end at 128 KB
+        program += 'csv.field_size_limit(1<<30);'  # else texts end at 128 KB
     command = f'python -c "{program}[print(json.dumps(row)) {rows}]"'
     if file.name == STANDARD_INPUT:
         return command
@@ -371,9 +426,11 @@ def read_text(path, as_text=False):
     name says that it holds rows. Raises ValueError or OSError."""
     file = _file(str(path), Path(path), field=None)
     if file.kind != 'text' and not as_text:
-        raise ValueError(f"{path} holds rows, not text: `python data/prepare.py NAME "
-                         f"{shlex.quote(str(path))}` makes a dataset of them, whose NAME can be "
-                         "given instead")
+        raise ValueError(
+            f"{path} holds rows, not text: `python data/prepare.py NAME "
+            f"{shlex.quote(str(path))}` makes a dataset of them, whose NAME can be "
+            "given instead"
+        )
     with reading(file) as (_, stream):
         content = stream.read()
     if wrong := _why_not_text(content[:SNIFF], is_whole=len(content) < SNIFF):
@@ -394,9 +451,14 @@ def reading(file):
                 try:
                     import zstandard
                 except ImportError:
-                    raise ValueError(f"{file.name} needs a package: pip install zstandard") from None
+                    raise ValueError(
+                        f"{file.name} needs a package: pip install zstandard"
+                    ) from None
                 damages.append(zstandard.ZstdError)
-                yield raw, io.BufferedReader(_Unpacked(_frames(raw, zstandard.ZstdDecompressor())), BLOCK)
+                yield (
+                    raw,
+                    io.BufferedReader(_Unpacked(_frames(raw, zstandard.ZstdDecompressor())), BLOCK),
+                )
             else:
                 yield raw, gzip.GzipFile(fileobj=raw) if file.packed else raw
     except tuple(damages) as error:
@@ -404,9 +466,10 @@ def reading(file):
 
 
 def _frames(raw, zstd):
-    """What a .zst file holds, block by block. EOFError where its end is missing: the library's own reader says nothing."""
+    """What a .zst file holds, block by block. EOFError where its end is missing: the library's own
+    reader says nothing."""
     frame = None
-    while block := raw.read(1 << 12):       # a block may hold 32,000 times its size
+    while block := raw.read(1 << 12):  # a block may hold 32,000 times its size
         while block:
             frame = frame or zstd.decompressobj()
             yield frame.decompress(block)

@@ -1,7 +1,9 @@
-"""Weights for generation, in bfloat16, float16 or int8: a token costs reading them once, so half the bytes, half the time.
-
-On a CPU, decode.c does a token's products, and GPT-2's whole blocks; it is compiled when it is first needed.
+"""Weights for generation, in bfloat16, float16 or int8: a token costs reading them once, so half
+the bytes, half the time.
+ On a CPU, decode.c does a token's products, and GPT-2's whole blocks; it is compiled when it is
+first needed.
 """
+
 import contextlib
 import ctypes
 import functools
@@ -19,23 +21,38 @@ from torch.nn import functional as F
 
 import model as gpt
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
+DTYPES = {
+    'float32': torch.float32,
+    'bfloat16': torch.bfloat16,
+    'float16': torch.float16,
+    'int8': torch.int8,
+}
 # decode.c's WEIGHT and CACHE for each; bfloat16 is two bytes to C.
-C_TYPES = {'float32': ('float', 'float'), 'bfloat16': ('uint16_t', 'uint16_t'), 'int8': ('int8_t', 'uint16_t')}
-ACTIVATIONS = {'exact': 0, 'tanh': 1, 'relu': 2}    # GPTConfig's gelu, as decode.c numbers them
-FEW = 16    # rows, for which decode.c is the faster way
+C_TYPES = {
+    'float32': ('float', 'float'),
+    'bfloat16': ('uint16_t', 'uint16_t'),
+    'int8': ('int8_t', 'uint16_t'),
+}
+ACTIVATIONS = {'exact': 0, 'tanh': 1, 'relu': 2}  # GPTConfig's gelu, as decode.c numbers them
+FEW = 16  # rows, for which decode.c is the faster way
 
 
 def prepare(model, dtype, compile=False):
-    """Keep the matrices of `model`'s Linears, in place, in dtype, one of DTYPES, and its cache too (int8: in bfloat16).
+    """Keep the matrices of `model`'s Linears, in place, in dtype, one of DTYPES, and its cache too
+    (int8: in bfloat16).
 
-    Embeddings, norms and biases stay float32, and so does what flows between them. compile: by torch.compile, not decode.c.
-    The model has to stay on its device from here on. Raises ValueError where int8 is no gain: it is for decode.c.
+    Embeddings, norms and biases stay float32, and so does what flows between them. compile: by
+    torch.compile, not decode.c. The model has to stay on its device from here on. Raises ValueError
+    where int8 is no gain: it is for decode.c.
     """
     device = next(model.parameters(), torch.empty(0)).device.type
-    library = _library(*C_TYPES[dtype]) if device == 'cpu' and dtype in C_TYPES and not compile else None
+    library = (
+        _library(*C_TYPES[dtype]) if device == 'cpu' and dtype in C_TYPES and not compile else None
+    )
     if dtype == 'int8' and not library:
-        raise ValueError("dtype='int8' is for a CPU with a C compiler (cc), without --compile=True: take --dtype=auto")
+        raise ValueError(
+            "dtype='int8' is for a CPU with a C compiler (cc), without --compile=True: take --dtype=auto"
+        )
     if compile:
         model.compile()
     if dtype == 'float32' and not library:
@@ -56,9 +73,11 @@ def can_int8():
 
 
 class Linear(nn.Module):
-    """An nn.Linear with its matrix in `dtype`. int8: whole numbers up to 127, times a scale per output.
+    """An nn.Linear with its matrix in `dtype`. int8: whole numbers up to 127, times a scale per
+    output.
 
-    library: decode.c, for up to FEW rows; what one of them gives does not depend on the others, to the bit.
+    library: decode.c, for up to FEW rows; what one of them gives does not depend on the others, to
+    the bit.
     """
 
     def __init__(self, linear, dtype, library=None):
@@ -70,7 +89,8 @@ class Linear(nn.Module):
         self.register_buffer('weight', weight.to(dtype).contiguous())
         self.register_buffer('scale', scale)
         self.register_buffer('bias', None if linear.bias is None else linear.bias.detach())
-        self.product = library and library.product if weight.size(1) >= 64 else None    # decode.c counts in 64s
+        # decode.c counts in 64s
+        self.product = library and library.product if weight.size(1) >= 64 else None
         self.matrix = library and _pointers(self.weight, scale, self.bias)
 
     def forward(self, x):
@@ -87,7 +107,8 @@ class Linear(nn.Module):
 
 
 class Blocks(nn.Module):
-    """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`, with their Linears."""
+    """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`,
+    with their Linears."""
 
     def __init__(self, blocks, config, library, cache_dtype):
         super().__init__()
@@ -103,22 +124,45 @@ class Blocks(nn.Module):
 
     def forward(self, x, past=None):
         B, T, C = x.shape
-        if past is None or T > 1 or B > FEW or x.dtype != torch.float32 or past.tensors[0].dtype != self.cache_dtype:
-            for block, own in zip(self.blocks, past.cache.layers if past else itertools.repeat(None)):
+        if (
+            past is None
+            or T > 1
+            or B > FEW
+            or x.dtype != torch.float32
+            or past.tensors[0].dtype != self.cache_dtype
+        ):
+            for block, own in zip(
+                self.blocks, past.cache.layers if past else itertools.repeat(None)
+            ):
                 x = block(x, own)
             return x
         config, cache = self.config, past.cache
         kv = _pointers(*itertools.chain(*cache.kept))
         first = None if cache.first is None else cache.first.data_ptr()
         space = x.new_empty(B * (C + max(3 * C, config.inner)))
-        self.run(self.layers, len(self.blocks), x.data_ptr(), kv, first, space.data_ptr(),
-                 B, C, config.n_head, config.inner, cache.room, cache.length - 1,
-                 ACTIVATIONS[config.gelu], config.norm_eps)
+        self.run(
+            self.layers,
+            len(self.blocks),
+            x.data_ptr(),
+            kv,
+            first,
+            space.data_ptr(),
+            B,
+            C,
+            config.n_head,
+            config.inner,
+            cache.room,
+            cache.length - 1,
+            ACTIVATIONS[config.gelu],
+            config.norm_eps,
+        )
         return x
 
 
 def _pointers(*tensors):
-    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+    return (ctypes.c_void_p * len(tensors))(
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    )
 
 
 def _loaded(path):
@@ -131,33 +175,48 @@ def _loaded(path):
 
 @functools.cache
 def _library(weight, cache):
-    """decode.c for these types, compiled for this CPU and kept in the user's cache; None where there is no C compiler."""
+    """decode.c for these types, compiled for this CPU and kept in the user's cache; None where
+    there is no C compiler."""
     source = Path(__file__).with_name('decode.c')
-    flags = (f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC '      # and sums in any order
-             '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno').split()
+    # and sums in any order
+    flags = (
+        f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC '
+        '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno'
+    ).split()
     flags += ['-mprefer-vector-width=512'] * (platform.machine().lower() in ('x86_64', 'amd64'))
     about = [source.read_text(encoding='utf-8'), platform.machine(), platform.processor(), *flags]
-    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+    with (
+        contextlib.suppress(OSError),
+        open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file,
+    ):
         about += [line for line in file if line.startswith(('flags', 'Features', 'model name'))]
     try:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'
         path = folder / f"decode-{hashlib.sha256(''.join(about).encode()).hexdigest()[:16]}.so"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if hasattr(os, 'getuid') and folder.stat().st_uid != os.getuid():
-            return None     # code of somebody else's may be in it
+            return None  # code of somebody else's may be in it
         library = _loaded(path)
         if library is None:
             with tempfile.TemporaryDirectory(dir=folder) as fresh:
                 # Apple's compiler has no OpenMP: on one thread, only int8 is faster than torch
                 for threads in [['-fopenmp']] + [[]] * (weight == 'int8_t'):
-                    command = ['cc', *flags, *threads, str(source), '-lm', '-o', f'{fresh}/decode.so']
+                    command = [
+                        'cc',
+                        *flags,
+                        *threads,
+                        str(source),
+                        '-lm',
+                        '-o',
+                        f'{fresh}/decode.so',
+                    ]
                     if subprocess.run(command, capture_output=True).returncode == 0:
                         os.replace(f'{fresh}/decode.so', path)
                         break
             library = _loaded(path)
         if library is None:
             return None
-    except (OSError, RuntimeError):     # no compiler, nowhere to write, no home
+    except (OSError, RuntimeError):  # no compiler, nowhere to write, no home
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.product.argtypes, library.product.restype = [pointer] * 3 + [number] * 3, None
