@@ -1,16 +1,18 @@
 """Makes a dataset of your own text: train.bin, val.bin and meta.json, for train.py --dataset=NAME.
 
-    python data/prepare.py mine book.txt python data/prepare.py mine texts/ 'more/**/*.md'
-    dump.jsonl.zst pages.parquet --document=paragraph python data/prepare.py mine stories.txt
-    --document='<|endoftext|>' --val=stories-valid.txt python data/prepare.py ./mine book.txt python
-    data/prepare.py mine chats.jsonl --skip_bad_rows python data/prepare.py mine questions.parquet
-    --field=question,answer python data/prepare.py mine HuggingFaceFW/fineweb-edu:sample/10BT
-    --shard_tokens=100_000_000 zcat big.txt.gz | python data/prepare.py mine -
-    --tokenizer=train:bpe:8192 --split=0.98,0.01,0.01
+    python data/prepare.py mine book.txt
+    python data/prepare.py mine texts/ 'more/**/*.md' dump.jsonl.zst --document=paragraph
+    python data/prepare.py mine stories.txt --document='<|endoftext|>' --val=stories-valid.txt
+    python data/prepare.py ./mine book.txt
+    python data/prepare.py mine chats.jsonl --skip_bad_rows
+    python data/prepare.py mine questions.parquet --field=question,answer
+    python data/prepare.py mine HuggingFaceFW/fineweb-edu:sample/10BT --shard_tokens=100_000_000
+    zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192
 
 NAME is a folder in this repository's data/. With a slash in it, or a dot in front, it is a path,
 and a relative one begins where you stand.
- SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as
+
+SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as
 .gz or .zst, folders of these, globs in quotes, - for standard input, and
 owner/name[@REVISION][:FOLDER-OR-GLOB] for a dataset on the Hugging Face Hub, whose files are
 fetched one after the other and not kept. Of folders and globs, files that are not UTF-8 text, and
