@@ -3,15 +3,16 @@
     python bench.py                                         # GPT-2 124M on random tokens
     python bench.py config/train_shakespeare_char.py --versus="--dtype=float32 --attention=sdpa"
     python bench.py config/train_shakespeare_char.py --versus=config/baseline_shakespeare_char.py --target=1.9 --rounds=3
-    python bench.py generation                              # generation: bench_generation.py, with its settings
- Settings that are not its own go to train.py. With --versus, both sides get them, the second also
+    python bench.py generation                              # generation instead, see generation/benchmark.py
+
+Settings that are not its own go to train.py. With --versus, both sides get them, the second also
 those of `versus`; config files there take the place of the first side's. The two take turns, so
 that a machine whose speed drifts is fair to both. With --target, each side runs to its own end, and
 the clock is a user's, from the start of the command (start-up lasts until the loop begins) to its
 end. The loss that counts is the last one, over the whole validation split.
 """
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 begin_script()  # before the imports, which take seconds
 
@@ -29,9 +30,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import runtime
 from configurator import configure, parse
-from runtime import fail, user_errors
+from system import device as runtime
+from system.device import fail, user_errors
 
 # ---- settings ------------------------------------------------------------------------------------
 steps = 20  # timed steps of each run
@@ -43,11 +44,11 @@ versus = ''  # settings of a second side to compare with, or its config files, i
 target = 0.0  # time whole runs, to this validation loss; 0: time steps
 real_data = 'auto'  # False: random tokens; auto: random tokens where no config file says the data
 profile = False  # also write a trace into out-bench/profile
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 if sys.argv[1:2] == ['generation']:
-    sys.argv = [str(Path(__file__).with_name('bench_generation.py')), *sys.argv[2:]]
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    del sys.argv[1]
+    runpy.run_module('generation.benchmark', run_name='__main__')
     sys.exit()
 with user_errors():
     files, wishes, _wants_help = parse(sys.argv[1:])

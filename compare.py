@@ -3,12 +3,13 @@ and training time.
 
     python compare.py out-zoo-*                                         # the table, as Markdown, and ./compare.png
     python compare.py out-a out-b --names="small, large" --out=two.svg
- It needs each run's metrics.jsonl and config.json, no more. The loss is that of the last
+
+It needs each run's metrics.jsonl and config.json, no more. The loss is that of the last
 evaluation, which a finished run makes over the whole validation split; time is what the steps took,
 without start-up and evaluations.
 """
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 begin_script()  # before the imports, which take seconds
 
@@ -17,15 +18,15 @@ import os
 import sys
 from pathlib import Path
 
-import files
 from configurator import Texts, configure, divided
-from metrics import seconds, short
-from mistakes import fail, user_errors
+from system import files
+from system.errors import fail, user_errors
+from training.metrics import seconds, short
 
 # ---- settings ------------------------------------------------------------------------------------
 out = 'compare.png'  # the picture, .png, .svg or .pdf
 names = Texts()  # labels of the runs, with commas between, or as a list; default: folder names
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 COLOURS = '#1f5fa8', '#d1602c', '#3a8a4d', '#8a4fa3', '#a8842c', '#3f98a0', '#b0476a', '#666666'
 

@@ -1,12 +1,14 @@
 """Settings: a script's module globals, which config files and the command line override.
 
     python train.py config/train_gpt2.py --batch_size=8 --compile False learning_rate=1e-4
- A setting is a global of type bool, int, float, str or Texts. A config file is Python, run over
+
+A setting is a global of type bool, int, float, str or Texts. A config file is Python, run over
 those globals; what it assigns is checked like the command line: the key must exist, the type must
 fit. The command line is applied before the files, so that a file sees the wished device, and again
 after them, so that it wins. Settings whose default is 'auto' also accept their real type; whoever
 resolves them checks the value.
- A file may have names of its own: modules, functions, names that begin with _, and names that it
+
+A file may have names of its own: modules, functions, names that begin with _, and names that it
 reads again, such as a number from which settings are computed. A name that it only assigns, or that
 is nearly a setting's, is a mistake. Of the names that `from MODULE import *` binds, only those
 count that are settings and have a plain value.

@@ -3,19 +3,21 @@
     python evaluate.py --out_dir=out-shakespeare-char
     python evaluate.py --init_from=gpt2 --tasks=bpb,perplexity,lambada,hellaswag
     python evaluate.py --init_from=path/to/folder --tasks=perplexity --dataset=book.txt --stride=64
- bpb: the text as train.py evaluates it, in windows side by side, every token but the first
+
+bpb: the text as train.py evaluates it, in windows side by side, every token but the first
 predicted once. perplexity: windows move on by `stride` tokens, so that each token is scored once,
 with at least block_size - stride tokens before it, where there are so many. The text follows an
 end-of-text token, where the tokenizer has one. lambada: the last word of a passage (arXiv
 1606.06031, OpenAI's version); acc: every one of its tokens is the likeliest. hellaswag: the right
 one of four endings (arXiv 1905.07830); acc by log-probability, acc_norm by that per character.
- The figures are lm-evaluation-harness's for lambada_openai, hellaswag and, with
+
+The figures are lm-evaluation-harness's for lambada_openai, hellaswag and, with
 --stride=block_size, rolling perplexity. Bits per byte and word perplexity compare models with
 different tokenizers. Where one loses some of a text, they are of the text as it was: --limit takes
 a share of its bytes, and prepared data has no words. Probabilities are over padded ids too.
 """
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 begin_script()  # before the imports, which take seconds
 
@@ -32,14 +34,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import checkpoint
-import files
-import runtime
-import textfiles
 from configurator import configure
-from dataset import ROOT
-from mixture import open_one
-from runtime import fail, user_errors
+from system import device as runtime
+from system import files
+from system.device import fail, user_errors
+from text import textfiles
+from text.dataset import ROOT
+from text.mixture import open_one
+from training import checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -55,7 +57,7 @@ batch_size = 8  # windows or endings at a time
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'float32'  # float32, bfloat16, float16; auto: the fastest that the device has
 out = ''  # JSON file for results and settings; default: out_dir/evaluation.json of a run
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # each with the sha256 that the dataset_infos.json of its Hugging Face dataset has for this URL
 DOWNLOADS = {

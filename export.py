@@ -3,11 +3,12 @@ as it is.
 
     python export.py out-baseline-shakespeare-char shakespeare-hf
     python export.py gpt2 gpt2-bf16 --dtype=bfloat16
- The first word may be all that sample.py's --init_from takes; the words are the settings out_dir
+
+The first word may be all that sample.py's --init_from takes; the words are the settings out_dir
 and folder. The way back is --init_from=FOLDER, of train.py, sample.py, evaluate.py and this.
 """
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 begin_script()  # before the imports, which take seconds
 
@@ -19,20 +20,20 @@ from pathlib import Path
 
 import safetensors.torch
 
-import checkpoint
-import files
-import huggingface
 import models
-import runtime
 from configurator import configure
-from runtime import fail, user_errors
+from interop import huggingface
+from system import device as runtime
+from system import files
+from system.device import fail, user_errors
+from training import checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
 out_dir = 'out'  # the run to export
 folder = ''  # to write: one that is not there yet, or empty
 dtype = 'float32'  # of the weights: float32, bfloat16, float16
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def as_settings(words):

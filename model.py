@@ -1,6 +1,7 @@
 """What a language model is here (LanguageModel), and GPT-2's architecture (GPT), OpenAI's weights
 included.
- Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary. GPT-2: Radford et al.
+
+Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary. GPT-2: Radford et al.
 2019, https://github.com/openai/gpt-2 (pre-LayerNorm, learned positions, scaled residual init).
 """
 
@@ -12,11 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import generate
-import huggingface
-import layers
-import optimizer
-from layers import LayerNorm
+from models.parts import layers
+from models.parts.layers import LayerNorm
 
 
 class LanguageModel(nn.Module):
@@ -106,6 +104,8 @@ class LanguageModel(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith('c_attn.weight'):
                 p.n_matrices = 3  # q, k and v, one above the other
+        from training import optimizer
+
         return optimizer.build(
             self.param_groups(),
             weight_decay,
@@ -124,9 +124,9 @@ class LanguageModel(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens): idx continued, one sampled token after the
         other."""
-        return generate.continue_ids(
-            self, idx, max_new_tokens, generate.Sampling(temperature, top_k)
-        )
+        from generation import decode
+
+        return decode.continue_ids(self, idx, max_new_tokens, decode.Sampling(temperature, top_k))
 
 
 @dataclass
@@ -306,6 +306,8 @@ class GPT(LanguageModel):
         overrides: Config fields that hold no weights, such as dropout. Raises ValueError or OSError
         where there is no GPT-2, a file is missing or the download fails.
         """
+        from interop import huggingface
+
         own, fields, weights = huggingface.read(name)
         if own != 'gpt':
             raise ValueError(f"{name} holds no GPT-2 but a {own}: checkpoint.load_model opens it")

@@ -4,13 +4,14 @@ as a picture.
     python plot.py out-shakespeare-char                                     # makes out-shakespeare-char/loss.png
     python plot.py out-a out-b --names="small, large" --out=compared.svg    # without --out: ./loss.png
     python plot.py out-a --y=loss,lr,grad_norm,tokens_per_second            # one below the other
- It needs metrics.jsonl and config.json, no more. Points are evaluations, thin lines steps: each
+
+It needs metrics.jsonl and config.json, no more. Points are evaluations, thin lines steps: each
 value the mean of 2 % of the logged ones around it, but lr's. The log has the wall time of
 evaluations, and how much of it went into steps: those between two are spread evenly over that time
 from the first on, the rest is the second's; those after the last take what was logged.
 """
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 begin_script()  # before the imports, which take seconds
 
@@ -20,15 +21,15 @@ import sys
 import textwrap
 from pathlib import Path
 
-import files
 from configurator import Texts, configure, divided
-from mistakes import fail, user_errors
+from system import files
+from system.errors import fail, user_errors
 
 # ---- settings ------------------------------------------------------------------------------------
 y = 'loss'  # what to draw: loss (training and validation), or names in metrics.jsonl with commas
 out = ''  # the picture: .png, .svg or .pdf; default: named after y, in the run's folder
 names = Texts()  # labels of the runs, with commas between, or as a list; default: folder names
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 COLOURS = '#1f5fa8', '#d1602c', '#3a8a4d', '#8a4fa3', '#a8842c', '#3f98a0', '#b0476a', '#666666'
 UNITS = (

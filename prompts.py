@@ -6,7 +6,7 @@ import io
 import re
 import sys
 
-import textfiles
+from text import textfiles
 
 MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'  # <|im_end|>, [|endofturn|]: how special tokens are spelled
 

@@ -8,7 +8,7 @@ goes to stderr.
     python sample.py --out_dir=out-chat --chat=True --interactive=True      # a run on conversations answers
 """
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 begin_script()  # before the imports, which take seconds
 
@@ -18,14 +18,14 @@ import time
 
 import torch
 
-import checkpoint
-import generate
 import prompts
-import runtime
-import weights
-from chat import Dialogue, Template
 from configurator import Texts, configure
-from runtime import fail, user_errors
+from generation import decode as generate
+from generation import quantize as weights
+from system import device as runtime
+from system.device import fail, user_errors
+from text.chat import Dialogue, Template
+from training import checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -48,7 +48,7 @@ seed = 1337  # of the first sample; each further one takes the next
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # weights: auto, float32, bfloat16, float16, int8 (CPU; fastest for few samples)
 compile = False  # True pays for long samples on a GPU
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def draw(texts):

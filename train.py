@@ -8,7 +8,7 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    # one 
 
 import time
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 _start = time.perf_counter()  # before the imports: they are part of what a user waits for
 begin_script()  # also before them: Ctrl-C is one line from here on
@@ -19,20 +19,19 @@ import sys
 
 import torch
 
-import checkpoint
-import generate
-import guard as guards
-import lora
 import models
-import optimizer as optimizers
-import parallel as processes
-import runtime
 from configurator import configure
-from layers import use_attention
-from metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
-from mixture import open_dataset, prepare_if_small
-from runtime import user_errors
-from watch import Watch
+from generation import decode as generate
+from models.parts.layers import use_attention
+from system import device as runtime
+from system.device import user_errors
+from text.mixture import open_dataset, prepare_if_small
+from training import checkpoint, lora
+from training import distributed as processes
+from training import guard as guards
+from training import optimizer as optimizers
+from training.metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
+from training.watch import Watch
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText --------------------------------------
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
@@ -93,7 +92,7 @@ gradient_checkpointing = False  # recompute activations in backward: less memory
 deterministic = False  # bit-identical repeats on CUDA too; slower
 watch = False  # draw network health (dead units, gradients, update sizes) to out_dir/health.png
 profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or chrome://tracing
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 with user_errors():
     config, given = configure(

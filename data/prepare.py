@@ -37,7 +37,8 @@ is prepared, unless --field=text asks for the text. They are written in a chat t
 the answers are learned, except for those with "weight": 0 or "loss_mask": 0; a row that has one of
 these itself is left out, and counted. A row's "system" or "system_prompt" becomes a turn in front,
 Alpaca's "history" earlier turns, whose answers are read, not learned.
- A run that was stopped goes on when it gets the same command; the bins are the same for any
+
+A run that was stopped goes on when it gets the same command; the bins are the same for any
 --num_proc. Old bins stay until the new ones are whole.
 """
 
@@ -54,19 +55,15 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
-import bins
-import files
-import sources
-import textfiles
-import tokenizer
-import vocabulary
-from dataset import is_path
-from mistakes import fail, user_errors
+from system import files
+from system.errors import fail, user_errors
+from text import bins, sources, textfiles, tokenizer, vocabulary
+from text.dataset import is_path
 
 FLAGS = 'dedup', 'skip_bad_rows', 'as_text'  # options without a value
 # vocabulary.open's options

@@ -1,5 +1,6 @@
 """The next token by the one before it alone: counts, or a table of logits that is learned.
- counted: P(b | a) = (count(a b) + k) / (count(a) + k V), additive smoothing; one pass over the
+
+counted: P(b | a) = (count(a b) + k) / (count(a) + k V), additive smoothing; one pass over the
 data, no optimizer. Only pairs that occur are kept, so any vocabulary will do. learned: row a of a V
 x V table holds the logits after a; it begins with zeros and ends where the counts are, which are
 its maximum likelihood. With `rank`, for large vocabularies, it is the product of a V x rank and a
@@ -13,9 +14,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-import layers
-import ngrams
 from model import LanguageModel
+from models.parts import layers, ngrams
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """A neural probabilistic language model: an MLP over the embeddings of the last `context` tokens,
 laid side by side.
- Bengio, Ducharme, Vincent, Jauvin 2003, https://www.jmlr.org/papers/v3/bengio03a.html: logits = U
+
+Bengio, Ducharme, Vincent, Jauvin 2003, https://www.jmlr.org/papers/v3/bengio03a.html: logits = U
 tanh(H x + d) + b, and with `direct` + W x. Against GPT: no attention; a context of fixed length,
 each place of which has weights of its own. Before a window's first token is padding, with an
 embedding of its own.
- `batchnorm` normalises what tanh gets, as batchnorm.BATCH_NORMS says: ema (moving averages),
+
+`batchnorm` normalises what tanh gets, as batchnorm.BATCH_NORMS says: ema (moving averages),
 precise (measured before each evaluation), frozen (measured once), batch (those of the mini-batch,
 in use too). In training it lets places learn of each other, so that none sees the future holds in
 eval mode only.
@@ -17,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-import batchnorm
-import layers
 from model import LanguageModel
+from models.parts import batchnorm, layers
 
 
 @dataclass

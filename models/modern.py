@@ -1,6 +1,7 @@
 """A GPT as the public speed runs left it: GPT-2's blocks (model.py), with what made them learn
 faster per token.
- Changes from GPT: rotary positions (RoFormer, arXiv 2104.09864) on normalised queries and keys
+
+Changes from GPT: rotary positions (RoFormer, arXiv 2104.09864) on normalised queries and keys
 (arXiv 2010.04245); squared ReLU (Primer, arXiv 2109.08668); norms without weights, and no biases;
 projections into the residual stream begin at zero; a head of its own whose logits are soft-capped
 (Gemma 2, arXiv 2408.00118). Most were put together first in the speed runs at
@@ -21,10 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import attention
-import layers
-from layers import norm
 from model import LanguageModel
+from models.parts import attention, layers
+from models.parts.layers import norm
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Transformer++: GPT-2 as Llama left it, what most open models are today (Touvron et al. 2023,
 arXiv 2302.13971).
- Changes from GPT (model.py): RMSNorm for LayerNorm; rotary positions (arXiv 2104.09864) for learned
+
+Changes from GPT (model.py): RMSNorm for LayerNorm; rotary positions (arXiv 2104.09864) for learned
 ones; SwiGLU (arXiv 2002.05202) for GELU, with a third matrix and so two thirds of the width; no
 biases. attention_kind has grouped heads, as the larger Llamas do, and more; rope_scaling has Llama
 3's rotations for long contexts. A folder of a LlamaForCausalLM loads as it is (--init_from), and
@@ -18,10 +19,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import attention
-import layers
-from layers import RMSNorm
 from model import LanguageModel
+from models.parts import attention, layers
+from models.parts.layers import RMSNorm
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The next token by the two before it: counts, or a table of logits that is learned.
- counted: P(c | a b) = (count(a b c) + k) / (count(a b) + k V), additive smoothing; one pass over
+
+counted: P(c | a b) = (count(a b c) + k) / (count(a b) + k V), additive smoothing; one pass over
 the data, no optimizer. Only triples that occur are kept, so any vocabulary will do. What stands
 before a window's first token is not known: there, P(c | b) of all pairs. learned: a table of logits
 with a row for each (a, b), and for b alone: (V + 1) V rows. With `rank`, for large vocabularies:
@@ -14,9 +15,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-import layers
-import ngrams
 from model import LanguageModel
+from models.parts import layers, ngrams
 
 
 @dataclass

@@ -1,16 +1,19 @@
 """Causal convolutions whose reach doubles from layer to layer: a context of 2^n_layer tokens by
 n_layer products.
- form=gated: WaveNet (van den Oord et al. 2016, arXiv 1609.03499). In each layer, with * a
+
+form=gated: WaveNet (van den Oord et al. 2016, arXiv 1609.03499). In each layer, with * a
 convolution that looks back in steps of its dilation 1, 2, 4, …: z = tanh(W_f * x) σ(W_g * x); x
 grows by a 1x1 product of z, and what the head reads grows by another, the skips. The head: ReLU,
 1x1, ReLU, 1x1. `n_stack` stacks of `n_layer` layers, each beginning at dilation 1. Generation keeps
 each layer's inputs (fast WaveNet, arXiv 1611.09482). Before the first token are zeros.
- form=hierarchical: the MLP (mlp.py) whose context is taken in by pairs, pairs of pairs, …: each
+
+form=hierarchical: the MLP (mlp.py) whose context is taken in by pairs, pairs of pairs, …: each
 level is a Linear over two neighbours, batch norm, tanh. It is a tree over 2^n_layer tokens at every
 position: convolutions of kernel 2 with dilations 1, 2, 4, …, so that trees share their branches.
 Before the first token is padding, with an embedding of its own. That none sees the future holds in
 eval mode only, as in mlp.py, which also says what `batchnorm` may be.
- Against GPT: no attention, no position embeddings; the context is `receptive_field` tokens and
+
+Against GPT: no attention, no position embeddings; the context is `receptive_field` tokens and
 block_size only the window. Shapes: B batch, T time, C channels, V vocabulary.
 """
 
@@ -21,9 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import batchnorm
-import layers
 from model import LanguageModel
+from models.parts import batchnorm, layers
 
 
 @dataclass

@@ -142,8 +142,8 @@ def device():
 
 def write_text(folder, text):
     """Make `folder` a dataset of `text` by characters, nine tenths to train on."""
-    from bins import write_bins
-    from tokenizer import CharTokenizer
+    from text.bins import write_bins
+    from text.tokenizer import CharTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     cut = len(text) * 9 // 10

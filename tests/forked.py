@@ -1,6 +1,7 @@
 """The project's scripts in processes forked from one that has torch loaded: 0.1 s each, where a new
 process takes 3 s.
- So runs can be killed by the hundred, ranks form without torchrun, and a hook breaks something
+
+So runs can be killed by the hundred, ranks form without torchrun, and a hook breaks something
 inside one of them: a function that can be pickled (functools.partial gives it arguments), called in
 the new process before the script.
 """
@@ -30,24 +31,24 @@ import torch
 from conftest import ROOT
 from tqdm.std import TqdmDefaultWriteLock
 
-import checkpoint
+from training import checkpoint
 
-# parallel is left out: it reads its rank when it is imported
+# training.distributed is left out: it reads its rank when it is imported
 PRELOAD = [
     'conftest',
     'forked',
     'torch.distributed.launcher.api',
     'torch._dynamo',
-    'checkpoint',
     'configurator',
-    'generate',
-    'lora',
-    'metrics',
-    'mixture',
+    'generation.decode',
     'models',
-    'optimizer',
-    'runtime',
-    'watch',
+    'system.device',
+    'text.mixture',
+    'training.checkpoint',
+    'training.lora',
+    'training.metrics',
+    'training.optimizer',
+    'training.watch',
 ]
 TqdmDefaultWriteLock.mp_lock = None  # a semaphore that a killed process would leave behind
 
@@ -113,6 +114,13 @@ class Run:
         return done
 
 
+def is_of_the_project(path):
+    """Whether a module's file is a part of nanogpt, and not a test or a library."""
+    path = Path(path)
+    folders = ['system', 'text', 'models', 'interop', 'generation', 'training']
+    return path.parent == ROOT or any(path.is_relative_to(ROOT / folder) for folder in folders)
+
+
 def _main(said, script, words, hook, env, cwd, limit):
     signal.alarm(limit)
     os.setsid()
@@ -128,7 +136,7 @@ def _main(said, script, words, hook, env, cwd, limit):
     sys.path[0:0] = [cwd]
     if cwd != str(ROOT):  # a copy of the project has modules of its own
         for name, module in list(sys.modules.items()):
-            if Path(getattr(module, '__file__', None) or '/').parent in (ROOT, ROOT / 'models'):
+            if is_of_the_project(getattr(module, '__file__', None) or '/'):
                 del sys.modules[name]
     code = run_here(script, words, hook)
     sys.stdout.flush(), sys.stderr.flush()
@@ -140,7 +148,7 @@ def run_here(script, words, hook=None):
 
     Returns the exit code that `python SCRIPT` would have, its excepthook included.
     """
-    importlib.import_module('generate').closing_sample = lambda *args: None
+    importlib.import_module('generation.decode').closing_sample = lambda *args: None
     sys.argv = [script, *words]
     try:
         try:
@@ -333,7 +341,7 @@ def learned(out_dir):
     """All of a run's last state that training changes, times left out."""
     state = checkpoint.read(Path(out_dir) / 'ckpt.pt')
     if shards := state.pop('shards', None):
-        import fsdp
+        from training import fsdp
 
         state |= fsdp.whole(shards['out_dir'], shards)
     kept = {k: state[k] for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss')}
@@ -368,7 +376,7 @@ def forbid_cuda():
 
     def is_available():
         path = Path(sys._getframe(1).f_code.co_filename).resolve()
-        if path.parent in (ROOT, ROOT / 'models'):
+        if is_of_the_project(path):
             raise AskedForCuda(f"torch.cuda.is_available, by {path.name}")
         return True
 

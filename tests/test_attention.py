@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import attention
-import layers
-import weights
-from generate import Context
+from generation import quantize as weights
+from generation.decode import Context
 from models import build
+from models.parts import attention, layers
 
 KINDS = list(attention.KINDS)
 SHAPE = dict(block_size=24, vocab_size=50, n_layer=2, n_head=4, n_embd=32)

@@ -13,13 +13,13 @@ import torch
 from conftest import ROOT
 from test_ready_sets import needs_gpt2
 
-import chat
-import checkpoint
-import generate
 import models
-from chat import Dialogue, Template
-from dataset import Dataset
-from tokenizer import ByteTokenizer, TiktokenTokenizer
+from generation import decode as generate
+from text import chat
+from text.chat import Dialogue, Template
+from text.dataset import Dataset
+from text.tokenizer import ByteTokenizer, TiktokenTokenizer
+from training import checkpoint
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
 CHATML = {

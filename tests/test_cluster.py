@@ -1,6 +1,7 @@
 """Several machines: the files of cluster/ start train.py rightly; a run over two nodes outlives
 notices, kills and cuts.
- SLURM is a stand-in: `srun` starts a task per node on this machine, `scancel` signals processes as
+
+SLURM is a stand-in: `srun` starts a task per node on this machine, `scancel` signals processes as
 SLURM's process tracking does, `scontrol` keeps a log. In the normal run torchrun and train.py are
 stand-ins too: it tries the scripts' logic. In the campaign they and gloo are real; two network
 namespaces joined by a virtual cable are two machines (root only).

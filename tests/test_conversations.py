@@ -14,14 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import chat
-import conversations
-import journal
-import sources
-import textfiles
-from conversations import Conversations
-from mistakes import one_line, user_errors
-from tokenizer import ByteTokenizer
+from system.errors import one_line, user_errors
+from text import chat, conversations, journal, sources, textfiles
+from text.conversations import Conversations
+from text.tokenizer import ByteTokenizer
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
 COMMAND = runpy.run_path(str(ROOT / 'data/prepare.py'), run_name='data/prepare.py')

@@ -14,11 +14,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-import files
-import guard
-import metrics
-import parallel
+from system import files
+from training import checkpoint, guard, metrics
+from training import distributed as parallel
 
 pytestmark = pytest.mark.campaign
 

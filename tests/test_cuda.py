@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, run
 from forked import learned, losses, metrics, sha256
 from forked import train as train_without_gpu
 
-import runtime
+from system import device as runtime
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures('gpu')]
 COMPILERS = ('c++', 'g++', 'clang++')  # which compile C too
@@ -357,7 +357,8 @@ def test_evaluate_gives_the_figures_of_a_cpu(trained, text_folder, tmp_path):
 def test_bench_generation():
     done = succeed(
         [
-            'bench_generation.py',
+            'bench.py',
+            'generation',
             '--n_layer=1',
             '--n_embd=24',
             '--n_head=2',

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, write_text
 
-import dataset
-import mistakes
-import tokenizer
-from bins import write_bins
-from dataset import Dataset, RandomDataset
-from tokenizer import ByteTokenizer, CharTokenizer
+from system import errors
+from text import dataset, tokenizer
+from text.bins import write_bins
+from text.dataset import Dataset, RandomDataset
+from text.tokenizer import ByteTokenizer, CharTokenizer
 
 
 def bin_of(folder, split, dtype='uint16'):
@@ -379,7 +378,7 @@ def with_bins(folder, ids, dtype, meta=None):
 
 def run_conversion(message, path):
     """Do what the message says: run its command, and rename the file that this writes."""
-    line = mistakes.one_line(message)
+    line = errors.one_line(message)
     command, name = re.search(
         '`(python -c .*)` writes (.*) beside it, to be renamed to', line
     ).groups()
@@ -770,7 +769,7 @@ def test_a_large_bin_does_not_fill_the_memory(tmp_path):
     os.truncate(tmp_path / 'train.bin', 1 << 30)  # zeros that take no space
     program = f"""if True:
         import os
-        from dataset import Dataset
+        from text.dataset import Dataset
         def resident():
             return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
         data = Dataset({str(tmp_path)!r}, block_size=256, batch_size=16)

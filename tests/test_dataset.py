@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, same
 
-import checkpoint
-from bins import write_bins
-from dataset import Dataset, Documents
-from mixture import Mixture, deal, open_dataset, open_one, parse
-from tokenizer import CharTokenizer
+from text.bins import write_bins
+from text.dataset import Dataset, Documents
+from text.mixture import Mixture, deal, open_dataset, open_one, parse
+from text.tokenizer import CharTokenizer
+from training import checkpoint
 
 
 def write(folder, bins=None, masks=None, **meta):

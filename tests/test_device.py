@@ -12,10 +12,9 @@ import torch
 from conftest import TINY
 from forked import both, forbid_cuda, ranks, run, train
 
-import checkpoint
 import configurator
-import fsdp
-import runtime
+from system import device as runtime
+from training import checkpoint, fsdp
 
 NO_DEVICE = [word for word in TINY if not word.startswith('--device')]
 

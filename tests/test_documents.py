@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import TINY, run, same
 
-import attention
-import checkpoint
-import layers
-from bins import write_bins
-from dataset import Documents, open_dataset
-from generate import Context
+from generation.decode import Context
 from models import build
-from tokenizer import CharTokenizer
+from models.parts import attention, layers
+from text.bins import write_bins
+from text.dataset import Documents, open_dataset
+from text.tokenizer import CharTokenizer
+from training import checkpoint
 
 NAMES = ['ada', 'bo', 'christopherson', 'dee', 'x', 'maximiliana', 'yu', 'li', 'wu']
 

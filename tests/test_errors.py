@@ -1,6 +1,7 @@
 """A user's mistakes: one line on stderr that says what, where and what to do; exit code 2; nothing
 lost.
- The scripts run as a user runs them, but forked from a process that has torch loaded already
+
+The scripts run as a user runs them, but forked from a process that has torch loaded already
 (`warm`, of conftest.py).
 """
 
@@ -23,18 +24,20 @@ import safetensors.torch
 import torch
 from conftest import ROOT, TINY, run, same
 
-import checkpoint
-import files
 import models
-import optimizer as optimizers
-import runtime
-import tokenizer
-from dataset import Dataset
+from system import device as runtime
+from system import files
+from text import tokenizer
+from text.dataset import Dataset
+from training import checkpoint
+from training import optimizer as optimizers
 
 SERVER = r"""
 import json, os, runpy, signal, sys, tempfile, time, traceback
-import checkpoint, configurator, dataset, generate, lora, metrics, mixture, model, models, numpy.ma, optimizer
-import runtime, torch
+import configurator, model, models, numpy.ma, torch
+import system.device, text.mixture, training.checkpoint, training.lora, training.metrics
+import training.optimizer
+from generation import decode as generate
 try:
     import resource
 except ImportError:
@@ -1087,7 +1090,9 @@ def test_sampling_in_two_ways_at_once(warm, trained, words):
     ],
 )
 def test_benching_generation(warm, word, message):
-    check(warm('bench_generation.py', '--n_layer=1', '--n_embd=12', '--device=cpu', word), message)
+    check(
+        warm('bench.py', 'generation', '--n_layer=1', '--n_embd=12', '--device=cpu', word), message
+    )
 
 
 @pytest.mark.parametrize(

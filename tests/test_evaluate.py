@@ -1,6 +1,7 @@
 """evaluate.py: figures equal to lm-evaluation-harness's, to training's, and to sums done by hand;
 how mistakes end.
- tests/fixtures has a few made-up examples of LAMBADA and HellaSwag; the model that sees them is a
+
+tests/fixtures has a few made-up examples of LAMBADA and HellaSwag; the model that sees them is a
 GPT-2 of random weights.
 """
 

@@ -22,13 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import checkpoint
-import layers
 import models
-import tokenizer
-import tokenizer_files
 from model import GPT
-from tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer
+from models.parts import layers
+from text import tokenizer, tokenizer_files
+from text.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer
+from training import checkpoint
 
 TEXT = (ROOT / 'train.py').read_text(encoding='utf-8')
 CUT = {'kind': 'tiktoken', 'name': 'gpt2', 'size': 500}

@@ -7,6 +7,7 @@ these checks, with one mechanism broken.
 
 import errno
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -45,11 +46,10 @@ from forked import (
     wait_for,
 )
 
-import checkpoint
-import dataset
-import guard
 import model
-import runtime
+from system import device as runtime
+from text import dataset
+from training import checkpoint, guard
 
 if sys.platform == 'win32':
     pytest.skip("no fork here", allow_module_level=True)
@@ -565,7 +565,7 @@ def test_a_save_that_hangs_after_a_signal_is_given_up(text_folder, tmp_path):
 def slow_evaluations():
     """Each batch of an evaluation takes its time, and SIGTERM comes in the first one behind step
     0."""
-    import dataset
+    from text import dataset
 
     usual, seen = dataset.Dataset.eval_batch, []
 
@@ -690,7 +690,7 @@ def failing(rank, where, number, error):
     if os.environ.get('RANK') != str(rank):
         return
     module, name = where.split(':')
-    owner = functools.reduce(getattr, name.split('.')[:-1], __import__(module))
+    owner = functools.reduce(getattr, name.split('.')[:-1], importlib.import_module(module))
     name, calls = name.split('.')[-1], iter(range(10**9))
     real = getattr(owner, name)
 
@@ -705,20 +705,20 @@ def failing(rank, where, number, error):
 FULL = OSError(errno.ENOSPC, 'No space left on device', 'ckpt.pt')
 GONE = OSError('data/here is missing on this machine')
 FAILURES = [  # on which rank, where, at which call, what; words in the output
-    (0, 'mixture:open_dataset', 0, GONE, 'error: data/here is missing on this machine'),
-    (1, 'mixture:open_dataset', 0, GONE, 'error: data/here is missing on this machine'),
+    (0, 'text.mixture:open_dataset', 0, GONE, 'error: data/here is missing on this machine'),
+    (1, 'text.mixture:open_dataset', 0, GONE, 'error: data/here is missing on this machine'),
     (
         0,
-        'checkpoint:make_out_dir',
+        'training.checkpoint:make_out_dir',
         0,
         OSError("out_dir='x' can't be written to"),
         "error: out_dir='x' can't be written to",
     ),
-    (0, 'checkpoint:save', 0, FULL, 'error: ckpt.pt: No space left on device'),
-    (0, 'metrics:Metrics.log', 3, FULL, 'error: ckpt.pt: No space left on device'),
-    (0, 'dataset:Dataset.eval_batch', 2, GONE, 'error: data/here is missing'),
-    (1, 'dataset:Dataset.eval_batch', 2, GONE, 'error: data/here is missing'),
-    (1, 'dataset:Dataset.train_batch', 2, GONE, 'error: data/here is missing'),
+    (0, 'training.checkpoint:save', 0, FULL, 'error: ckpt.pt: No space left on device'),
+    (0, 'training.metrics:Metrics.log', 3, FULL, 'error: ckpt.pt: No space left on device'),
+    (0, 'text.dataset:Dataset.eval_batch', 2, GONE, 'error: data/here is missing'),
+    (1, 'text.dataset:Dataset.eval_batch', 2, GONE, 'error: data/here is missing'),
+    (1, 'text.dataset:Dataset.train_batch', 2, GONE, 'error: data/here is missing'),
     (
         0,
         'model:GPT.forward',

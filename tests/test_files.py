@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-import files
+from system import files
 
 TEXT = random.Random(0).randbytes(1_500_000)
 DIGEST = hashlib.sha256(TEXT).hexdigest()

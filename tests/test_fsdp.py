@@ -1,6 +1,7 @@
 """Sharded training learns what DDP learns; its checkpoints are whole or not there, and fit any
 number of processes.
- `together(n, function, …)` calls the function in n processes, which form a group; they are forked
+
+`together(n, function, …)` calls the function in n processes, which form a group; they are forked
 once, for all tests.
 """
 
@@ -20,12 +21,11 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY, run, same
 
-import files
-import fsdp
-import lora
 import models
-import optimizer as optimizers
-from fsdp import dcp, metadata
+from system import files
+from training import fsdp, lora
+from training import optimizer as optimizers
+from training.fsdp import dcp, metadata
 
 # 20 rows for 3 processes: 7, 7, 6
 GPT = 'gpt', dict(n_layer=2, n_head=2, n_embd=20, bias=True, dropout=0.1)
@@ -263,7 +263,7 @@ def test_compiled_recomputed_and_with_lora_too(together, how):
 
 
 def patched(name, value, function, *arguments):
-    """function(*arguments) while the object called `name`, as in 'optimizer.load', is another."""
+    """function(*arguments) while the object called `name`, as in 'training.optimizer.load', is another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(name, value)
         return function(*arguments)
@@ -282,7 +282,7 @@ def first():
 @pytest.mark.parametrize(
     'name, value, seen',
     [
-        ('optimizer.ShardedMuon._orthogonal', of_each_shard, ['losses', 'weights']),
+        ('training.optimizer.ShardedMuon._orthogonal', of_each_shard, ['losses', 'weights']),
         ('test_fsdp.source', first, ['losses', 'gradients', 'weights']),
     ],
 )
@@ -305,7 +305,7 @@ def count_matrices():
         counts.append(len(batch))
         return batch
 
-    patched('optimizer.orthogonalize', counting, Run('fsdp', ('gpt', SMALL), MUON).step)
+    patched('training.optimizer.orthogonalize', counting, Run('fsdp', ('gpt', SMALL), MUON).step)
     return sum(counts)
 
 
@@ -481,7 +481,7 @@ def test_moments_that_are_not_restored_are_missed(together, written, saved):
     state, then, after = shards(*saved), *written[2:]
     assert same(together(2, load_and_go_on, saved[0], state, GPT, ADAMW)[0][1:], (then, after))
     _, loaded, gone_on = together(
-        2, patched, 'optimizer.load', forget, load_and_go_on, saved[0], state, GPT, ADAMW
+        2, patched, 'training.optimizer.load', forget, load_and_go_on, saved[0], state, GPT, ADAMW
     )[0]
     assert (
         same(loaded['model'], then['model'])
@@ -703,7 +703,7 @@ def fail_on_one(folder, name, error):
     return str(caught.value), left, fsdp.write(folder, 2, run.model, run.optimizer)['folder']
 
 
-@pytest.mark.parametrize('name', ['files.sha256', 'torch.save'])
+@pytest.mark.parametrize('name', ['system.files.sha256', 'torch.save'])
 def test_one_process_that_cannot_write_is_heard_by_all(together, tmp_path, name):
     error = OSError(28, 'No space left on device')
     for line, left, folder in together(2, fail_on_one, tmp_path, name, error):

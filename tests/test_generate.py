@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import generate
 import models
-from generate import Context, Sampling, Text, stream
-from tokenizer import ByteTokenizer, CharTokenizer
+from generation import decode as generate
+from generation.decode import Context, Sampling, Text, stream
+from text.tokenizer import ByteTokenizer, CharTokenizer
 
 NAMES = ['gpt', *sorted(path.stem for path in Path(ROOT, 'models').glob('[a-z]*.py'))]
 FIELDS = {'modern': dict(ngram=3, ngram_rows=50), 'transformerpp': dict(attention_kind='mla')}

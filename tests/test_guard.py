@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 
-import checkpoint
-import guard
-from guard import (
+from training import checkpoint, guard
+from training.guard import (
     FAR,
     FLOOR,
     LEAST_STEPS,
@@ -19,7 +18,7 @@ from guard import (
     STEPS_PER_SKIP,
     Guard,
 )
-from optimizer import build
+from training.optimizer import build
 
 SIGMAS = 6.0
 GUESSING = 4.2  # nats
@@ -342,7 +341,7 @@ def test_the_data_that_led_to_a_divergence_are_skipped():
 @pytest.mark.parametrize('lrs, name', [(None, 'adamw'), (None, 'sgd')])
 def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkeypatch):
     """As torch's for MPS: the flag is read in front of it."""
-    import optimizer as optimizers
+    from training import optimizer as optimizers
 
     optimizer, _, params = made(lrs, name)
     monkeypatch.setattr(

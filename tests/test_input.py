@@ -30,19 +30,12 @@ from conftest import ROOT, TINY, same
 from test_config import train_settings
 from test_errors import check
 
-import checkpoint
-import dataset
-import huggingface
-import metrics
-import mixture
 import models
-import sources
-import textfiles
-import tokenizer
-import tokenizer_files
-import vocabulary
+from interop import huggingface
 from model import GPTConfig
-from shards import Shards, read_meta
+from text import dataset, mixture, sources, textfiles, tokenizer, tokenizer_files, vocabulary
+from text.shards import Shards, read_meta
+from training import checkpoint, metrics
 
 # bytes that a script may take beside what torch has; with more asked for, it has to say so
 MEMORY = 1 << 30
@@ -1142,7 +1135,7 @@ SCRIPTS = {  # script: what it is given anyway
     'evaluate.py': '--out_dir={run} --dataset={text} --out={here}/e.json --limit=2',
     'export.py': '--out_dir={run} --folder={here}/hf',
     'plot.py': '{run} --out={here}/p.png',
-    'bench_generation.py': '--n_layer=1 --n_embd=12 --n_head=2 --block_size=8 --max_new_tokens=2 --prefill_tokens=2 '
+    'bench.py generation': '--n_layer=1 --n_embd=12 --n_head=2 --block_size=8 --max_new_tokens=2 --prefill_tokens=2 '
     '--rounds=1 --device=cpu --dtypes=float32',
     'bench.py': '--steps=1 --warmup=1 --n_layer=1 --n_embd=12 --n_head=2 --block_size=8 --batch_size=1 --device=cpu',
     'data/prepare.py': '{here}/made {here}/text.txt --tokenizer=byte --num_proc=1',
@@ -1187,7 +1180,9 @@ VALUES = {
 
 def settings_of(script):
     """{name: default} of a script, out of its source."""
-    text, found = (ROOT / script).read_text(encoding='utf-8'), {}
+    path = 'generation/benchmark.py' if script == 'bench.py generation' else script
+    text = (ROOT / path).read_text(encoding='utf-8')
+    found = {}
     begin = text.index('# ---- settings')
     exec(text[begin : text.index('# -----------', begin + 120)], found)
     return {key: value for key, value in found.items() if not key.startswith('_')}
@@ -1224,7 +1219,7 @@ def run_lines(warm, folder, text_folder, trained, script, numbers):
             .replace('{here}', str(place))
             for word in line_for(script, number)
         ]
-        done = warm(script, *words, cwd=place, seconds=120, memory=MEMORY)
+        done = warm(*script.split(), *words, cwd=place, seconds=120, memory=MEMORY)
         counts[verdict := verdict_of(done)] += 1
         if verdict not in ('accepted', 'refused'):
             wrong.append(f"{script} {words}: {verdict}\n{done.stderr[-1500:]}")
@@ -1241,7 +1236,7 @@ def run_lines(warm, folder, text_folder, trained, script, numbers):
         ('evaluate.py', 300),
         ('export.py', 200),
         ('plot.py', 100),
-        ('bench_generation.py', 200),
+        ('bench.py generation', 200),
         ('bench.py', 60),
         ('data/prepare.py', 300),
     ],

@@ -15,12 +15,10 @@ from support.zoo import ZOO, batch, prepared
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import layers
-import lora
 import models
-import optimizer
-from watch import Watch
+from models.parts import layers
+from training import checkpoint, lora, optimizer
+from training.watch import Watch
 
 
 def linears(model):

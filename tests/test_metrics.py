@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import TINY, run
 
-from metrics import PUBLISHED, Metrics, evaluation_table, loggers
 from model import GPT, GPTConfig
+from training.metrics import PUBLISHED, Metrics, evaluation_table, loggers
 
 
 def train(out_dir, *arguments, **options):

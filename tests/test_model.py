@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import checkpoint
-import layers
-from huggingface import OPENAI
+from interop.huggingface import OPENAI
 from model import GPT, GPTConfig, LanguageModel
 from models import architecture, build
+from models.parts import layers
+from training import checkpoint
 
 
 @dataclass

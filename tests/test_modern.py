@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import TINY, run
 
-import layers
-import runtime
 from models import build
+from models.parts import layers
+from system import device as runtime
 
 SHAPE = dict(block_size=12, vocab_size=20, n_layer=3, n_head=2, n_embd=16, ngram=4, ngram_rows=50)
 

@@ -8,9 +8,8 @@ import torch
 from conftest import TINY, run, same
 from torch import nn
 
-import checkpoint
-import optimizer
 from models import build
+from training import checkpoint, optimizer
 
 LRS = {'matrix': 0.02, 'embedding': 0.3, 'head': 0.005}
 

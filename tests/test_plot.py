@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-import checkpoint
+from training import checkpoint
 
 
 def write_run(folder, records, tokens_per_step=100):

@@ -24,15 +24,12 @@ import numpy as np
 import pytest
 from conftest import COMMIT, ROOT
 
-import dataset
-import files
-import journal
-import sources
-import textfiles
-from bins import Part
-from dataset import Dataset
-from mistakes import user_errors
-from tokenizer import load
+from system import files
+from system.errors import user_errors
+from text import dataset, journal, sources, textfiles
+from text.bins import Part
+from text.dataset import Dataset
+from text.tokenizer import load
 
 MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
 needs_shakespeare = pytest.mark.skipif(
@@ -1039,7 +1036,7 @@ def test_bins_that_are_replaced_only_in_part_are_refused(
 SCRIPT = f"""if True:
     import runpy, sys, time
     sys.path.insert(0, {str(ROOT)!r})
-    import journal, sources
+    from text import journal, sources
     save = journal.Output.save
     journal.Output.save = lambda output: (save(output), time.sleep(0.01))       # or it would be done before it is killed
     sources.PIECE, sources.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None

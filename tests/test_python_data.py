@@ -19,8 +19,8 @@ from conftest import ROOT, run
 from test_data import assert_meta_is_true, bin_of, contents
 from test_ready_sets import copied, definitions, needs_gpt2
 
-from dataset import Dataset
-from tokenizer import TiktokenTokenizer, check_description, load
+from text.dataset import Dataset
+from text.tokenizer import TiktokenTokenizer, check_description, load
 
 SIZE = 8192
 AWKWARD = (

@@ -22,10 +22,8 @@ from conftest import COMMIT, ROOT, run
 from test_data import assert_meta_is_true, bin_of, contents
 from test_files import Server
 
-import dataset
-import hub as hub_module
-import sources
-import tokenizer
+from system import hub as hub_module
+from text import dataset, sources, tokenizer
 
 MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
 VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or '/nowhere')

@@ -11,8 +11,7 @@ import torch
 from conftest import TINY
 from forked import around_saves, keep_each, learned, outcome, run, train
 
-import checkpoint
-import guard
+from training import checkpoint, guard
 
 pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason="no fork here")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import TINY, run
 
-import optimizer
-import runtime
-from metrics import seconds, short
+from system import device as runtime
+from training import optimizer
+from training.metrics import seconds, short
 
 
 def test_devices_and_formats():
@@ -115,7 +115,7 @@ def test_out_of_memory_in_a_real_run(text_folder, tmp_path):
 LITTLE_MEMORY = '''
 import resource, runpy, sys
 sys.path.insert(0, '.')
-import runtime
+from system import device as runtime
 in_use = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_DATA, (in_use + 2 ** 30, in_use + 2 ** 30))
 runpy.run_path('train.py', run_name='__main__')
@@ -144,7 +144,7 @@ def test_without_a_compiler_a_run_goes_on_eagerly_unless_told_to_compile(
 COMPILE_ALWAYS = '''
 import runpy, sys
 sys.path.insert(0, '.')
-import runtime
+from system import device as runtime
 runtime.resolve_compile = lambda wish, device: wish in (True, 'auto')
 runpy.run_path('train.py', run_name='__main__')
 '''
@@ -190,7 +190,8 @@ def test_a_decision_to_compile_is_kept_on_resume(text_folder, tmp_path):
 COMPILE_IN_NAME_ONLY = '''
 import runpy, sys
 sys.path.insert(0, '.')
-import runtime, torch
+import torch
+from system import device as runtime
 torch.nn.Module.compile = lambda self: setattr(self, '_compiled_call_impl', self._call_impl)
 runtime.COMPILE_PAYS = {{'cpu': {steps} * 1e-9}}
 runpy.run_path('train.py', run_name='__main__')

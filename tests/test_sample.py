@@ -1,4 +1,4 @@
-"""sample.py as a user runs it, and bench_generation.py."""
+"""sample.py as a user runs it, and bench.py generation."""
 
 import io
 import re
@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-import checkpoint
 import models
 import prompts
-import weights
-from tokenizer import BYTES, HuggingFaceTokenizer
-from tokenizer_files import byte_level
+from generation import quantize as weights
+from text.tokenizer import BYTES, HuggingFaceTokenizer
+from text.tokenizer_files import byte_level
+from training import checkpoint
 
 RULE = '-' * 15
 
@@ -230,7 +230,8 @@ def test_a_sample_of_any_format_does_not_change_with_its_batch(sample, dtype):
 
 def test_generation_is_measured(tmp_path):
     done = run(
-        'bench_generation.py',
+        'bench.py',
+        'generation',
         '--n_layer=1',
         '--n_embd=24',
         '--block_size=64',

@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import batchnorm
-import layers
-import ngrams
-from bins import write_bins
-from dataset import open_dataset
 from models import build
-from tokenizer import CharTokenizer
+from models.parts import batchnorm, layers, ngrams
+from text.bins import write_bins
+from text.dataset import open_dataset
+from text.tokenizer import CharTokenizer
 
 
 def text(name):

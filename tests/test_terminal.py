@@ -13,8 +13,8 @@ import forked
 import pytest
 from conftest import ROOT, TINY, run
 
-import mistakes
 import prompts
+from system import errors
 
 SCRIPTS = [
     'train.py',
@@ -22,7 +22,7 @@ SCRIPTS = [
     'evaluate.py',
     'export.py',
     'bench.py',
-    'bench_generation.py',
+    'bench.py generation',
     'plot.py',
     'compare.py',
     'data/prepare.py',
@@ -38,7 +38,7 @@ def a_script(body, **options):
     torch."""
     lines = [
         'import os, signal, subprocess, sys',
-        'from mistakes import begin_script, user_errors',
+        'from system.errors import begin_script, user_errors',
         'begin_script()',
         body,
     ]
@@ -52,12 +52,20 @@ def a_script(body, **options):
 @pytest.mark.skipif(sys.platform == 'win32', reason="Windows has no SIGINT for another process")
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_an_interrupt_during_the_imports_is_one_line(script):
-    command = [sys.executable, '-X', 'importtime', script, 'words', 'for', 'data/prepare.py']
+    command = [
+        sys.executable,
+        '-X',
+        'importtime',
+        *script.split(),
+        'words',
+        'for',
+        'data/prepare.py',
+    ]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         lines = iter(process.stderr.readline, '')
-        while not next(lines).rstrip().endswith('| mistakes'):
+        while not next(lines).rstrip().endswith(' system.errors'):
             pass
         next(lines)  # of another module: begin_script has been called
         process.send_signal(signal.SIGINT)
@@ -112,7 +120,7 @@ def test_an_interrupt_reaches_a_script_and_the_one_that_started_it_and_one_of_th
         f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from mistakes import begin_script
+from system.errors import begin_script
 begin_script()
 print('preparing', flush=True)
 time.sleep(30)
@@ -120,7 +128,7 @@ time.sleep(30)
         encoding='utf-8',
     )
     starter = (
-        f"import sys\nfrom mistakes import begin_script\nbegin_script()\nimport dataset\n"
+        f"import sys\nfrom system.errors import begin_script\nbegin_script()\nfrom text import dataset\n"
         f"sys.exit(dataset._run({str(tmp_path / 'prepare.py')!r}))"
     )
     with subprocess.Popen(
@@ -219,7 +227,7 @@ def test_a_full_disk_behind_standard_output_is_one_line():
 @pytest.mark.parametrize('encoding', NARROW)
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_help_can_be_printed_in_any_encoding(warm, script, encoding):
-    done = warm(script, '--help', env={'PYTHONIOENCODING': encoding})
+    done = warm(*script.split(), '--help', env={'PYTHONIOENCODING': encoding})
     assert (done.returncode, done.stderr) == (0, '') and len(done.stdout) > 100
 
 
@@ -328,7 +336,7 @@ def test_notebooks_have_streams_of_their_own(monkeypatch):
         monkeypatch.setattr(sys, name, getattr(sys, name))
     handler = signal.getsignal(signal.SIGINT)
     try:
-        mistakes.begin_script()
+        errors.begin_script()
     finally:
         signal.signal(signal.SIGINT, handler)
 

@@ -20,11 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
-import tokenizer
-import tokenizer_files
-import vocabulary
-from bins import write_bins
-from generate import Text
+from generation.decode import Text
+from text import tokenizer, tokenizer_files, vocabulary
+from text.bins import write_bins
 
 TEXT = ''.join((ROOT / name).read_text(encoding='utf-8') for name in ('train.py', 'README.md'))
 HARD = [

@@ -11,13 +11,13 @@ from conftest import TINY, run, same
 from safetensors.torch import load_file, save_file
 from test_export import check, export, exported, saved
 
-import checkpoint
-import huggingface
-import layers
-import weights
-from generate import Context
+from generation import quantize as weights
+from generation.decode import Context
+from interop import huggingface
 from model import GPT
 from models import build
+from models.parts import layers
+from training import checkpoint
 
 SHAPE = dict(block_size=24, vocab_size=50, n_layer=3, n_head=4, n_embd=32)
 KINDS = {'mha': {}, 'gqa': dict(n_kv_head=2), 'mqa': {}}

@@ -15,12 +15,12 @@ from conftest import ROOT, TINY, run, same
 from torch import nn
 from torch.nn import functional as F
 
-import layers
 import models
-import watch
-from metrics import Metrics
 from model import LanguageModel
-from watch import Watch, look
+from models.parts import layers
+from training import watch
+from training.metrics import Metrics
+from training.watch import Watch, look
 
 GPT = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=50, dropout=0.1, bias=True)
 IDX = np.random.default_rng(0).integers(0, 50, (8, 16))

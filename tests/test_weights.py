@@ -10,8 +10,8 @@ from conftest import run
 from torch import nn
 
 import models
-import weights
-from generate import Context
+from generation import quantize as weights
+from generation.decode import Context
 
 DTYPES = ['float32', 'bfloat16', 'int8']
 needs_compiler = pytest.mark.skipif(not weights.can_int8(), reason="there is no C compiler")

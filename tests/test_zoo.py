@@ -1,6 +1,7 @@
 """What every architecture has to hold, whatever it is made of: each file of models/ and gpt, in its
 variants.
- A model's `exemptions` say which of these properties it does not have, and why; it must then really
+
+A model's `exemptions` say which of these properties it does not have, and why; it must then really
 not have them.
 """
 

@@ -2,7 +2,8 @@
 byte by byte.
 
     python data/enwik8/prepare.py
- Downloads enwik8.zip, 36.4 MB (sha256 below; NANOGPT_MIRROR may hold it as enwik8/enwik8.zip). The
+
+Downloads enwik8.zip, 36.4 MB (sha256 below; NANOGPT_MIRROR may hold it as enwik8/enwik8.zip). The
 benchmark's usual split: 90 million bytes train, 5 million validate, and 5 million are for `python
 evaluate.py --out_dir=RUN --split=test`. What it calls bits per character is per byte: val_bpb here.
 The text is under the licence that Wikipedia had then, the GFDL.
@@ -17,17 +18,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
 import numpy as np
 
-from bins import write_ids
-from files import download
-from mistakes import fail, user_errors
-from tokenizer import ByteTokenizer
+from system.errors import fail, user_errors
+from system.files import download
+from text.bins import write_ids
+from text.tokenizer import ByteTokenizer
 
 DOWNLOAD_MB = 36.4
 URLS = 'http://mattmahoney.net/dc/enwik8.zip', 'https://data.deepai.org/enwik8.zip'

@@ -2,7 +2,8 @@
 something.
 
     python data/fineweb_edu/prepare.py --num_proc=8
- Reads 28.5 GB of parquet from the Hugging Face Hub (HuggingFaceFW/fineweb-edu, sample-10BT), 14
+
+Reads 28.5 GB of parquet from the Hugging Face Hub (HuggingFaceFW/fineweb-edu, sample-10BT), 14
 files with 9,672,101 documents, each gone when it is read, and needs 25 GB beside this file; a run
 that was stopped goes on where it was. After each document comes <|endoftext|>. The result: about
 9.98 billion tokens (20 GB), in files of 100 million; one document in 2,000 validates, chosen by its
@@ -18,16 +19,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
-import bins
-import hub
-import sources
-from mistakes import fail, user_errors
-from tokenizer import TiktokenTokenizer
+from system import hub
+from system.errors import fail, user_errors
+from text import bins, sources
+from text.tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 28_518
 HUB = 'HuggingFaceFW/fineweb-edu@87f09149ef4734204d70ed1d046ddc9ca3f2b8f9:sample/10BT'

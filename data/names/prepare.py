@@ -2,7 +2,8 @@
 Security Administration, public domain), as https://github.com/karpathy/makemore has them.
 
     python data/names/prepare.py
- Downloads names.txt (sha256 below; NANOGPT_MIRROR may hold it as names/names.txt). Shuffled by
+
+Downloads names.txt (sha256 below; NANOGPT_MIRROR may hold it as names/names.txt). Shuffled by
 Python's generator with seed 42: the first 80 % train, the next 10 % validate, the last 10 % are for
 a test, which nothing here reads: 182,625, 22,655 and 22,866 letters and line ends to predict. A
 line end stands before and behind each name; each is a window of its own.
@@ -16,15 +17,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
-from bins import write_bins
-from files import download
-from mistakes import fail, user_errors
-from tokenizer import CharTokenizer
+from system.errors import fail, user_errors
+from system.files import download
+from text.bins import write_bins
+from text.tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0.2
 URL = 'https://raw.githubusercontent.com/karpathy/makemore/master/names.txt'

@@ -1,7 +1,8 @@
 """OpenWebText by GPT-2's byte-pair encoding: the open copy of the pages that GPT-2 was trained on.
 
     python data/openwebtext/prepare.py --num_proc=8
- Reads 24.2 GB of parquet from the Hugging Face Hub, 80 files with 8,013,769 documents, each gone
+
+Reads 24.2 GB of parquet from the Hugging Face Hub, 80 files with 8,013,769 documents, each gone
 when it is read, and needs 20 GB beside this file; a run that was stopped goes on where it was.
 After each document comes <|endoftext|>. One document in 2,000 validates, chosen by its sha256, so
 that copies of a document stay on one side. The result: about 9.0 billion tokens to train on (18 GB)
@@ -17,16 +18,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
-import bins
-import hub
-import sources
-from mistakes import fail, user_errors
-from tokenizer import TiktokenTokenizer
+from system import hub
+from system.errors import fail, user_errors
+from text import bins, sources
+from text.tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 24_193
 HUB = 'Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c:plain_text'

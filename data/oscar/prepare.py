@@ -3,7 +3,8 @@
 
     python data/oscar/prepare.py eo --tokenizer=train:sentencepiece:32000
     python data/oscar/prepare.py de --max_bytes=10_000_000_000
- LANGUAGE is a code, such as de, eo or zh; another one prints those that there are. Further words
+
+LANGUAGE is a code, such as de, eo or zh; another one prints those that there are. Further words
 are options of data/prepare.py: GPT-2's vocabulary, the default, suits English. The files, each gone
 when it is read, are zstandard's (pip install zstandard) and up to terabytes: --max_bytes takes the
 beginning, a run that was stopped goes on where it was. Accept the terms at
@@ -21,13 +22,13 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
-import hub
-from mistakes import fail, user_errors
+from system import hub
+from system.errors import fail, user_errors
 
 DOWNLOAD_MB = 1_000_000  # by language, some much less: never unasked
 REPO = 'oscar-corpus/OSCAR-2301'

@@ -2,7 +2,8 @@
 every machine already.
 
     python data/python/prepare.py --vocab_size=8192
- All .py files of the running interpreter's standard library and of the packages installed beside it
+
+All .py files of the running interpreter's standard library and of the packages installed beside it
 that are UTF-8 and at most 1 MB (larger ones are generated tables), each content once. Beside torch
 and transformers that is some 200 MB in 12,000 files, encoded in a minute or two, each under its own
 package's licence; only GPT-2's vocabulary is downloaded. Whole files go to a split, one in a
@@ -20,14 +21,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
-from bins import prepare
-from mistakes import fail, user_errors
-from tokenizer import TiktokenTokenizer
+from system.errors import fail, user_errors
+from text.bins import prepare
+from text.tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 1.5
 SEED = 1337

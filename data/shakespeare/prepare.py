@@ -3,10 +3,12 @@ byte-pair encoding.
 
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py --tokenizer=p50k_base        # for --dataset=shakespeare/p50k_base
- Downloads input.txt (sha256 below; NANOGPT_MIRROR may hold it as shakespeare/input.txt) and,
+
+Downloads input.txt (sha256 below; NANOGPT_MIRROR may hold it as shakespeare/input.txt) and,
 through tiktoken, GPT-2's vocabulary. The first 90 % of the characters train, the last 10 %
 validate: 301,966 and 36,059 tokens.
- Any other tokenizer that vocabulary.py knows makes a dataset in a folder of its own in this one:
+
+Any other tokenizer that vocabulary.py knows makes a dataset in a folder of its own in this one:
 p50k_base; bert-base-uncased, which drops capitals and line ends (NANOGPT_MIRROR may hold it as
 bert-base-uncased/tokenizer.json); train:sentencepiece:32000, as
 shakespeare/train-sentencepiece-32000, about 241,000 tokens to train on; …
@@ -20,16 +22,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
-import bins
-import sources
-import vocabulary
-from files import download
-from mistakes import fail, user_errors
+from system.errors import fail, user_errors
+from system.files import download
+from text import bins, sources, vocabulary
 
 DOWNLOAD_MB = 2.6
 URL = (

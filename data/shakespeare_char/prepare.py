@@ -2,7 +2,8 @@
 domain.
 
     python data/shakespeare_char/prepare.py
- Downloads input.txt as data/shakespeare/prepare.py does (NANOGPT_MIRROR may hold it as
+
+Downloads input.txt as data/shakespeare/prepare.py does (NANOGPT_MIRROR may hold it as
 shakespeare/input.txt). The first 90 % train, the last 10 % validate: 1,003,854 and 111,540
 characters of 65 kinds.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script, fail, user_errors
+from system.errors import begin_script, fail, user_errors
 
 DOWNLOAD_MB = 1.1
 

@@ -2,7 +2,8 @@
 downloaded.
 
     python data/stdlib_char/prepare.py
- All .py files of the running interpreter's own library that are pure ASCII, its tests left out:
+
+All .py files of the running interpreter's own library that are pure ASCII, its tests left out:
 some 15 MB, under the PSF licence. Whole files go to a split, one in ten to validation, by the
 sha256 of the seed and their name; in each split they stand in the order of their names. The corpus
 is this Python version's: its sha256 is printed.
@@ -17,14 +18,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
     begin_script()  # before the imports, which take a second
 
-from bins import write_bins
-from mistakes import fail, user_errors
-from tokenizer import CharTokenizer
+from system.errors import fail, user_errors
+from text.bins import write_bins
+from text.tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0
 SEED = 1337

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from tokenizer import GPT2, check_description, describe_meta_pkl
+from text.tokenizer import GPT2, check_description, describe_meta_pkl
 
 LOOKED_AT = 1_000_000  # ids at the start of a bin from which wider_dtype guesses their dtype
 OPEN = 32  # files of one array that are held open: a process may have 256 in all on macOS

@@ -1,6 +1,7 @@
 """From parameters by role to an optimizer (AdamW, SGD, or Muon for the matrices), and the learning
 rate of every step.
- Each of them leaves weights and moments as they are in a step in front of which its `found_inf`, a
+
+Each of them leaves weights and moments as they are in a step in front of which its `found_inf`, a
 tensor of one float32 on the parameters' device, was set to 1 (a GradScaler sets it too). Parameters
 may be sharded, as fsdp.py does it: each process has some of their first dimension's rows.
 """

@@ -1,5 +1,6 @@
 """Several datasets in one run, each with a share of the windows: --dataset=NAME:WEIGHT,NAME:WEIGHT.
- The rows of all batches of a run, one behind the other, are dealt out, so that after any of them
+
+The rows of all batches of a run, one behind the other, are dealt out, so that after any of them
 each dataset has had its share, up to rounding. Which one has row r depends on r and the weights
 alone, in whole numbers: nothing has to be remembered, a run resumes, and any number of processes
 and micro-batches see the same. Each dataset keeps epochs of its own.
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-import dataset
-from dataset import Dataset, folder_of
+from text import dataset
+from text.dataset import Dataset, folder_of
 
 
 def parse(words):

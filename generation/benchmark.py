@@ -1,16 +1,16 @@
 """How fast generation is: each number format, and nanoGPT's way, which reads the whole context for
 every token, in float32.
 
-    python bench_generation.py                                          # the shape of GPT-2 124M, random weights
-    python bench_generation.py --init_from=gpt2-xl --dtypes=bfloat16 --uncached=False --num_samples=8
-    python bench_generation.py --plot=speed.png                         # tokens/s against position
-    python bench.py generation --model=modern                           # the same
- The sides take turns, so that a machine whose speed drifts is fair to all; a token's time is the
+    python bench.py generation                      # the shape of GPT-2 124M, random weights
+    python bench.py generation --init_from=gpt2-xl --dtypes=bfloat16 --num_samples=8
+    python bench.py generation --plot=speed.png     # tokens/s against position
+
+The sides take turns, so that a machine whose speed drifts is fair to all; a token's time is the
 median of the rounds. A token has to read the weights of every product, and the keys and values so
 far: over the measured bandwidth, its limit.
 """
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 begin_script()  # before the imports, which take seconds
 
@@ -26,14 +26,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
-import files
-import generate
 import models
-import runtime
-import weights
 from configurator import configure
-from runtime import fail, user_errors
+from generation import decode as generate
+from generation import quantize as weights
+from system import device as runtime
+from system import files
+from system.device import fail, user_errors
+from training import checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = ''  # as in sample.py; '': random weights of `model`, whose fields are settings too
@@ -48,7 +48,7 @@ rounds = 3  # runs of each side
 seed = 1337  # of weights and tokens
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 plot = ''  # a picture of tokens/s against position, .png, .svg or .pdf
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def clock(work):

@@ -1,6 +1,7 @@
 """Hugging Face's format, both ways: a model's config, weights and tokenizer as `transformers` and
 its kin read them.
- TWINS has the architectures that `transformers` has too, each with a class that says what its
+
+TWINS has the architectures that `transformers` has too, each with a class that says what its
 config and weights are there.
 """
 
@@ -13,8 +14,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-import hub
-import tokenizer_files
+from system import hub
+from text import tokenizer_files
 
 # The sizes that OpenAI published, with the commits of openai-community/NAME on the Hugging Face
 # Hub.

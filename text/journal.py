@@ -1,6 +1,7 @@
 """Bins as they grow: appended to piece by piece, stopped anywhere, gone on with, put in place once
 they are whole.
- `Output` keeps them in a folder of their own, with a journal of what is done; `switch` puts them
+
+`Output` keeps them in a folder of their own, with a journal of what is done; `switch` puts them
 where readers look.
 """
 
@@ -19,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import files
-from mistakes import one_line
+from system import files
+from system.errors import one_line
 
 SAVE_SECONDS = 5  # between two journals
 SPLITS = 'train', 'val', 'test'

@@ -20,9 +20,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import conversations
-import files
-import hub
+from system import files, hub
+from text import conversations
 
 BLOCK = 1 << 20  # bytes read at a time
 SNIFF = 1 << 16  # bytes at the beginning of a file by which it is taken for text

@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-import mistakes
+from system import errors
 
 RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
@@ -79,7 +79,7 @@ def wrap(model, device, kind='ddp'):
     `model` in parts.
     """
     if kind == 'fsdp' and IS_LAUNCHED:
-        import fsdp
+        from training import fsdp
 
         return fsdp.shard(model, device)
     model.to(device)
@@ -134,7 +134,7 @@ def tensors(model, optimizer, out_dir, step):
     """
     if not hasattr(model, 'set_requires_gradient_sync'):
         return dict(model=model.state_dict(), optimizer=optimizer and optimizer.state_dict())
-    import fsdp
+    from training import fsdp
 
     if optimizer is None:
         return dict(model=fsdp.full(model), optimizer=None)
@@ -190,7 +190,7 @@ def lost_peers():
     except Exception as error:
         what = ' '.join(f"{type(error).__name__}: {error}".split())
         if WORLD_SIZE == 1 or not (isinstance(error, dist.DistError) or 'gloo' in what.lower()):
-            mistakes.tell_torchrun(what[:600])
+            errors.tell_torchrun(what[:600])
             raise
         print(
             f"error: process {RANK} lost another one, which says why above or below, or was killed "

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers import with_past
+from models.parts.layers import with_past
 
 AT_ONCE = 2**24  # n-grams that NgramCounts.fit sorts together: 0.4 GB
 

@@ -15,7 +15,7 @@ What says that something is not to be learned is followed ("weight": 0), or is a
 can't be (UNCLEAR_KEYS): nothing that its author may have masked is learned.
 """
 
-from chat import ASSISTANT, USER, Template
+from text.chat import ASSISTANT, USER, Template
 
 SYSTEM = 'system'
 

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, verified when loaded, the one before kept; and models
 out of them.
- An out_dir holds ckpt.pt (the latest state of the run), ckpt.prev.pt (the one before), best.pt (the
+
+An out_dir holds ckpt.pt (the latest state of the run), ckpt.prev.pt (the one before), best.pt (the
 best weights) and sums.json, the sha256 of what each of them may be. The order of a save: the new
 file under a temporary name; its sum into sums.json, beside the old ones; ckpt.pt becomes
 ckpt.prev.pt; the new file becomes ckpt.pt. After a crash between any two of these, every file that
@@ -24,15 +25,12 @@ from pathlib import Path
 
 import torch
 
-import dataset
-import files
-import guard
-import huggingface
-import lora
 import models
-import optimizer as optimizers
-import tokenizer
-import tokenizer_files
+from interop import huggingface
+from system import files
+from text import dataset, tokenizer, tokenizer_files
+from training import guard, lora
+from training import optimizer as optimizers
 
 SUMS, FRESH = 'sums.json', '.ckpt.pt.new'
 RESUMABLE = 'ckpt.pt', FRESH, 'ckpt.prev.pt'
@@ -119,7 +117,7 @@ def save(out_dir, name, state):
         fresh.unlink(missing_ok=True)
     files.sync_folder(folder)
     if name == 'ckpt.pt' and any(folder.glob('shards-*')):
-        import fsdp
+        from training import fsdp
 
         # what can't be read now may be another time: nothing is removed
         with contextlib.suppress(Exception):
@@ -234,7 +232,7 @@ def read(path):
             f"{path} is damaged or no checkpoint: {' '.join(str(error).split())[:160] or type(error).__name__}"
         ) from None
     if _has(state, {'shards': dict}):
-        import fsdp
+        from training import fsdp
 
         state['shards']['out_dir'] = str(path.parent)
         fsdp.verify(path.parent, state['shards'])
@@ -468,7 +466,7 @@ def take_up(state, model, optimizer, scaler):
     if not state:
         return 0, math.inf, dict(PROGRESS)
     if hasattr(model, 'set_requires_gradient_sync'):
-        import fsdp
+        from training import fsdp
 
         fsdp.load(state, model, optimizer)
     else:
@@ -487,7 +485,7 @@ def _weights(state):
     """The weights in a checkpoint by the model's own names. What lies in parts beside it comes into
     `state`, all of it."""
     if shards := state.pop('shards', None):
-        import fsdp
+        from training import fsdp
 
         state.update(fsdp.whole(shards['out_dir'], shards))
     weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}

@@ -1,6 +1,7 @@
 """What a dataset is made of: the documents in text, JSONL and parquet files, as bins.prepare takes
 them.
- One process reads, and cuts what it reads into pieces of about a megabyte, which is cheap; workers
+
+One process reads, and cuts what it reads into pieces of about a megabyte, which is cheap; workers
 parse and encode them. A text file's byte order mark is no part of its text; everything else is, CR
 LF too.
 """
@@ -24,15 +25,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-import conversations
-import files
-import journal
-import textfiles
-from bins import Part
-from chat import Marker
-from journal import SKIPPED, Remark
-from mistakes import one_line
-from textfiles import fetched, reading
+from system import files
+from system.errors import one_line
+from text import conversations, journal, textfiles
+from text.bins import Part
+from text.chat import Marker
+from text.journal import SKIPPED, Remark
+from text.textfiles import fetched, reading
 
 # bytes of a piece, about; of the largest text that is not encoded in parts
 PIECE, LARGE = 1 << 20, 1 << 22

@@ -8,7 +8,7 @@ import hashlib
 import json
 from types import MappingProxyType
 
-import tokenizer
+from text import tokenizer
 
 # sha256 of merges.txt
 GPT2_MERGES = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'

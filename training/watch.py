@@ -10,7 +10,8 @@ At each logged step, into metrics.jsonl and to the loggers:
 and without the slash the whole model: the median of matrices, the means over activations. At each
 evaluation also the page health.png, and histograms of activations and gradients: a line in
 health.jsonl, and to the loggers.
- Activations are looked at from outside, with one batch in eval mode, under the operators of the
+
+Activations are looked at from outside, with one batch in eval mode, under the operators of the
 forward pass: so no model needs a word for it, compiled, distributed and recomputed ones included,
 and neither weights, buffers nor random numbers know that somebody looks. Idea of the pages: A.
 Karpathy's lectures "Neural Networks: Zero to Hero", part 4.
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import files
+from system import files
 
 EXAMPLES = 512  # tokens to look at activations with: enough to tell a dead unit from a rare one
 SAMPLE = 10_000  # values of each tensor that go into its histogram

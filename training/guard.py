@@ -1,5 +1,6 @@
 """When to skip an update, and when a run has diverged.
- An update is skipped where the loss or the gradient is NaN or infinite, and where the loss is a
+
+An update is skipped where the loss or the gradient is NaN or infinite, and where the loss is a
 spike: more than some standard deviations above the average, both over roughly the last MEMORY steps
 (OLMo's rule, six of them over 128 steps; OLMo et al. 2024, arXiv 2501.00656). Whether a step is bad
 is decided on the device, from its loss, which all processes share; the optimizer skips the update
@@ -9,7 +10,8 @@ Skipping a spike spares the weights a bad batch. It cannot bring the loss down w
 themselves are the cause, since it freezes them, and where losses differ widely from batch to batch,
 the high ones are what there is to learn. So at most MOST_SKIPS spikes are skipped, and one more for
 every STEPS_PER_SKIP steps; other updates go through. A finite spike never ends a run.
- A run has diverged in two cases: - NOT_FINITE_IN_A_ROW losses or gradients in a row were NaN or
+
+A run has diverged in two cases: - NOT_FINITE_IN_A_ROW losses or gradients in a row were NaN or
 infinite. The run goes back to its newest
   checkpoint and skips the data that led there, since the same data would lead there again (as
   PaLM's authors did by hand, Chowdhery et al. 2022, section 5.1). The second time, it ends.

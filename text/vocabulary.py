@@ -10,7 +10,8 @@ Hub, or one trained on the text that it is for.
     bert-base-uncased, owner/name   a model's on the Hub; NANOGPT_MIRROR may be a folder that has it under this name
     train:bpe:32000                 byte-level BPE with so many entries, of GPT-2's words, <|endoftext|> the last of them
     train:sentencepiece:32000       a sentencepiece model, which keeps all spaces and line ends as they are
- Options of train:bpe: max_piece_length, in bytes. Of train:sentencepiece: model_type (bpe,
+
+Options of train:bpe: max_piece_length, in bytes. Of train:sentencepiece: model_type (bpe,
 unigram), character_coverage (the share of all characters that get entries of their own),
 max_piece_length (in characters), byte_fallback (other characters are their bytes; without it they
 are lost). The same text trains the same vocabulary, on any machine.
@@ -22,9 +23,8 @@ import json
 import re
 from pathlib import Path
 
-import hub
-import tokenizer
-import tokenizer_files
+from system import hub
+from text import tokenizer, tokenizer_files
 
 TIKTOKEN = (
     'gpt2',

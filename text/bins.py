@@ -1,5 +1,6 @@
 """Writing token bins: train.bin, val.bin and the meta.json beside them, which dataset.py reads.
- `write_bins` for texts that fit into memory; `prepare` for any number of documents, by several
+
+`write_bins` for texts that fit into memory; `prepare` for any number of documents, by several
 processes, in as many sittings as it takes.
 """
 
@@ -24,12 +25,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import chat
-import files
-import journal
-import mistakes
-import tokenizer as tokenizers
-from journal import SPLITS, Remark
+from system import errors, files
+from text import chat, journal
+from text import tokenizer as tokenizers
+from text.journal import SPLITS, Remark
 
 VERSION = 3  # of how documents become bins here: what another one has begun is begun anew
 TELL_SECONDS = 10  # between two lines about how far it is
@@ -336,7 +335,7 @@ def _workers(n, encoder, tokenizer):
     )
 
     def submit(piece):
-        with mistakes.no_interrupt():  # which the processes that this starts would tell of
+        with errors.no_interrupt():  # which the processes that this starts would tell of
             return functools.partial(_wait, pool, pool.submit(_encode, piece))
 
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import layers
+from models.parts import layers
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Weights for generation, in bfloat16, float16 or int8: a token costs reading them once, so half
 the bytes, half the time.
- On a CPU, decode.c does a token's products, and GPT-2's whole blocks; it is compiled when it is
+
+On a CPU, decode.c does a token's products, and GPT-2's whole blocks; it is compiled when it is
 first needed.
 """
 

@@ -1,6 +1,7 @@
 """How a script ends: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and
 exit code 130.
- Every script calls `begin_script` before its other imports, so this module imports nothing slow
+
+Every script calls `begin_script` before its other imports, so this module imports nothing slow
 (runtime.py loads torch).
 """
 

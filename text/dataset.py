@@ -1,6 +1,7 @@
 """Token bins: written once by data/NAME/prepare.py, read by windows; which windows a step trains
 and evaluates on.
- A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside it says which, by
+
+A bin is raw uint16, or uint32 where the vocabulary needs it; meta.json beside it says which, by
 which tokenizer, and for each split its tokens, bytes of text and sha256. Windows are block_size
 tokens and the token after each.
 """
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-import mistakes
-from shards import LOOKED_AT, Shards, conversion, may_separate, read_meta, wider_dtype
+from system import errors
+from text.shards import LOOKED_AT, Shards, conversion, may_separate, read_meta, wider_dtype
 
-ROOT = Path(__file__).resolve().parent / 'data'
+ROOT = Path(__file__).resolve().parents[1] / 'data'
 # <|endoftext|>
 TIKTOKEN_EOT = {'gpt2': 50256, 'p50k_base': 50256, 'cl100k_base': 100257, 'o200k_base': 199999}
 MOST_WINDOWS = 1 << 27  # in a step: their numbers alone are 1 GB
@@ -502,7 +503,7 @@ def _run(script):
     it was not told.
     """
     interrupts = []  # when: an exception in the wait could lose the exit code
-    with mistakes.no_interrupt():
+    with errors.no_interrupt():
         process = subprocess.Popen([sys.executable, str(script)])
         before = signal.signal(
             signal.SIGINT, lambda number, frame: interrupts.append(time.monotonic())
@@ -514,6 +515,6 @@ def _run(script):
                 process.terminate()
     finally:
         signal.signal(signal.SIGINT, before)
-    if interrupts and process.returncode != mistakes.STOPPED:
+    if interrupts and process.returncode != errors.STOPPED:
         raise KeyboardInterrupt
     return process.returncode

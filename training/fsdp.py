@@ -1,7 +1,8 @@
 """Sharded training (train.py --parallel=fsdp): each process keeps a part of every parameter,
 gradient and moment, by torch's FSDP2; and the checkpoints of that, to which each process writes its
 part, by torch.distributed.checkpoint.
- Such a checkpoint is a folder, out_dir/shards-STEP, and its index: plain data that lies in ckpt.pt.
+
+Such a checkpoint is a folder, out_dir/shards-STEP, and its index: plain data that lies in ckpt.pt.
 Any number of processes reads what any other number has written, to the bit; `whole` reads it
 without a group of processes.
 """
@@ -26,8 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import files
-import optimizer as optimizers
+from system import files
+from training import optimizer as optimizers
 
 FOLDER = re.compile(r'shards-\d+(-\d+)?')
 FILE = re.compile(r'__\d+_\d+\.distcp|\.metadata')

@@ -1,5 +1,6 @@
 """Decoding: from a model's logits to tokens, texts and beams.
- The model reads the prompt once and then one token at a time, over a cache of keys and values where
+
+The model reads the prompt once and then one token at a time, over a cache of keys and values where
 it has one (init_cache). A full context slides: the last three quarters of it are read again, which
 costs little and needs nothing from the model.
 """
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-import layers
-import tokenizer
+from models.parts import layers
+from text import tokenizer
 
 
 @dataclass

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from mistakes import fail, user_errors  # noqa: F401 (scripts have both from here)
+from system.errors import fail, user_errors  # noqa: F401 (scripts have both from here)
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 

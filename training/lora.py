@@ -1,10 +1,12 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): finetuning that leaves a model's weights as they are,
 and learns for each matrix of its blocks a change of low rank: W x becomes W x + 2 B (A x), with A
 (rank, in) and B (out, rank).
- Only A and B have gradients and optimizer state, so a run takes less memory, and its checkpoints a
+
+Only A and B have gradients and optimizer state, so a run takes less memory, and its checkpoints a
 third. B begins at zero: the first step is the base model's, to the bit. Merged, W + 2 B A, it is a
 plain model again.
- The paper's factor is alpha / rank; to tune alpha is much like tuning the learning rate, it says,
+
+The paper's factor is alpha / rank; to tune alpha is much like tuning the learning rate, it says,
 so alpha is 2 rank here: one factor for all ranks, and so one learning rate, some ten times full
 finetuning's.
 """

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import files
-from runtime import synchronize
+from system import files
+from system.device import synchronize
 
 LOGGERS = 'tensorboard', 'wandb'  # each also the name of its package
 
