@@ -18,12 +18,12 @@ import time
 
 import torch
 
-import prompts
 from configurator import Texts, configure
-from generation import decode as generate
-from generation import quantize as weights
+from generation import decode, quantize
+from generation.sampling import Sampling
 from system import device as runtime
 from system.device import fail, user_errors
+from text import prompts
 from text.chat import Dialogue, Template
 from training import checkpoint
 
@@ -59,13 +59,13 @@ def draw(texts):
         for some in (map(encode, texts), [text + '\n' * chat for text in texts])
     )
     context, began = (
-        generate.Context(model, rows, max(map(len, rows)) + max_new_tokens),
+        decode.Context(model, rows, max(map(len, rows)) + max_new_tokens),
         time.perf_counter(),
     )
     context.logits()
     print(samples[0], end='', flush=True)
     read = time.perf_counter()
-    for news in generate.texts(
+    for news in decode.stream_text(
         context, max_new_tokens, sampling, range(seed, seed + len(rows)), stops, ends
     ):
         samples = [sample + new for sample, new in zip(samples, news)]
@@ -74,7 +74,7 @@ def draw(texts):
     print('', *samples[1:], '', sep=f"\n{'-' * 15}\n", end='', flush=True)
     print(
         f"prompts in {read - began:.2f} s; {tokens} tokens in {took:.2f} s, {tokens / took:.1f} tokens/s"
-        f"{context.history()}",
+        f"{context.describe_slides()}",
         file=sys.stderr,
     )
 
@@ -82,18 +82,18 @@ def draw(texts):
 def search(text):
     """Print the likeliest continuations of the text, the best first, with their scores."""
     ids = encode(text)
-    context = generate.Context(model, [ids], len(ids) + max_new_tokens)
-    found = generate.likeliest(context, max_new_tokens, num_beams, length_penalty, stops, ends)
+    context = decode.Context(model, [ids], len(ids) + max_new_tokens)
+    found = decode.beam_search_text(context, max_new_tokens, num_beams, length_penalty, stops, ends)
     for score, new in found[:num_samples]:
         print(f"{text}{chr(10) * chat}{new}\n{'-' * 15} {score:.4f}", flush=True)
-    print(f"{num_beams} beams{context.history()}", file=sys.stderr)
+    print(f"{num_beams} beams{context.describe_slides()}", file=sys.stderr)
 
 
 def converse(text):
     """Continue one line after the other of standard input, all in one context, or answer them,
     until it ends (Ctrl-D)."""
     context, asked = None, [text] if chat and text.strip() else []
-    for turn, line in enumerate(itertools.chain(asked, prompts.typed()), seed):
+    for turn, line in enumerate(itertools.chain(asked, prompts.typed_lines()), seed):
         try:
             if chat:
                 context, ids = None, encode(line)
@@ -103,16 +103,18 @@ def converse(text):
                 ]
             if context:
                 context.add(torch.tensor([ids]))
-            context = context or generate.Context(model, [ids], model.config.block_size)
+            context = context or decode.Context(model, [ids], model.config.block_size)
         except ValueError as error:  # the next line may be better
             print(f"error: {error}", file=sys.stderr)
             continue
         reply = ''
-        for (new,) in generate.texts(context, max_new_tokens, sampling, [turn], stops, ends):
+        for (new,) in decode.stream_text(context, max_new_tokens, sampling, [turn], stops, ends):
             print(new, end='', flush=True)
             reply += new
         print(flush=True)
-        print(context.history().strip('; '), end='\n' * bool(context.slides), file=sys.stderr)
+        print(
+            context.describe_slides().strip('; '), end='\n' * bool(context.slides), file=sys.stderr
+        )
         if chat:
             talk.answer(reply)
             print(
@@ -131,8 +133,8 @@ with user_errors():
     dtype = dtype if dtype == 'int8' else runtime.resolve_dtype(dtype, device)
     runtime.check_between(1, 1_000_000, globals(), 'num_samples')
     runtime.check_at_least(0, globals(), 'seed num_beams max_new_tokens')
-    sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
-    texts = prompts.read(prompt or start)
+    sampling = Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
+    texts = prompts.read_prompts(prompt or start)
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
         fail("several prompts, num_beams and interactive=True can't be combined: take one of them")
     source = out_dir if init_from == 'resume' else init_from
@@ -143,10 +145,10 @@ with user_errors():
         fail(
             "chat=True is for a run on conversations, which keeps their template: this model has none"
         )
-    stops = prompts.stops(stop, model.tokenizer)
+    stops = prompts.parse_stops(stop, model.tokenizer)
     if isinstance(stop, str) and len(stops) > 1:
         print(f"a sample ends at {' or '.join(map(repr, stops))}", file=sys.stderr)
-    ends = [prompts.special_id(model.tokenizer, text) for text in stops]
+    ends = [prompts.special_token_id(model.tokenizer, text) for text in stops]
     encode = model.tokenizer.encode
     if chat:
         talk = Dialogue(Template(model.template), model.tokenizer, model.config.block_size * 3 // 4)
@@ -154,6 +156,6 @@ with user_errors():
         stops += talk.stops
         ends.append(talk.end)
     runtime.be_fast()
-    weights.prepare(model, dtype, compile)
+    quantize.convert_weights(model, dtype, compile)
     with runtime.memory_errors("take a smaller model, or another --device"):
         converse(texts[0]) if interactive else search(texts[0]) if num_beams else draw(texts)

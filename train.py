@@ -21,7 +21,7 @@ import torch
 
 import models
 from configurator import configure
-from generation import decode as generate
+from generation import final_sample
 from models.parts.layers import use_attention
 from system import device as runtime
 from system.device import user_errors
@@ -463,6 +463,6 @@ if is_stopped:
 stop.release()  # all is saved: Ctrl-C ends the sample
 if processes.IS_MASTER and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
-        generate.closing_sample(
+        final_sample.print_final_sample(
             lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta
         )

@@ -7,99 +7,10 @@ costs little and needs nothing from the model.
 
 import codecs
 import itertools
-import sys
-from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from models.parts import layers
-from text import tokenizer
-
-
-@dataclass
-class Sampling:
-    """How the next token is drawn from logits; the settings apply in this order of the fields, the
-    penalty before all.
-
-    repetition_penalty: CTRL's, arXiv 1909.05858. top_p: arXiv 1904.09751. min_p: arXiv 2407.01082.
-    Raises ValueError.
-    """
-
-    # 1: as the model says; below: more predictable; 0: always the likeliest token
-    temperature: float = 1.0
-    top_k: int | None = None  # only from so many likeliest tokens; None: from all
-    top_p: float = 1.0  # only from the likeliest tokens that together have this probability
-    min_p: float = 0.0  # only from tokens at least this times as probable as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that are there already become less likely
-
-    def __post_init__(self):
-        for name, low, high in (('temperature', 0, None), ('top_k', 1, None), ('min_p', 0, 1)):
-            value = getattr(self, name)
-            if value is not None and not (value >= low and (high is None or value <= high)):
-                raise ValueError(
-                    f"{name}={value} must be at least {low}"
-                    + (f" and at most {high}" if high else '')
-                )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if not self.repetition_penalty > 0:
-            raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing"
-            )
-
-    def __call__(self, logits, rows, chances):
-        """One id (B,) per row of logits (B, V): rows are the ids so far, chances (B,) uniform
-        numbers that decide."""
-        logits = penalised(logits, rows, self.repetition_penalty)
-        if self.temperature < 1e-6:  # logits over so little overflow
-            return logits.argmax(-1)
-        ids = None
-        if self.top_k and self.top_k < logits.size(-1):
-            logits, ids = top(logits, self.top_k)
-        elif self.top_p < 1:
-            logits, ids = logits.sort(descending=True)
-        probs = (logits / self.temperature).softmax(-1)
-        # what comes before a token has less than top_p: so the first one always stays
-        if self.top_p < 1:
-            probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0)
-        if self.min_p:
-            probs = probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0)
-        # MPS has no float64
-        sums = (probs.float() if probs.device.type == 'mps' else probs.double()).cumsum(-1)
-        wanted = chances.to(sums.dtype).to(sums.device)[:, None] * sums[:, -1:]
-        if not sums[:, -1].isfinite().all():
-            raise ValueError(
-                "the model gives no probabilities, but NaN: it has diverged, or dtype=float16 is too narrow"
-            )
-        at = (sums <= wanted).sum(-1, keepdim=True).clamp(max=sums.size(-1) - 1)
-        return (at if ids is None else ids.gather(-1, at))[:, 0]
-
-
-def top(logits, k, width=32):
-    """logits.topk(k) of (B, V): (values, indices), each (B, k). On a CPU by blocks, of which the k
-    with the greatest maxima hold all: of 50,000 logits, the first 200 take 0.37 ms less."""
-    V = logits.size(-1)
-    if logits.device.type != 'cpu' or V < 4 * k * width:
-        return logits.topk(k)
-    # (B, V / width, width)
-    blocks = F.pad(logits, (0, -V % width), value=-torch.inf).unflatten(-1, (-1, width))
-    which = blocks.amax(-1).topk(k).indices  # (B, k)
-    values, at = blocks.gather(1, which[..., None].expand(-1, -1, width)).flatten(1).topk(k)
-    return values, which.gather(1, at // width) * width + at % width
-
-
-def penalised(logits, rows, penalty):
-    """Logits (B, V) in at least float32, those of each row's ids over `penalty`, or times it where
-    negative."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if penalty == 1:
-        return logits
-    logits = logits.clone()
-    for row, ids in zip(logits, rows):
-        seen = torch.tensor(list(set(ids)), device=row.device)
-        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
-    return logits
 
 
 class Context:
@@ -178,7 +89,7 @@ class Context:
             self.cache = layers.KVCache.join([caches[key] for key in keys], self.room)
         return torch.cat([logits[key] for key in keys])
 
-    def history(self):
+    def describe_slides(self):
         """A clause on how often the context was full; '' where it never was."""
         return (
             f"; full {self.slides} times, the context went on from its last {self.kept} tokens"
@@ -223,7 +134,7 @@ def stream(context, max_new_tokens, sampling, seeds=None):
         yield ids
 
 
-def continue_ids(model, idx, max_new_tokens, sampling):
+def generate(model, idx, max_new_tokens, sampling):
     """idx (B, T) -> (B, T + max_new_tokens)."""
     context = Context(
         model, idx[:, -model.config.block_size :].tolist(), idx.size(1) + max_new_tokens
@@ -273,7 +184,7 @@ def beam_search(context, max_new_tokens, num_beams, length_penalty=1.0, is_end=l
     return sorted(complete, reverse=True)[:num_beams]
 
 
-class Text:
+class TextStream:
     """What a row's ids say behind its prompt, given out as it becomes certain: whole characters, up
     to the first of the `stops`."""
 
@@ -308,13 +219,13 @@ class Text:
         return text
 
 
-def texts(context, max_new_tokens, sampling, seeds=None, stops=(), ends=()):
+def stream_text(context, max_new_tokens, sampling, seeds=None, stops=(), ends=()):
     """Yield, token by token, the text that each row gained: [str].
 
     A row ends before the first of the texts `stops` or ids `ends` that it generates. Generation
     ends with the last row, or after max_new_tokens.
     """
-    outs = [Text(context.model.tokenizer, stops) for _ in context.rows]
+    outs = [TextStream(context.model.tokenizer, stops) for _ in context.rows]
     for ids in stream(context, max_new_tokens, sampling, seeds):
         gained = []
         for out, i in zip(outs, ids.tolist()):
@@ -328,7 +239,7 @@ def texts(context, max_new_tokens, sampling, seeds=None, stops=(), ends=()):
     yield [out.add([], final=True) for out in outs]
 
 
-def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=(), ends=()):
+def beam_search_text(context, max_new_tokens, num_beams, length_penalty=1.0, stops=(), ends=()):
     """The texts that `beam_search` finds, [(score, text)].
 
     Each ends before the first of the texts `stops`, the ids `ends` or the tokenizer's end of text.
@@ -350,40 +261,5 @@ def likeliest(context, max_new_tokens, num_beams, length_penalty=1.0, stops=(), 
     for score, ids in beam_search(context, max_new_tokens, num_beams, length_penalty, is_end):
         if ids and ids[-1] in ends:
             ids = ids[:-1]
-        results.append((score, Text(own, stops).add(ids, final=True)))
+        results.append((score, TextStream(own, stops).add(ids, final=True)))
     return results
-
-
-def closing_sample(model, description, start, out_dir, meta):
-    """What a run shows at its end: a sample after the ids `start`, or where a separator divides the
-    data ten documents.
-
-    description: of the tokenizer, or None; meta: of the data.
-    """
-    if description is None:
-        print(f"no sample: {meta.get('no_tokenizer', 'the data has no tokenizer')}")
-        return
-    try:
-        model.tokenizer = tokenizer.load(description)
-    except (OSError, ValueError) as error:  # the run itself went well
-        return print(f"no sample: {error}")
-    model.eval()._compiled_call_impl = None  # or it would be compiled anew for every length
-    say = f"for more: python sample.py --out_dir={out_dir}"
-    say += ' --chat=True --interactive=True' * ('template' in meta)
-    if (separator := meta.get('separator')) is not None:
-        between = model.tokenizer.decode([separator])
-        print(f"---- ten samples; {say} --start=${between!r} --stop=${between!r}")
-        context = Context(model, [[separator]] * 10, 1000)
-        print(
-            ''.join(
-                f'{text}\n'
-                for text in map(''.join, zip(*texts(context, 100, Sampling(), stops=[between])))
-            )
-        )
-        return
-    print(f"---- a sample, after the first words of the validation text; {say}")
-    context = Context(model, [start[-model.config.block_size :]], len(start) + 400)
-    print(model.tokenizer.decode(start), end='')
-    for (text,) in texts(context, 400, Sampling(temperature=0.8, top_k=200)):
-        print(text, end='', flush=sys.stdout.isatty())
-    print(flush=True)

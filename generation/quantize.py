@@ -5,22 +5,14 @@ On a CPU, decode.c does a token's products, and GPT-2's whole blocks; it is comp
 first needed.
 """
 
-import contextlib
-import ctypes
-import functools
-import hashlib
 import itertools
-import os
-import platform
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import model as gpt
+from generation import c_library
 
 DTYPES = {
     'float32': torch.float32,
@@ -28,17 +20,11 @@ DTYPES = {
     'float16': torch.float16,
     'int8': torch.int8,
 }
-# decode.c's WEIGHT and CACHE for each; bfloat16 is two bytes to C.
-C_TYPES = {
-    'float32': ('float', 'float'),
-    'bfloat16': ('uint16_t', 'uint16_t'),
-    'int8': ('int8_t', 'uint16_t'),
-}
 ACTIVATIONS = {'exact': 0, 'tanh': 1, 'relu': 2}  # GPTConfig's gelu, as decode.c numbers them
-FEW = 16  # rows, for which decode.c is the faster way
+MAX_C_ROWS = 16  # rows, for which decode.c is the faster way
 
 
-def prepare(model, dtype, compile=False):
+def convert_weights(model, dtype, compile=False):
     """Keep the matrices of `model`'s Linears, in place, in dtype, one of DTYPES, and its cache too
     (int8: in bfloat16).
 
@@ -47,9 +33,9 @@ def prepare(model, dtype, compile=False):
     where int8 is no gain: it is for decode.c.
     """
     device = next(model.parameters(), torch.empty(0)).device.type
-    library = (
-        _library(*C_TYPES[dtype]) if device == 'cpu' and dtype in C_TYPES and not compile else None
-    )
+    library = None
+    if device == 'cpu' and not compile:
+        library = c_library.load(dtype)
     if dtype == 'int8' and not library:
         raise ValueError(
             "dtype='int8' is for a CPU with a C compiler (cc), without --compile=True: take --dtype=auto"
@@ -62,22 +48,22 @@ def prepare(model, dtype, compile=False):
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, Linear(child, DTYPES[dtype], library))
+                setattr(module, name, WeightOnlyLinear(child, DTYPES[dtype], library))
     if library and isinstance(model, gpt.GPT):
-        blocks = Blocks(model.transformer.h, model.config, library, model.cache_dtype)
+        blocks = FusedBlocks(model.transformer.h, model.config, library, model.cache_dtype)
         model.transformer.h = nn.ModuleList([blocks])
 
 
-def can_int8():
+def has_int8():
     """Whether int8 is there, on a CPU: with a C compiler."""
-    return _library(*C_TYPES['int8']) is not None
+    return c_library.load('int8') is not None
 
 
-class Linear(nn.Module):
+class WeightOnlyLinear(nn.Module):
     """An nn.Linear with its matrix in `dtype`. int8: whole numbers up to 127, times a scale per
     output.
 
-    library: decode.c, for up to FEW rows; what one of them gives does not depend on the others, to
+    library: decode.c, for up to MAX_C_ROWS rows; what one of them gives does not depend on the others, to
     the bit.
     """
 
@@ -92,12 +78,12 @@ class Linear(nn.Module):
         self.register_buffer('bias', None if linear.bias is None else linear.bias.detach())
         # decode.c counts in 64s
         self.product = library and library.product if weight.size(1) >= 64 else None
-        self.matrix = library and _pointers(self.weight, scale, self.bias)
+        self.matrix = library and c_library.pointers(self.weight, scale, self.bias)
 
     def forward(self, x):
         *before, k = x.shape
         B, n = x.numel() // k, len(self.weight)
-        if self.product and B <= FEW and x.dtype == torch.float32:
+        if self.product and B <= MAX_C_ROWS and x.dtype == torch.float32:
             x, y = x.contiguous(), x.new_empty(*before, n)
             self.product(self.matrix, x.data_ptr(), y.data_ptr(), B, n, k)
             return y
@@ -107,7 +93,7 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Blocks(nn.Module):
+class FusedBlocks(nn.Module):
     """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`,
     with their Linears."""
 
@@ -121,14 +107,14 @@ class Blocks(nn.Module):
         for b in blocks:
             for layer in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj):
                 tensors += layer.weight, getattr(layer, 'scale', None), layer.bias
-        self.layers = _pointers(*tensors)
+        self.layers = c_library.pointers(*tensors)
 
     def forward(self, x, past=None):
         B, T, C = x.shape
         if (
             past is None
             or T > 1
-            or B > FEW
+            or B > MAX_C_ROWS
             or x.dtype != torch.float32
             or past.tensors[0].dtype != self.cache_dtype
         ):
@@ -138,7 +124,7 @@ class Blocks(nn.Module):
                 x = block(x, own)
             return x
         config, cache = self.config, past.cache
-        kv = _pointers(*itertools.chain(*cache.kept))
+        kv = c_library.pointers(*itertools.chain(*cache.kept))
         first = None if cache.first is None else cache.first.data_ptr()
         space = x.new_empty(B * (C + max(3 * C, config.inner)))
         self.run(
@@ -158,69 +144,3 @@ class Blocks(nn.Module):
             config.norm_eps,
         )
         return x
-
-
-def _pointers(*tensors):
-    return (ctypes.c_void_p * len(tensors))(
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    )
-
-
-def _loaded(path):
-    """The library at `path`, or None where there is none, or a damaged one."""
-    try:
-        return ctypes.CDLL(str(path)) if path.stat().st_size else None
-    except OSError:
-        return None
-
-
-@functools.cache
-def _library(weight, cache):
-    """decode.c for these types, compiled for this CPU and kept in the user's cache; None where
-    there is no C compiler."""
-    source = Path(__file__).with_name('decode.c')
-    # and sums in any order
-    flags = (
-        f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC '
-        '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno'
-    ).split()
-    flags += ['-mprefer-vector-width=512'] * (platform.machine().lower() in ('x86_64', 'amd64'))
-    about = [source.read_text(encoding='utf-8'), platform.machine(), platform.processor(), *flags]
-    with (
-        contextlib.suppress(OSError),
-        open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file,
-    ):
-        about += [line for line in file if line.startswith(('flags', 'Features', 'model name'))]
-    try:
-        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'
-        path = folder / f"decode-{hashlib.sha256(''.join(about).encode()).hexdigest()[:16]}.so"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, 'getuid') and folder.stat().st_uid != os.getuid():
-            return None  # code of somebody else's may be in it
-        library = _loaded(path)
-        if library is None:
-            with tempfile.TemporaryDirectory(dir=folder) as fresh:
-                # Apple's compiler has no OpenMP: on one thread, only int8 is faster than torch
-                for threads in [['-fopenmp']] + [[]] * (weight == 'int8_t'):
-                    command = [
-                        'cc',
-                        *flags,
-                        *threads,
-                        str(source),
-                        '-lm',
-                        '-o',
-                        f'{fresh}/decode.so',
-                    ]
-                    if subprocess.run(command, capture_output=True).returncode == 0:
-                        os.replace(f'{fresh}/decode.so', path)
-                        break
-            library = _loaded(path)
-        if library is None:
-            return None
-    except (OSError, RuntimeError):  # no compiler, nowhere to write, no home
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    library.product.argtypes, library.product.restype = [pointer] * 3 + [number] * 3, None
-    library.blocks.argtypes = [pointer, number, *[pointer] * 4, *[number] * 7, ctypes.c_float]
-    library.blocks.restype = None
-    return library

@@ -37,7 +37,7 @@ import json, os, runpy, signal, sys, tempfile, time, traceback
 import configurator, model, models, numpy.ma, torch
 import system.device, text.mixture, training.checkpoint, training.lora, training.metrics
 import training.optimizer
-from generation import decode as generate
+from generation import final_sample
 try:
     import resource
 except ImportError:
@@ -58,7 +58,7 @@ for line in sys.stdin:
             sys.stdout.reconfigure(encoding=asked['env']['PYTHONIOENCODING'], errors='strict')
             sys.stderr.reconfigure(encoding=asked['env']['PYTHONIOENCODING'])
         if not asked['sample']:
-            generate.closing_sample = lambda *args: None
+            final_sample.print_final_sample = lambda *args: None
         if asked['memory']:
             used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + asked['memory'],) * 2)

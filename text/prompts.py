@@ -11,7 +11,7 @@ from text import textfiles
 MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'  # <|im_end|>, [|endofturn|]: how special tokens are spelled
 
 
-def read(text):
+def read_prompts(text):
     """The texts that a prompt stands for: FILE:name, a file's; LINES:name, each line of a file; -,
     standard input; else itself. Raises ValueError."""
     if text == '-':
@@ -33,7 +33,7 @@ def read(text):
     return texts
 
 
-def typed():
+def typed_lines():
     """The lines of standard input, each after a `> ` on a terminal, until it ends (Ctrl-D). One
     that is not text is an error on stderr, and the next one is read."""
     source = _standard_input()
@@ -49,7 +49,7 @@ def typed():
             print(f"error: {error}", file=sys.stderr)
 
 
-def stops(value, tokenizer):
+def parse_stops(value, tokenizer):
     """The texts that end a sample, [str], of the setting `stop`.
 
     Those of a list are used as they are. A single text is divided at each `|` that is not inside a
@@ -79,7 +79,7 @@ def stops(value, tokenizer):
     return texts
 
 
-def special_id(tokenizer, text):
+def special_token_id(tokenizer, text):
     """The id of the special token that `text` spells, or None."""
     ids = _ids(tokenizer, text)
     if len(ids) == 1 and ids != list(tokenizer.encode_ordinary(text)):
