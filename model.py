@@ -312,5 +312,5 @@ class GPT(LanguageModel):
         if own != 'gpt':
             raise ValueError(f"{name} holds no GPT-2 but a {own}: checkpoint.load_model opens it")
         model = cls(cls.Config(**fields | overrides))
-        huggingface.fill(model, weights, name)
+        huggingface.load_weights(model, weights, name)
         return model

@@ -70,7 +70,7 @@ def rotary64(T, D, base=1e4, scale=None):
 
 def as_llama(transformers, model):
     """transformers' model with these weights, which go there as they are exported."""
-    files, weights = huggingface.content(
+    files, weights = huggingface.to_files(
         model, 'transformerpp', str(model.lm_head.weight.dtype).removeprefix('torch.')
     )
     config = transformers.LlamaConfig(

@@ -604,7 +604,7 @@ def open_model(source, settings=None):
     Model = models.architecture(name)
     most = (1 << 20) + 8 * sum(weight.numel() for weight in weights.values() if weight is not None)
     model = models.make(Model, Model.Config(**fields | _free(Model.Config, settings)), most)
-    huggingface.fill(model, weights, source)
+    huggingface.load_weights(model, weights, source)
     return model, tokenizer_files.from_files(folder) or (
         dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None
     )
