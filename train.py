@@ -22,7 +22,7 @@ import torch
 import models
 from configurator import configure
 from generation import decode as generate
-from models.parts.layers import use_attention
+from models.parts import kernels
 from system import device as runtime
 from system.device import user_errors
 from text.mixture import open_dataset, prepare_if_small
@@ -116,7 +116,7 @@ with processes.lost_peers(), user_errors():
     compile = runtime.resolve_compile(
         before.get('compile', compile) if compile == 'auto' else compile, device
     )
-    use_attention(attention)
+    kernels.check_attention(attention)
     processes.check_shared(out_dir, stored['iter_num'] if stored else 0)
     wanted = loggers(log_to, wandb_log)
 threads = runtime.set_threads(before.get('threads'))
@@ -160,6 +160,7 @@ with (
     if document_boundaries or 'document_boundaries' in given:  # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
+    model.set_attention(attention)
     model.gradient_checkpointing = gradient_checkpointing
     wrapped, micros = (
         processes.wrap(model, device, parallel),
