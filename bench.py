@@ -31,8 +31,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import configure, parse
-from system import device as runtime
-from system.device import fail, user_errors
+from system.checks import check_at_least
+from system.device import measured_peak_flops, peak_flops
+from system.errors import fail, user_errors
 
 # ---- settings ------------------------------------------------------------------------------------
 steps = 20  # timed steps of each run
@@ -58,8 +59,8 @@ with user_errors():
         other_files, other_wishes, _wants_help = parse(shlex.split(versus))
     except (ValueError, OSError) as error:
         fail(f"versus={versus!r}: {str(error).removeprefix('command line: ')}")
-runtime.check_at_least(1, globals(), 'steps warmup rounds seconds')
-runtime.check_at_least(0, globals(), 'seed target')
+check_at_least(1, globals(), 'steps warmup rounds seconds')
+check_at_least(0, globals(), 'seed target')
 if real_data not in (True, False, 'auto'):
     fail(f"real_data={real_data!r} is unknown: take True, False or auto")
 if wrong := (other_wishes.keys() & globals().keys()) | ({'help'} if _wants_help else set()):
@@ -142,9 +143,7 @@ def time_steps(words, out_dir, name):
     speed, device, dtype = facts['tokens_per_step'] / median * 1e3, facts['device'], facts['dtype']
     if (device, dtype) not in peaks:
         peaks[device, dtype] = (
-            runtime.measured_peak_flops(dtype)
-            if device == 'cpu'
-            else runtime.peak_flops(device, dtype)
+            measured_peak_flops(dtype) if device == 'cpu' else peak_flops(device, dtype)
         )
     peak = peaks[device, dtype]
     mfu = (

@@ -10,7 +10,7 @@ from conftest import TINY, run
 
 from models import build
 from models.parts import layers
-from system import device as runtime
+from system.device import autocast
 
 SHAPE = dict(block_size=12, vocab_size=20, n_layer=3, n_head=2, n_embd=16, ngram=4, ngram_rows=50)
 
@@ -162,7 +162,7 @@ def test_each_number_format_with_each_attention(dtype, attention):
     expected = model(idx, idx)[0]
     try:
         layers.use_attention(attention)
-        with runtime.autocast('cpu', dtype):
+        with autocast('cpu', dtype):
             logits, loss = model.train()(idx, idx)
             loss.backward()
     finally:
