@@ -106,15 +106,15 @@ class LanguageModel(nn.Module):
     def configure_optimizers(
         self, weight_decay, learning_rate, betas, device_type, lrs=None, **options
     ):
-        """The optimizer over `param_groups`: AdamW, or another by optimizer.build's options; None
+        """The optimizer over `param_groups`: AdamW, or another by build_optimizer's options; None
         without parameters."""
         width = getattr(self.config, 'n_embd', 768)
         for name, p in self.named_parameters():
             if name.endswith('c_attn.weight'):
                 p.n_matrices = 3  # q, k and v, one above the other
-        from training import optimizer
+        from training.optimizer import build_optimizer
 
-        return optimizer.build(
+        return build_optimizer(
             self.param_groups(),
             weight_decay,
             learning_rate,

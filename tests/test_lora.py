@@ -270,6 +270,8 @@ def test_two_processes_learn_what_one_does(runs, text_folder, tmp_path):
 
 def test_frozen_parameters_are_no_business_of_any_optimizer():
     frozen, free = (nn.Parameter(torch.ones(2, 2), requires_grad=flag) for flag in (False, True))
-    assert optimizer.build({'matrix': [frozen]}, 0.1, 1e-3, (0.9, 0.95), 'cpu') is None
-    own = optimizer.build({'matrix': [frozen, free]}, 0.1, 1e-3, (0.9, 0.95), 'cpu', name='sgd')
+    assert optimizer.build_optimizer({'matrix': [frozen]}, 0.1, 1e-3, (0.9, 0.95), 'cpu') is None
+    own = optimizer.build_optimizer(
+        {'matrix': [frozen, free]}, 0.1, 1e-3, (0.9, 0.95), 'cpu', name='sgd'
+    )
     assert [len(group['params']) for group in own.param_groups] == [1, 0]

@@ -10,7 +10,7 @@ from conftest import TINY, run
 
 from models import build
 from models.parts import layers
-from system import device as runtime
+from system.device import autocast
 
 SHAPE = dict(block_size=12, vocab_size=20, n_layer=3, n_head=2, n_embd=16, ngram=4, ngram_rows=50)
 
@@ -161,7 +161,7 @@ def test_each_number_format_with_each_attention(dtype, attention):
     model, idx = shaken().float(), torch.randint(20, (2, 12))
     expected = model(idx, idx)[0]
     model.set_attention(attention)
-    with runtime.autocast('cpu', dtype):
+    with autocast('cpu', dtype):
         logits, loss = model.train()(idx, idx)
         loss.backward()
     tolerance = {'float32': 1e-5, 'bfloat16': 0.2, 'float16': 0.03}[dtype]

@@ -31,7 +31,7 @@ from models.parts import construction
 from system import files
 from text import dataset, tokenizer, tokenizer_files
 from training import guard, lora
-from training import optimizer as optimizers
+from training.optimizer import load_optimizer_state
 
 SUMS, FRESH = 'sums.json', '.ckpt.pt.new'
 RESUMABLE = 'ckpt.pt', FRESH, 'ckpt.prev.pt'
@@ -128,7 +128,7 @@ def save(out_dir, name, state):
                 if before.exists()
                 else [state]
             )
-            fsdp.tidy(
+            fsdp.remove_other_shards(
                 folder, {content['shards']['folder'] for content in kept if 'shards' in content}
             )
 
@@ -236,7 +236,7 @@ def read(path):
         from training import fsdp
 
         state['shards']['out_dir'] = str(path.parent)
-        fsdp.verify(path.parent, state['shards'])
+        fsdp.verify_shards(path.parent, state['shards'])
     if not (
         _has(state, {'model': dict, 'model_args': dict})
         and all(
@@ -469,11 +469,11 @@ def take_up(state, model, optimizer, scaler):
     if hasattr(model, 'set_requires_gradient_sync'):
         from training import fsdp
 
-        fsdp.load(state, model, optimizer)
+        fsdp.load_state(state, model, optimizer)
     else:
         model.load_state_dict(_weights(state))
         if optimizer:
-            optimizers.load(optimizer, state['optimizer'])
+            load_optimizer_state(optimizer, state['optimizer'])
     scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
     return (
         int(state['iter_num']),
@@ -488,7 +488,7 @@ def _weights(state):
     if shards := state.pop('shards', None):
         from training import fsdp
 
-        state.update(fsdp.whole(shards['out_dir'], shards))
+        state.update(fsdp.read_whole_state(shards['out_dir'], shards))
     weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
     # nanoGPT's; on old torch versions it kept its causal mask among the weights
     if 'model_name' not in state:
