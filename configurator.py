@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import types
+import typing
 import warnings
 from pathlib import Path, PurePath
 
@@ -168,10 +169,18 @@ def divided(value, separator):
     return [text.strip() for text in value.split(separator) if text.strip()]
 
 
+class CommandLine(typing.NamedTuple):
+    """The words of a command line."""
+
+    files: list  # config files, in order
+    settings: dict  # {key: text}
+    wants_help: bool
+
+
 def parse(argv):
-    """Config files in order, {key: text} and whether help is wanted, out of command-line words."""
+    """The CommandLine that the words are. Where a setting is repeated, the last one counts."""
     files, wishes, wants_help = _parse(argv)
-    return files, {key: words[-1] for key, words in wishes.items()}, wants_help
+    return CommandLine(files, {key: words[-1] for key, words in wishes.items()}, wants_help)
 
 
 def _parse(argv):

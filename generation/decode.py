@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from models.parts import layers
+from models.parts import kv_cache
 
 
 class Context:
@@ -86,7 +86,7 @@ class Context:
             for key, cache in caches.items()
         }
         if None not in caches.values():
-            self.cache = layers.KVCache.join([caches[key] for key in keys], self.room)
+            self.cache = kv_cache.KVCache.join([caches[key] for key in keys], self.room)
         return torch.cat([logits[key] for key in keys])
 
     def describe_slides(self):

@@ -27,10 +27,11 @@ import torch
 
 import models
 from interop import huggingface
+from models.parts import construction
 from system import files
 from text import dataset, tokenizer, tokenizer_files
 from training import guard, lora
-from training import optimizer as optimizers
+from training.optimizer import load_optimizer_state
 
 SUMS, FRESH = 'sums.json', '.ckpt.pt.new'
 RESUMABLE = 'ckpt.pt', FRESH, 'ckpt.prev.pt'
@@ -127,7 +128,7 @@ def save(out_dir, name, state):
                 if before.exists()
                 else [state]
             )
-            fsdp.tidy(
+            fsdp.remove_other_shards(
                 folder, {content['shards']['folder'] for content in kept if 'shards' in content}
             )
 
@@ -235,7 +236,7 @@ def read(path):
         from training import fsdp
 
         state['shards']['out_dir'] = str(path.parent)
-        fsdp.verify(path.parent, state['shards'])
+        fsdp.verify_shards(path.parent, state['shards'])
     if not (
         _has(state, {'model': dict, 'model_args': dict})
         and all(
@@ -468,11 +469,11 @@ def take_up(state, model, optimizer, scaler):
     if hasattr(model, 'set_requires_gradient_sync'):
         from training import fsdp
 
-        fsdp.load(state, model, optimizer)
+        fsdp.load_state(state, model, optimizer)
     else:
         model.load_state_dict(_weights(state))
         if optimizer:
-            optimizers.load(optimizer, state['optimizer'])
+            load_optimizer_state(optimizer, state['optimizer'])
     scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
     return (
         int(state['iter_num']),
@@ -487,7 +488,7 @@ def _weights(state):
     if shards := state.pop('shards', None):
         from training import fsdp
 
-        state.update(fsdp.whole(shards['out_dir'], shards))
+        state.update(fsdp.read_whole_state(shards['out_dir'], shards))
     weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
     # nanoGPT's; on old torch versions it kept its causal mask among the weights
     if 'model_name' not in state:
@@ -516,7 +517,7 @@ def restore(state, settings=None, in_parts=False):
         most = (
             None if is_apart else (1 << 20) + 8 * sum(weight.numel() for weight in weights.values())
         )
-        model = models.make(Model, Model.Config(**state['model_args'] | free), most)
+        model = construction.construct(Model, Model.Config(**state['model_args'] | free), most)
         lora.add(model, state['config'].get('lora_rank', 0) if is_apart else lora.rank_of(weights))
         if not is_apart:
             model.load_state_dict(weights)
@@ -603,7 +604,9 @@ def open_model(source, settings=None):
     name, fields, weights = huggingface.read(source)
     Model = models.architecture(name)
     most = (1 << 20) + 8 * sum(weight.numel() for weight in weights.values() if weight is not None)
-    model = models.make(Model, Model.Config(**fields | _free(Model.Config, settings)), most)
+    model = construction.construct(
+        Model, Model.Config(**fields | _free(Model.Config, settings)), most
+    )
     huggingface.load_weights(model, weights, source)
     return model, tokenizer_files.from_files(folder) or (
         dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None
