@@ -288,7 +288,7 @@ def test_a_conversation_knows_what_was_said(sample):
 def test_an_answer_ends_at_the_end_of_text(parrot):
     model, talk = checkpoint.load_model(parrot), Dialogue(Template(), ByteTokenizer(), room=150)
     context = decode.Context(model, [talk.ask('Hi')], 200)
-    news = list(decode.stream_text(context, 50, Sampling(temperature=0), ends=[ord('!')]))
+    news = list(decode.stream_text(context, 50, Sampling(temperature=0), stop_ids=[ord('!')]))
     assert ''.join(new for (new,) in news) == 'Hello' and len(news) == 6
 
 

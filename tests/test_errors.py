@@ -1026,7 +1026,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
         ('--top_k=-1', 'top_k=-1'),
         ('--top_k=0.5', 'top_k takes a whole number, not 0.5'),
         ('--max_new_tokens=-1', 'max_new_tokens=-1 must be at least 0'),
-        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line'),
+        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line that is not empty'),
         ('--num_samples=0', 'num_samples=0 must be at least 1'),
         ('--seed=-1', 'seed=-1'),
         ('--device=gpu', "device='gpu' is unknown"),

@@ -156,8 +156,8 @@ def test_a_window_that_moves_is_counted_without_a_cache_too(model):
     for _ in stream(context, 35, Sampling(0)):
         pass
     assert context.rows[0] == uncached(model, [1, 2, 3], 35)
-    assert (
-        context.describe_slides() == '; full 5 times, the context went on from its last 32 tokens'
+    assert context.describe_slides() == (
+        'the context filled up 5 times; its last 32 tokens were kept'
     )
 
 
@@ -250,7 +250,7 @@ def test_ids_that_are_padding_are_never_drawn():
 
 
 def test_no_token_is_drawn_where_there_are_no_probabilities():
-    with pytest.raises(ValueError, match='the model gives no probabilities, but NaN'):
+    with pytest.raises(ValueError, match="the model's probabilities are NaN"):
         draws(torch.full((7,), float('nan')))
 
 
@@ -382,7 +382,9 @@ def test_an_id_of_ends_ends_a_row_and_is_no_part_of_its_text():
     model = build('gpt')
     model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])
     context = Context(model, [[1], [2], [3]], 32)
-    news = list(decode.stream_text(context, 30, Sampling(3.0), [1, 2, 3], ends=[4, 5, 6, 7, None]))
+    news = list(
+        decode.stream_text(context, 30, Sampling(3.0), [1, 2, 3], stop_ids=[4, 5, 6, 7, None])
+    )
     assert len(news) < 31 and all(set(row[1:]) & {4, 5, 6, 7} for row in context.rows)
     for row, parts in zip(context.rows, zip(*news)):
         until = next(at for at, i in enumerate(row) if at and i in (4, 5, 6, 7))
@@ -393,7 +395,7 @@ def test_an_id_of_ends_completes_a_beam():
     model = build('gpt')
     model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])
     ends = list(range(0, 50, 2))
-    found = decode.beam_search_text(Context(model, [[1]], 10), 8, 3, ends=ends)
+    found = decode.beam_search_text(Context(model, [[1]], 10), 8, 3, stop_ids=ends)
     assert len(found) == 3 and not any(
         set(model.tokenizer.encode(text)) & set(ends) for _, text in found
     )

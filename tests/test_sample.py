@@ -180,7 +180,7 @@ def test_a_stop_that_is_a_special_token_ends_a_sample_at_its_id(warm, tmp_path):
 def test_a_full_context_is_told(sample):
     out, err = sample('--start=def', '--max_new_tokens=40')
     assert len(out.split(f'\n{RULE}')[0]) == 43
-    assert 'tokens/s; full 6 times, the context went on from its last 12 tokens' in err
+    assert 'tokens/s; the context filled up 6 times; its last 12 tokens were kept' in err
 
 
 def test_beams_are_printed_best_first_with_their_scores(sample):
@@ -198,7 +198,7 @@ def test_a_conversation_keeps_its_context_and_survives_a_mistake(sample):
     ).groups()
     assert re.fullmatch(
         r"error: the character 'ß' at position 0 is not among the \d+ that this model knows\n"
-        r"full 1 times, the context went on from its last 12 tokens\n",
+        r"the context filled up once; its last 12 tokens were kept\n",
         err,
     )
     told = f'def{first}\nif'

@@ -1,4 +1,4 @@
-"""What sample.py reads: the texts it continues, the lines that somebody types, the texts that end a
+"""What sample.py reads: prompts from the command line and files, typed lines, texts that end a
 sample."""
 
 import codecs
@@ -8,34 +8,37 @@ import sys
 
 from text import textfiles
 
-MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'  # <|im_end|>, [|endofturn|]: how special tokens are spelled
+MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'  # how special tokens are spelled: <|im_end|>, [|endofturn|]
 
 
 def read_prompts(text):
-    """The texts that a prompt stands for: FILE:name, a file's; LINES:name, each line of a file; -,
-    standard input; else itself. Raises ValueError."""
+    """The prompts that a setting stands for, [str].
+
+    FILE:name is a file's text, LINES:name each line of a file, - standard input; any other text is
+    itself. Raises ValueError.
+    """
     if text == '-':
         return [_decoded(_standard_input().read(), "standard input", sys.stdin.encoding)]
     if not text.startswith(('FILE:', 'LINES:')):
         return [_decoded(text, "the prompt", sys.getfilesystemencoding())]
+    kind, _, path = text.partition(':')
     try:
-        content = textfiles.read_text(text.partition(':')[2], as_text=True)
-        content = io.StringIO(content, newline=None).read()  # CR LF becomes LF
+        content = textfiles.read_text(path, as_text=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})"
-        ) from None
-    if text.startswith('FILE:'):
+        reason = getattr(error, 'strerror', None) or error
+        raise ValueError(f"{text} can't be read as UTF-8 text ({reason})") from None
+    content = io.StringIO(content, newline=None).read()  # CR LF becomes LF
+    if kind == 'FILE':
         return [content]
-    texts = [line for line in content.splitlines() if line]
-    if not texts:
-        raise ValueError(f"{text} has no line")
-    return texts
+    lines = [line for line in content.splitlines() if line]
+    if not lines:
+        raise ValueError(f"{text} has no line that is not empty")
+    return lines
 
 
 def typed_lines():
-    """The lines of standard input, each after a `> ` on a terminal, until it ends (Ctrl-D). One
-    that is not text is an error on stderr, and the next one is read."""
+    """Yield the lines of standard input until it ends (Ctrl-D), with a prompt `> ` on a terminal.
+    A line that can't be decoded is reported on stderr and skipped."""
     source = _standard_input()
     while True:
         if source.isatty():
@@ -50,17 +53,17 @@ def typed_lines():
 
 
 def parse_stops(value, tokenizer):
-    """The texts that end a sample, [str], of the setting `stop`.
+    """The texts that end a sample, [str], of the setting `stop`, a text or a list of texts.
 
-    Those of a list are used as they are. A single text is divided at each `|` that is not inside a
-    mark such as <|im_end|>, unless all of it is one token, or nothing but bars. Raises ValueError
-    where it could mean two things.
+    A list is used as it is. A text is split at each `|` outside of marks such as <|im_end|>, unless
+    it is a single token or consists of bars alone. Raises ValueError for a text that could mean two
+    things.
     """
     if isinstance(value, list):
         return [text for text in value if text]
     if not value:
         return []
-    if not value.strip('|') or len(_ids(tokenizer, value)) == 1:
+    if not value.strip('|') or len(_encode_or_nothing(tokenizer, value)) == 1:
         return [value]
     texts = ['']
     for part in re.split(rf'({MARK}|\|)', value):
@@ -80,15 +83,15 @@ def parse_stops(value, tokenizer):
 
 
 def special_token_id(tokenizer, text):
-    """The id of the special token that `text` spells, or None."""
-    ids = _ids(tokenizer, text)
+    """The id of the special token that `text` spells; None where it spells none."""
+    ids = _encode_or_nothing(tokenizer, text)
     if len(ids) == 1 and ids != list(tokenizer.encode_ordinary(text)):
         return ids[0]
     return None
 
 
-def _ids(tokenizer, text):
-    """The ids of `text`, none where it has a character that the tokenizer lacks."""
+def _encode_or_nothing(tokenizer, text):
+    """The ids of `text`; [] where it has a character that the tokenizer lacks."""
     try:
         return list(tokenizer.encode(text))
     except ValueError:
@@ -96,20 +99,21 @@ def _ids(tokenizer, text):
 
 
 def _standard_input():
-    """Standard input, whose bytes that can't be decoded become surrogates, which `_decoded`
-    finds."""
+    """Standard input; bytes that can't be decoded become surrogates, which `_decoded` reports."""
     if hasattr(sys.stdin, 'reconfigure'):
         sys.stdin.reconfigure(errors='surrogateescape')
     return sys.stdin
 
 
 def _decoded(text, what, encoding):
-    """`text`, where all of it could be decoded. Raises ValueError."""
-    if found := re.search('[\ud800-\udfff]', text):
-        encoding = encoding or 'utf-8'  # a text in memory has none
-        before = len(text[: found.start()].encode(encoding, 'surrogateescape'))
-        advice = "`iconv -f ITS_ENCODING -t UTF-8` converts it"
-        if codecs.lookup(encoding).name != 'utf-8':
-            advice = "PYTHONIOENCODING=utf-8 reads UTF-8"
-        raise ValueError(f"{what} is not {encoding} text at byte {before:,}: {advice}")
-    return text
+    """`text`, unless it has surrogates: a ValueError says where `what` could not be decoded, and
+    how to convert it."""
+    undecoded = re.search('[\ud800-\udfff]', text)
+    if not undecoded:
+        return text
+    encoding = encoding or 'utf-8'  # a text in memory has none
+    n_bytes = len(text[: undecoded.start()].encode(encoding, 'surrogateescape'))
+    advice = "`iconv -f ITS_ENCODING -t UTF-8` converts it"
+    if codecs.lookup(encoding).name != 'utf-8':
+        advice = "PYTHONIOENCODING=utf-8 reads UTF-8"
+    raise ValueError(f"{what} is not {encoding} text at byte {n_bytes:,}: {advice}")
