@@ -48,7 +48,7 @@ def read(source):
 
     name, keys = _read_config(folder / 'config.json')
     converter = CONVERTERS[name]
-    fields = converter.fields(keys)
+    fields = converter.import_config(keys)
     if keys.has('quantization_config'):
         keys.refuse('quantization_config', "is not supported: use the weights as they were trained")
     if keys.problems:
@@ -62,7 +62,7 @@ def read(source):
         missing = ', '.join(keys.assumed)
         _notice(f"{folder}/config.json lacks {missing}: using transformers' {defaults}")
     try:
-        state = converter.state(stored, keys, fields)
+        state = converter.import_weights(stored, keys, fields)
     except RuntimeError as error:  # torch's, where shapes don't match
         reason = _one_line(error)
         raise ValueError(f"{path}: weights don't fit its config.json ({reason})") from None
@@ -165,7 +165,7 @@ def _read_index(path):
 
 
 def _check_depth(stored, key, keys, path):
-    """Raise ValueError where the weights have more or fewer layers than config.json says in `key`."""
+    """Raise ValueError unless the weights have as many layers as config.json says in `key`."""
     layers = set()
     for name in stored:
         match = re.search(r'(?:^|\.)(?:h|layers)\.(\d+)\.', name)
@@ -275,7 +275,7 @@ def to_files(model, name, dtype):
         'config.json': {
             'architectures': [converter.architecture],
             'model_type': converter.model_type,
-            **converter.config(config),
+            **converter.export_config(config),
             'vocab_size': vocab_size,
             **ends,
             'torch_dtype': dtype,
@@ -284,7 +284,7 @@ def to_files(model, name, dtype):
     }
     if tokenizer:
         files |= tokenizer_files.to_files(tokenizer, config.block_size)
-    stored = converter.stored(model.state_dict(), config, vocab_size)
+    stored = converter.export_weights(model.state_dict(), config, vocab_size)
     torch_dtype = getattr(torch, dtype)
     weights = {name: value.to(torch_dtype).contiguous() for name, value in stored.items()}
     return files, weights

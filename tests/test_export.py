@@ -185,7 +185,7 @@ def test_padding_of_the_vocabulary_stays_here(transformers, tmp_path):
     )
     n = len(DESCRIPTIONS['char']['chars'])
     assert (
-        f'vocab_size is {n} there: the 128 here are padded' in done.stdout
+        f"vocab_size={n}: the model's 128 are padded" in done.stdout
         and len(done.stdout.splitlines()) == 2
     )
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
