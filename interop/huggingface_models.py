@@ -2,11 +2,11 @@
 
 A class for each, in CONVERTERS, has the methods
 
-    export_config(config) -> config.json's part of a Config
-    export_weights(state, config, vocab_size) -> what a weights file stores, of a state dict
-    keys(config) -> Keys of a config.json
-    import_config(keys) -> Config fields
-    import_weights(stored, keys, fields) -> state dict, of what a weights file stores
+    export_config(config) -> a Config in the keys of a config.json
+    export_weights(state, config, vocab_size) -> {their name: tensor} of a state dict
+    keys(config) -> the Keys of a config.json
+    import_config(keys) -> the fields of a Config
+    import_weights(stored, keys, fields) -> the state dict of {their name: tensor}
 
 and `sizes`, {our field: (their key, transformers' default)}.
 """
@@ -54,7 +54,7 @@ class Keys:
         return self.size(key, default) if self.has(key) else default
 
     def number(self, key, default=None):
-        """A number above 0; the default if the key is missing or null. None: the key is required."""
+        """A number above 0; the default if the key is missing or null; without one, a problem."""
         value = self.config[key] if self.has(key) else default
         if value is None and default is None:
             self.problems.append(f"{self.inside}{key} is missing")
@@ -138,7 +138,7 @@ class GPT2:
 
     @classmethod
     def export_config(cls, c):
-        """config.json's part of a Config `c`."""
+        """A Config `c` in the keys of a config.json."""
         sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
         dropout = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout)
         return {
@@ -156,9 +156,12 @@ class GPT2:
 
     @classmethod
     def keys(cls, config):
-        """The Keys of a config.json by their own names."""
-        aliases = {name: alias for name, alias in cls.aliases.items() if alias in config}
-        return Keys(config | {name: config[alias] for name, alias in aliases.items()})
+        """The Keys of a config.json, with aliases under the name that they stand for."""
+        config = dict(config)
+        for name, alias in cls.aliases.items():
+            if alias in config:
+                config[name] = config[alias]
+        return Keys(config)
 
     @classmethod
     def import_config(cls, keys):
@@ -175,7 +178,7 @@ class GPT2:
         keys.flag('scale_attn_by_inverse_layer_idx', False)
         return {
             **fields,
-            'n_inner': 0 if n_inner == 4 * C else n_inner,
+            'n_inner': 0 if n_inner == 4 * C else n_inner,  # 0: 4 of n_embd
             'bias': True,
             'gelu': keys.choice('activation_function', cls.activations, 'gelu_new'),
             'tied': keys.flag('tie_word_embeddings', True),
@@ -258,14 +261,13 @@ class Llama:
     # {their rope_type: our rope_scaling}
     ropes = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3'}
     vocab_tables = ('model.embed_tokens.weight', 'lm_head.weight')  # a row per id
-    # {our module: theirs}, first those outside of the blocks, then those of a block. Where theirs
-    # are several, our matrix has theirs stacked.
-    outside = {
+    # {our module: theirs}; if theirs are several, our matrix is theirs, stacked.
+    outer_modules = {
         'transformer.wte': 'model.embed_tokens',
         'transformer.ln_f': 'model.norm',
         'lm_head': 'lm_head',
     }
-    block = {
+    block_modules = {
         'ln_1': 'input_layernorm',
         'ln_2': 'post_attention_layernorm',
         'attn.c_attn': 'self_attn.q_proj self_attn.k_proj self_attn.v_proj',
@@ -278,19 +280,19 @@ class Llama:
     }
 
     @classmethod
-    def pairs(cls, n_layer):
+    def weight_names(cls, n_layer):
         """Yield (our name, [their names]) of all weights: ours is theirs, stacked along dim 0."""
-        for ours, theirs in cls.outside.items():
+        for ours, theirs in cls.outer_modules.items():
             yield f'{ours}.weight', [f'{theirs}.weight']
         for layer in range(n_layer):
-            for ours, theirs in cls.block.items():
+            for ours, theirs in cls.block_modules.items():
                 for kind in ('weight', 'bias'):
                     names = [f'model.layers.{layer}.{name}.{kind}' for name in theirs.split()]
                     yield f'transformer.h.{layer}.{ours}.{kind}', names
 
     @classmethod
     def export_config(cls, c):
-        """config.json's part of a Config `c`. Raises ValueError for what Llama does not have."""
+        """A Config `c` in the keys of a config.json. Raises ValueError for what Llama lacks."""
         for name, supported in cls.exportable.items():
             value = getattr(c, name)
             if value not in supported:
@@ -359,12 +361,12 @@ class Llama:
             kind = 'gqa'
         D = keys.optional_size('head_dim', max(1, C // H))
         if keys.has('head_dim') and D % 2:
-            keys.refuse('head_dim', "is odd: rotation is of pairs")
+            keys.refuse('head_dim', "is odd: rotary embeddings rotate pairs of channels")
         if not keys.has('head_dim') and C % (2 * H) and not keys.problems:
             keys.refuse(
                 'hidden_size',
-                f"is not divisible by 2 x num_attention_heads={H}: rotation "
-                "is of pairs; weights with heads of another size need head_dim",
+                f"is not divisible by 2 x num_attention_heads={H}: rotary embeddings rotate "
+                "pairs of channels; weights with heads of another size need head_dim",
             )
         keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')  # only checked
         keys.only('partial_rotary_factor', 1.0)
@@ -385,16 +387,16 @@ class Llama:
         """The Config fields of the rotary embedding: from rope_scaling (transformers before version
         5) if it has a value, otherwise from rope_parameters."""
         name = 'rope_scaling' if keys.config.get('rope_scaling') else 'rope_parameters'
-        found = keys.config.get(name) or {}
-        if type(found) is not dict:
+        config = keys.config.get(name) or {}
+        if type(config) is not dict:
             keys.refuse(name, "is not an object")
             return {}
-        rope = Keys(found, inside=name)
+        rope = Keys(config, inside=name)
         type_key = 'rope_type' if rope.has('rope_type') else 'type'
         scaling = rope.choice(type_key, cls.ropes, 'default')
         rope.only('partial_rotary_factor', 1.0)
-        theta = rope if rope.has('rope_theta') else keys
-        fields = {'rope_theta': theta.number('rope_theta', 1e4), 'rope_scaling': scaling}
+        theta_keys = rope if rope.has('rope_theta') else keys
+        fields = {'rope_theta': theta_keys.number('rope_theta', 1e4), 'rope_scaling': scaling}
         if scaling != 'none':
             fields['rope_factor'] = rope.number('factor')
         if scaling == 'llama3':
@@ -404,8 +406,8 @@ class Llama:
                 rope.refuse('low_freq_factor', f"is not below high_freq_factor={high}")
             fields |= {'rope_low_freq': low, 'rope_high_freq': high}
             original = 'original_max_position_embeddings'
-            where = keys if keys.has(original) else rope  # transformers looks in this order
-            fields['rope_original'] = where.optional_size(original, block_size)
+            original_keys = keys if keys.has(original) else rope  # as transformers looks it up
+            fields['rope_original'] = original_keys.optional_size(original, block_size)
         keys.problems += rope.problems
         return fields
 
@@ -413,7 +415,7 @@ class Llama:
     def export_weights(cls, state, c, vocab_size):
         """{their name: tensor} of a state dict of Config `c`, for the first vocab_size ids."""
         stored = {}
-        for ours, theirs in cls.pairs(c.n_layer):
+        for ours, theirs in cls.weight_names(c.n_layer):
             if ours in state and not (ours == 'lm_head.weight' and c.tied):
                 stored |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
         for name in cls.vocab_tables:
@@ -432,7 +434,7 @@ class Llama:
         if fields['attention_kind'] == 'mha':
             absent = ('attn.c_q', 'attn.c_kv')
         state = {}
-        for ours, theirs in cls.pairs(fields['n_layer']):
+        for ours, theirs in cls.weight_names(fields['n_layer']):
             if ours.rpartition('.')[0].endswith(absent):
                 continue
             if all(name in stored for name in theirs):
