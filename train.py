@@ -186,7 +186,7 @@ with (
         device_type,
         dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
         bfloat16=dtype == 'bfloat16',
-        is_asked=given.get('learning_rate') == 'command line',
+        is_lr_given=given.get('learning_rate') == 'command line',
         name=optimizer,
         max_norm=max_norm,
     )
@@ -332,11 +332,11 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
         compile = compile_model(
             model,
             distributed.parts_to_compile(model),
+            mode=compile,
+            is_required=config['compile'] is True,
             try_step=lambda: micro_step(0, micros[0]),
-            wish=compile,
-            insist=config['compile'] is True,
-            device=device,
             steps=len(micros) * (max_iters - iter_num),
+            device=device,
             any_rank=distributed.any_rank,
         )
     facts = dict(

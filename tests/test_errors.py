@@ -212,9 +212,9 @@ SETTINGS = [
     ('--learning_rate=-1', 'learning_rate=-1'),
     ('--beta2=1', '1.0'),
     ('--model=mamba9', "model='mamba9' is unknown; the nearest is"),
-    ('--device=gpu', "device='gpu' is unknown: take auto, cpu, cuda"),
-    ('--dtype=fp16', "dtype='fp16' is unknown: take auto, float32, bfloat16 or float16"),
-    ('--compile=maybe', "compile='maybe' is unknown: take True, False or auto"),
+    ('--device=gpu', "device='gpu' is unknown: use auto, cpu, cuda"),
+    ('--dtype=fp16', "dtype='fp16' is unknown: use auto, float32, bfloat16 or float16"),
+    ('--compile=maybe', "compile='maybe' is unknown: use True, False or auto"),
     ('--attention=flash', "attention='flash' is unknown: take auto, sdpa or plain"),
     *[
         (word, word[2:].split('=')[0])
@@ -285,14 +285,14 @@ def test_processes_share_the_micro_batches_evenly(warm, text_folder):
 def test_cuda_where_there_is_none():
     for device in ('cuda', 'cuda:1'):
         with pytest.raises(
-            ValueError, match=f"device='{device}' is not available here: take --device=auto"
+            ValueError, match=f"device='{device}' is not available here: use --device=auto"
         ):
             resolve_device(device)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
 def test_mps_where_there_is_none():
-    with pytest.raises(ValueError, match="device='mps' is not available here: take --device=auto"):
+    with pytest.raises(ValueError, match="device='mps' is not available here: use --device=auto"):
         resolve_device('mps')
 
 
@@ -305,7 +305,7 @@ def test_mps_where_there_is_none():
         (lambda: resolve_dtype(16, 'cpu'), 'dtype=16 is unknown'),
         (
             lambda: resolve_dtype('bfloat16', 'mps'),
-            'mps has no bfloat16 in hardware; take --dtype=float16',
+            'mps has no bfloat16 in hardware; use --dtype=float16',
         ),
         (lambda: models.build('nope'), "model='nope' is unknown"),
         (lambda: tokenizer.load({'kind': 'bpe'}), 'its kind must be char'),

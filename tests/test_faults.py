@@ -541,7 +541,7 @@ def test_that_a_run_which_does_not_listen_loses_everything(text_folder, tmp_path
 
 
 def hang_in_saves(grace):
-    stop.GRACE = grace
+    stop.GRACE_SECONDS = grace
     around_saves(lambda *args: time.sleep(60))
 
 
@@ -612,7 +612,7 @@ def test_a_second_signal_ends_at_once(text_folder, tmp_path):
     )
     wait_for(lambda: steps_logged(tmp_path) > 2)
     run.kill(signal.SIGTERM)
-    wait_for(lambda: 'once more ends without saving' in run.text())
+    wait_for(lambda: 'a second signal ends without saving' in run.text())
     time.sleep(2.1)  # sooner, it counts as the same one
     run.kill(signal.SIGTERM)
     assert run.wait(5).returncode == 128 + signal.SIGTERM

@@ -401,7 +401,7 @@ def test_sgd_is_its_equation_and_no_row_gets_longer_than_max_norm():
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(name='adam'), "optimizer='adam' is unknown: take adamw or sgd"),
+        (dict(name='adam'), "optimizer='adam' is unknown: use adamw or sgd"),
         (dict(name='sgd', lrs=LRS), 'muon_lr is for optimizer=adamw'),
     ],
 )
