@@ -361,8 +361,8 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
     profiler = make_profiler(profile and distributed.IS_MASTER and f'{out_dir}/profile', device)
     while True:  # evaluate, and save
-        is_stopped, is_late = distributed.any_rank(
-            bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at
+        is_stopped, is_late = distributed.any_rank_each(
+            [bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at]
         )
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
         is_due = (is_last or is_round) and progress['evaluated'] != iter_num and not is_stopped

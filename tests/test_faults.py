@@ -678,7 +678,9 @@ def test_a_lost_process_without_restarts_ends_the_run(text_folder, tmp_path):
     os.kill(processes_of(parent=run.pid)[1], signal.SIGKILL)
     began, done = time.monotonic(), run.wait()
     assert done.returncode == 1 and time.monotonic() - began < 30
-    assert 'error: process 0 lost another one' in done.output and not processes_of(session=run.pid)
+    assert 'error: process 0 lost contact with another one' in done.output and not processes_of(
+        session=run.pid
+    )
 
 
 # ---- an error in one of several processes --------------------------------------------------------
@@ -755,7 +757,7 @@ def test_an_error_in_one_process_ends_all(text_folder, tmp_path, rank, where, nu
     # torch.distributed's excepthook writes the rank in front of each line of a traceback
     lines = [line.removeprefix(f'[rank{rank}]: ') for line in done[rank].output.splitlines()]
     assert any(line.startswith(words) for line in lines), done[rank].output
-    assert f'error: process {1 - rank} lost another one' in done[1 - rank].output
+    assert f'error: process {1 - rank} lost contact with another one' in done[1 - rank].output
 
 
 @campaign

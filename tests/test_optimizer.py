@@ -146,7 +146,7 @@ def test_a_state_of_other_optimizers_is_refused(first, then):
     def opt(lrs):
         return small().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', lrs=lrs)
 
-    with pytest.raises(ValueError, match='muon_lr, embed_lr and head_lr'):
+    with pytest.raises(ValueError, match='muon_lr, embed_lr or head_lr'):
         optimizer.load_optimizer_state(opt(then), opt(first).state_dict())
 
 
