@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_has_come(server, path):
     try:
         with pytest.raises(
             OSError,
-            match=rf'cannot write .*\.part: {os.strerror(errno.EFBIG)}; what has come is kept',
+            match=rf'cannot write .*\.part: {os.strerror(errno.EFBIG)}; what was downloaded is kept',
         ):
             files.download(server.url, path, DIGEST, NAME)
     finally:
@@ -256,7 +256,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_has_come(server, path):
 
 def test_a_text_of_ones_own_is_not_downloaded_over(server, path):
     path.write_text("my own words")
-    with pytest.raises(ValueError, match='input.txt is there, but is not'):
+    with pytest.raises(ValueError, match='input.txt exists, but is not'):
         files.download(server.url, path, DIGEST, NAME)
     assert path.read_text() == "my own words" and server.requests == []
 
