@@ -200,9 +200,9 @@ def _fetch(url, part, digest):
     tries_left = 0  # a connection that never sends anything is not tried again
     has_older_bytes = part.is_file()  # from before this call: they may be of another file
     while True:
-        first = _size(part)
+        size_before = _size(part)
         try:
-            source, first, size = _open(url, start=first)
+            source, first, size = _open(url, start=size_before)
             if first == 0:
                 has_older_bytes = False
             if not sys.stderr.isatty() and (size or 0) - first > 10e6:
@@ -210,7 +210,7 @@ def _fetch(url, part, digest):
             with source:
                 found = _append(source, part, first, size)
         except ConnectionError:
-            has_progressed = _size(part) > first
+            has_progressed = _size(part) > size_before
             if part.is_file() and _size(part) == 0:
                 part.unlink()
             tries_left = TRIES if has_progressed else tries_left - 1
