@@ -22,7 +22,7 @@ import torch
 import models
 from configurator import configure
 from generation import decode as generate
-from models.parts.layers import use_attention
+from models.parts import kernels
 from system.compilation import compile_model, resolve_compile
 from system.device import (
     autocast,
@@ -130,7 +130,7 @@ with distributed.exit_on_lost_peer(), user_errors():
     compile = resolve_compile(
         before.get('compile', compile) if compile == 'auto' else compile, device
     )
-    use_attention(attention)
+    kernels.check_attention(attention)
     distributed.check_same_checkpoint(out_dir, stored['iter_num'] if stored else 0)
     wanted = loggers(log_to, wandb_log)
 threads = set_threads(before.get('threads'))
@@ -174,6 +174,7 @@ with (
     if document_boundaries or 'document_boundaries' in given:  # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
+    model.set_attention(attention)
     model.gradient_checkpointing = gradient_checkpointing
     wrapped, micros = (
         distributed.wrap_model(model, device, parallel),

@@ -186,7 +186,7 @@ def _was_interrupted(error):
 
 
 def _discard_output():
-    """Redirect stdout and stderr to os.devnull if nobody reads them: flushing at exit would fail."""
+    """Redirect stdout and stderr to os.devnull if nobody reads them, or the flush at exit fails."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -215,7 +215,7 @@ SETTINGS = [
     ('--device=gpu', "device='gpu' is unknown: use auto, cpu, cuda"),
     ('--dtype=fp16', "dtype='fp16' is unknown: use auto, float32, bfloat16 or float16"),
     ('--compile=maybe', "compile='maybe' is unknown: use True, False or auto"),
-    ('--attention=flash', "attention='flash' is unknown: take auto, sdpa or plain"),
+    ('--attention=flash', "attention='flash' is unknown: use auto, sdpa or plain"),
     *[
         (word, word[2:].split('=')[0])
         for word in (

@@ -27,6 +27,7 @@ import torch
 
 import models
 from interop import huggingface
+from models.parts import construction
 from system import files
 from text import dataset, tokenizer, tokenizer_files
 from training import guard, lora
@@ -516,7 +517,7 @@ def restore(state, settings=None, in_parts=False):
         most = (
             None if is_apart else (1 << 20) + 8 * sum(weight.numel() for weight in weights.values())
         )
-        model = models.make(Model, Model.Config(**state['model_args'] | free), most)
+        model = construction.construct(Model, Model.Config(**state['model_args'] | free), most)
         lora.add(model, state['config'].get('lora_rank', 0) if is_apart else lora.rank_of(weights))
         if not is_apart:
             model.load_state_dict(weights)
@@ -603,7 +604,9 @@ def open_model(source, settings=None):
     name, fields, weights = huggingface.read(source)
     Model = models.architecture(name)
     most = (1 << 20) + 8 * sum(weight.numel() for weight in weights.values() if weight is not None)
-    model = models.make(Model, Model.Config(**fields | _free(Model.Config, settings)), most)
+    model = construction.construct(
+        Model, Model.Config(**fields | _free(Model.Config, settings)), most
+    )
     huggingface.fill(model, weights, source)
     return model, tokenizer_files.from_files(folder) or (
         dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None
