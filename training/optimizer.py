@@ -25,7 +25,7 @@ READ_AT_ONCE = ('cpu',)
 
 
 def build_optimizer(
-    groups,
+    params_by_role,
     weight_decay,
     learning_rate,
     betas,
@@ -40,7 +40,7 @@ def build_optimizer(
 ):
     """The optimizer of a model's parameters; None if none of them is trainable.
 
-    groups: {role: [parameters]}, with the roles matrix, embedding, head and vector.
+    params_by_role: {role: [parameters]} with the roles matrix, embedding, head and vector.
     lrs: {role: learning rate} for matrix, embedding and head. Roles that are missing or 0 use
     `learning_rate`. A rate for matrices selects Muon for them. Those for embeddings and heads are
     tuned at 768 channels and are multiplied by (width / 768)^-1/2. Without any, the parameters are
@@ -62,7 +62,7 @@ def build_optimizer(
             f"optimizer={name!r} is unknown: use adamw or sgd; to train the matrices by Muon, set "
             "--muon_lr"
         )
-    if uses_muon and not all(p.requires_grad for p in groups.get('matrix', ())):
+    if uses_muon and not all(p.requires_grad for p in params_by_role.get('matrix', ())):
         raise ValueError(
             "muon_lr is for whole matrices, and lora_rank trains only thin factors of them by "
             "learning_rate: set one of the two"
@@ -73,13 +73,15 @@ def build_optimizer(
             "set it above 0"
         )
 
-    groups = {role: [p for p in params if p.requires_grad] for role, params in groups.items()}
-    limited = [*groups.get('matrix', ()), *groups.get('head', ())]
-    groups = _parameter_groups(groups, weight_decay, learning_rate, _scaled_to_width(lrs, width))
-    trained = [group for group in groups if group['params']]
-    if not trained:
+    trainable = {}
+    for role, params in params_by_role.items():
+        trainable[role] = [p for p in params if p.requires_grad]
+    if not any(trainable.values()):
         return None
-    if is_lr_given and all(group['lr_ratio'] != 1.0 for group in trained):
+    groups = _parameter_groups(
+        trainable, weight_decay, learning_rate, lrs=_scaled_to_width(lrs, width)
+    )
+    if is_lr_given and all(group['lr_ratio'] != 1.0 for group in groups if group['params']):
         raise ValueError(
             f"learning_rate={learning_rate} trains nothing here: set muon_lr, embed_lr and head_lr "
             "instead"
@@ -95,13 +97,14 @@ def build_optimizer(
     if name == 'sgd':
         optimizer = SGD(groups, momentum=betas[0], **options)
     elif uses_muon:
-        is_sharded = any(_is_sharded(p) for group in trained for p in group['params'])
+        is_sharded = any(_is_sharded(p) for p in trainable.get('matrix', ()))
         muon_class = ShardedMuon if is_sharded else Muon
         optimizer = muon_class(groups, betas=betas, bfloat16=bfloat16, **options)
     else:
         optimizer = AdamW(groups, betas=betas, **options)
 
     if max_norm:
+        limited = [*trainable.get('matrix', ()), *trainable.get('head', ())]
         if not limited:
             raise ValueError(
                 f"max_norm={max_norm} limits nothing: this model has only tables and vectors"
@@ -122,7 +125,7 @@ def _scaled_to_width(lrs, width):
     return scaled
 
 
-def _parameter_groups(groups, weight_decay, learning_rate, lrs):
+def _parameter_groups(params_by_role, weight_decay, learning_rate, lrs):
     """torch's parameter groups, of which some may be empty; the order is part of checkpoints.
 
     lr_ratio: the group's learning rate is this times the schedule's. muon: Muon trains it.
@@ -137,7 +140,7 @@ def _parameter_groups(groups, weight_decay, learning_rate, lrs):
         own_lr = lrs.get(roles[0])
         parameter_groups.append(
             dict(
-                params=[p for role in roles for p in groups.get(role, ())],
+                params=[p for role in roles for p in params_by_role.get(role, ())],
                 muon=roles == ['matrix'] and 'matrix' in lrs,
                 lr_ratio=own_lr / learning_rate if own_lr else 1.0,
                 weight_decay=0.0 if roles == ['vector'] else weight_decay,
