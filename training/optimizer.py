@@ -400,7 +400,7 @@ def load_optimizer_state(optimizer, state):
     """
     if not state:
         raise ValueError(
-            "the checkpoint has only weights, not the state of a run: start from it with "
+            "the checkpoint has weights only, not the state of a run: start from it with "
             "--init_from"
         )
     try:
