@@ -18,7 +18,7 @@ RANK = int(os.environ.get('RANK', 0))
 WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))  # among the processes of this machine
 LOCAL_WORLD_SIZE = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-IS_MASTER = RANK == 0
+IS_MASTER = RANK == 0  # the process that prints and saves
 IS_LAUNCHED = 'RANK' in os.environ  # by torchrun
 # Seconds that a process waits for another. A killed process is noticed at once, a cut cable is not.
 TIMEOUT = 600
