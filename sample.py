@@ -25,7 +25,7 @@ from generation import quantize as weights
 from system import device as runtime
 from system.device import fail, user_errors
 from text.chat import Dialogue, Template
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -136,9 +136,9 @@ with user_errors():
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
         fail("several prompts, num_beams and interactive=True can't be combined: take one of them")
     source = out_dir if init_from == 'resume' else init_from
-    model = checkpoint.load_model(source, device)
+    model = pretrained.load_model(source, device)
     if model.tokenizer is None:
-        fail(checkpoint.no_tokenizer(source, model))
+        fail(pretrained.no_tokenizer(source, model))
     if chat and not getattr(model, 'template', None):
         fail(
             "chat=True is for a run on conversations, which keeps their template: this model has none"

@@ -26,7 +26,7 @@ from models.parts.layers import use_attention
 from system import device as runtime
 from system.device import user_errors
 from text.mixture import open_dataset, prepare_if_small
-from training import checkpoint, lora
+from training import checkpoint, lora, pretrained, resume
 from training import distributed as processes
 from training import guard as guards
 from training import optimizer as optimizers
@@ -95,13 +95,11 @@ profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or
 # --------------------------------------------------------------------------------------------------
 
 with user_errors():
-    config, given = configure(
-        globals(), sys.argv[1:], runtime.resolve_device, checkpoint.model_config
-    )
-    init_from, stored = checkpoint.begin(init_from, out_dir)
+    config, given = configure(globals(), sys.argv[1:], runtime.resolve_device, resume.model_config)
+    init_from, stored = resume.begin(init_from, out_dir)
     config['init_from'] = init_from
     if stored:
-        globals().update(checkpoint.adopt_run(config, given, stored, out_dir))
+        globals().update(resume.adopt_run(config, given, stored, out_dir))
 runtime.check_ranges(config, processes.WORLD_SIZE)
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -133,14 +131,14 @@ with (
         prepare_if_small(dataset)
     runtime.seed_everything(seed, 1, device=device)
     if stored:
-        model, trained_on = checkpoint.restore(
+        model, trained_on = pretrained.restore_model(
             stored, config, processes.IS_LAUNCHED and parallel == 'fsdp'
         )
     elif init_from != 'scratch':
-        model, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
+        model, trained_on = pretrained.open_model(init_from, {key: config[key] for key in given})
         kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
         globals().update(
-            checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'})
+            resume.adopt(config, given, kept, init_from, models.FREE | {'block_size'})
             | {'model': model}
         )
         if block_size != model.config.block_size:
@@ -148,7 +146,7 @@ with (
     data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
     data.check_evaluations(eval_iters)  # now, and not after hours of training
     if init_from == 'scratch':
-        vocab_size = checkpoint.padded_vocab_size(data.vocab_size)
+        vocab_size = resume.padded_vocab_size(data.vocab_size)
         fields = {
             f.name for f in dataclasses.fields(models.architecture(model).Config)
         } & config.keys()
@@ -156,7 +154,7 @@ with (
             models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}),
             data.tokenizer,
         )
-    checkpoint.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
+    resume.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
     if document_boundaries or 'document_boundaries' in given:  # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
@@ -178,7 +176,7 @@ with (
         lr_schedule=lr_schedule,
     )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
+    iter_num, best_val_loss, progress = resume.load_training_state(stored, model, optimizer, scaler)
 guessing = math.log(model.config.vocab_size)
 guard, stop = guards.Guard(spike_sigmas, guessing, progress['guard']), None
 _start -= progress['wall_seconds']
@@ -260,7 +258,7 @@ def roll_back():
     weights are saved first, unless they are NaN or infinite.
     """
     global iter_num, progress, guard
-    stored = checkpoint.begin('auto', out_dir)[1]
+    stored = resume.begin('auto', out_dir)[1]
     # all have read it before the master saves
     processes.check_shared(out_dir, stored and stored['iter_num'])
     if not stored:
@@ -278,7 +276,7 @@ def roll_back():
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
     optimizer.zero_grad(set_to_none=True)
     # best.pt is still the best
-    iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)
+    iter_num, _, progress = resume.load_training_state(stored, model, optimizer, scaler)
     guard = guards.Guard(spike_sigmas, guessing, progress['guard'])
     metrics.rewind(iter_num, progress)
     save('ckpt.pt')

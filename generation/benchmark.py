@@ -33,7 +33,7 @@ from generation import quantize as weights
 from system import device as runtime
 from system import files
 from system.device import fail, user_errors
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = ''  # as in sample.py; '': random weights of `model`, whose fields are settings too
@@ -142,7 +142,7 @@ with user_errors():
     runtime.be_fast()
     runtime.seed_everything(seed, 1, device=device)
     if init_from:
-        plain = checkpoint.load_model(init_from, device)
+        plain = pretrained.load_model(init_from, device)
     else:
         fields = {
             f.name for f in dataclasses.fields(models.architecture(model).Config)

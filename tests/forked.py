@@ -48,6 +48,7 @@ PRELOAD = [
     'training.lora',
     'training.metrics',
     'training.optimizer',
+    'training.resume',
     'training.watch',
 ]
 TqdmDefaultWriteLock.mp_lock = None  # a semaphore that a killed process would leave behind

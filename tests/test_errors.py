@@ -29,7 +29,7 @@ from system import device as runtime
 from system import files
 from text import tokenizer
 from text.dataset import Dataset
-from training import checkpoint
+from training import checkpoint, pretrained, resume
 from training import optimizer as optimizers
 
 SERVER = r"""
@@ -677,7 +677,7 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
     changed(run, 'ckpt.pt', wrap(Payload(tmp_path / 'pwned')))
     for name in ('ckpt.prev.pt', 'best.pt'):
         (run / name).unlink()
-    for read in (checkpoint.read_latest, checkpoint.open_model, checkpoint.load_model):
+    for read in (checkpoint.read_latest, pretrained.open_model, pretrained.load_model):
         with pytest.raises(
             ValueError, match=r'ckpt\.pt (is damaged or no checkpoint|.*might run code)'
         ):
@@ -699,7 +699,7 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
 def test_weights_that_do_not_fit(trained, change, message):
     state = checkpoint.read(trained / 'ckpt.pt')
     with pytest.raises(ValueError, match=message) as caught:
-        checkpoint.restore({**state, **change})
+        pretrained.restore_model({**state, **change})
     assert '\n' not in str(caught.value)
 
 
@@ -748,10 +748,10 @@ def test_resuming_with_settings_of_other_types(trained, change):
     theirs = {'batch_size': 4, 'learning_rate': 1, 'compile': False, **change}
     state = {**checkpoint.read(trained / 'ckpt.pt'), 'config': theirs}
     with pytest.raises(ValueError, match=f'RUN is damaged: there, {min(change)} is'):
-        checkpoint.adopt(dict(config), {}, checkpoint.settings(state), 'RUN', set())
+        resume.adopt(dict(config), {}, resume.settings(state), 'RUN', set())
     for key in change:
         del theirs[key]
-    checkpoint.adopt(config, {}, checkpoint.settings(state), 'RUN', set())
+    resume.adopt(config, {}, resume.settings(state), 'RUN', set())
 
 
 @pytest.mark.parametrize(
@@ -775,7 +775,7 @@ def test_resuming_with_settings_of_other_types(trained, change):
 )
 def test_resuming_with_moments_that_are_none(trained, change):
     state = checkpoint.read(trained / 'ckpt.pt')
-    model = checkpoint.restore(state)[0]
+    model = pretrained.restore_model(state)[0]
     own = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
     optimizers.load(own, state['optimizer'])
     with pytest.raises(
@@ -926,7 +926,7 @@ def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
         tmp_path / 'hf', config, **{k: hostile if v == 'hostile' else v for k, v in content.items()}
     )
     with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
-        checkpoint.open_model(str(folder))
+        pretrained.open_model(str(folder))
     assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
     assert not (tmp_path / 'pwned').exists()
 
