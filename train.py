@@ -30,7 +30,8 @@ from training import checkpoint, lora, pretrained, resume
 from training import distributed as processes
 from training import guard as guards
 from training import optimizer as optimizers
-from training.metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
+from training.console import Console, evaluation_table, plan, progress_bar
+from training.metrics import Metrics, Stopwatch, logger_names
 from training.watch import Watch
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText --------------------------------------
@@ -116,7 +117,7 @@ with processes.lost_peers(), user_errors():
     )
     use_attention(attention)
     processes.check_shared(out_dir, stored['iter_num'] if stored else 0)
-    wanted = loggers(log_to, wandb_log)
+    wanted = logger_names(log_to, wandb_log)
 threads = runtime.set_threads(before.get('threads'))
 runtime.be_fast()
 ctx = runtime.autocast(device, dtype)
@@ -178,14 +179,14 @@ with (
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     iter_num, best_val_loss, progress = resume.load_training_state(stored, model, optimizer, scaler)
 guessing = math.log(model.config.vocab_size)
-guard, stop = guards.Guard(spike_sigmas, guessing, progress['guard']), None
-_start -= progress['wall_seconds']
+guard, stop = guards.Guard(spike_sigmas, guessing, progress.guard), None
+_start -= progress.wall_seconds
 del stored  # its tensors are in the model and the optimizer now
 
 
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
-    idx, targets, share = data.train_batch(step + progress['data_offset'], micro)
+    idx, targets, share = data.train_batch(step + progress.data_offset, micro)
     runtime.seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
         _, loss = wrapped(*runtime.to_device(device, idx, targets))
@@ -218,9 +219,19 @@ def evaluate(split, limit=None):
     return loss / tokens if tokens else math.nan
 
 
+def report_skipped_update(step):
+    """Print and log the update of `step` if the guard finds now that it was skipped."""
+    skipped = guard.last_skipped()
+    if skipped:
+        n_skipped = guard.now.skipped
+        console.skipped_update(step, skipped.loss, skipped.reason, n_skipped)
+        metrics.log(dict(iter=step, bad_loss=skipped.loss, skipped=n_skipped))
+
+
 def state():
     """What a resumed run and sample.py need, besides the tensors."""
-    counts = dict(
+    now = dataclasses.replace(
+        progress,
         wall_seconds=time.perf_counter() - _start,
         train_seconds=clock.total,
         wandb_id=metrics.wandb_id,
@@ -234,7 +245,7 @@ def state():
         config=config,
         iter_num=iter_num,
         best_val_loss=best_val_loss,
-        progress=progress | counts,
+        progress=dataclasses.asdict(now),
         versions=runtime.versions(),
         template=data.meta.get('template'),
         tokenizer=data.tokenizer,
@@ -277,8 +288,9 @@ def roll_back():
     optimizer.zero_grad(set_to_none=True)
     # best.pt is still the best
     iter_num, _, progress = resume.load_training_state(stored, model, optimizer, scaler)
-    guard = guards.Guard(spike_sigmas, guessing, progress['guard'])
+    guard = guards.Guard(spike_sigmas, guessing, progress.guard)
     metrics.rewind(iter_num, progress)
+    console.rewind(iter_num, progress)
     save('ckpt.pt')
     clock.go_on()
 
@@ -292,8 +304,8 @@ processes.say(
     plan(config, model, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads))
 )
 advice = runtime.memory_advice(batch_size, gradient_accumulation_steps)
-is_over = progress['evaluated'] == iter_num and (
-    iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals']
+is_over = progress.evaluated == iter_num and (
+    iter_num >= max_iters > 0 or 0 < early_stop <= progress.bad_evals
 )
 if eval_only or is_over:
     with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
@@ -332,26 +344,27 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         processes=processes.WORLD_SIZE,
         flops_per_token=model.flops_per_token(block_size),
     )
-    metrics = Metrics(out_dir, processes.IS_MASTER, max_iters, iter_num, progress['evaluated'])
-    metrics.start(config | {'resolved': facts}, wanted, progress['wandb_id'])
+    metrics = Metrics(out_dir, processes.IS_MASTER, iter_num, progress.evaluated)
+    metrics.start(config | {'resolved': facts}, wanted, progress.wandb_id)
+    console = Console(processes.IS_MASTER, max_iters, iter_num)
     watcher = Watch(
-        watch and processes.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress['clipped']
+        watch and processes.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress.clipped
     )
 
 # ---- the loop ------------------------------------------------------------------------------------
 stop = runtime.StopRequest()
 with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
-    clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
+    clock, saved_at = Stopwatch(device, progress.train_seconds), time.monotonic()
     profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile', device)
     while True:  # evaluate, and save
         is_stopped, is_late = processes.anyone(
             bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at
         )
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
-        is_due = (is_last or is_round) and progress['evaluated'] != iter_num and not is_stopped
+        is_due = (is_last or is_round) and progress.evaluated != iter_num and not is_stopped
         if is_pause := is_due or is_stopped or is_late:
             clock.pause()
-            metrics.skipped(iter_num - 1, guard)
+            report_skipped_update(iter_num - 1)
             # a NaN may be the first of many
             is_stopped = is_stopped and (is_last or guard.last_was_finite)
             with ctx:
@@ -364,7 +377,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             is_best = losses['val'] < best_val_loss  # over the same windows each time
             best, bad_evals = (
                 min(best_val_loss, losses['val']),
-                0 if is_best else progress['bad_evals'] + 1,
+                0 if is_best else progress.bad_evals + 1,
             )
             is_last = is_last or 0 < early_stop <= bad_evals
             losses['val'] = evaluate('val') if is_last else losses['val']
@@ -372,10 +385,20 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             if processes.anyone(bool(stop.signal)):
                 clock.go_on()
                 continue
-            best_val_loss, progress = best, progress | dict(evaluated=iter_num, bad_evals=bad_evals)
-            metrics.evaluation(
-                iter_num, tokens_per_step, losses, data, clock.total, time.perf_counter() - _start
+            best_val_loss = best
+            progress.evaluated = iter_num
+            progress.bad_evals = bad_evals
+            evaluation = dict(
+                iter=iter_num,
+                tokens=iter_num * tokens_per_step,
+                train_loss=losses['train'],
+                val_loss=losses['val'],
+                val_bpb=data.bits_per_byte('val', losses['val']),
+                train_seconds=clock.total,
+                wall_seconds=time.perf_counter() - _start,
             )
+            console.evaluation(evaluation)
+            metrics.log(evaluation)
             metrics.histograms(iter_num, watcher.draw(iter_num))
             guard.evaluated(iter_num, losses['val'])
             is_last = is_last and not guard.has_diverged
@@ -392,7 +415,9 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
                 f"the best weights: {guards.ADVICE}"
             )
         if is_stopped:
-            metrics.stopped(out_dir, iter_num)
+            console.stopped(out_dir, iter_num)
+            if processes.IS_MASTER:
+                checkpoint.mark_preempted(out_dir, iter_num)
         if is_stopped or is_last:
             break
         if model.fit:
@@ -419,7 +444,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             processes.exchange_gradients(wrapped, micro == micros[-1])
             loss = loss + micro_step(iter_num, micro)
         loss, grad_norm = processes.summed(loss), None
-        metrics.skipped(iter_num - 1, guard)  # the step before
+        report_skipped_update(iter_num - 1)  # the step before
         if guard.has_diverged:
             continue
         scaler.unscale_(optimizer)
@@ -449,10 +474,12 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
                 and model.estimate_mfu(tokens_per_step / took, peak * processes.WORLD_SIZE),
             )
             line |= watcher.after_step(line)
-        metrics.step(line if is_logged else None, max_iters - iter_num)
+            metrics.log(line)
+        console.step(line if is_logged else None, max_iters - iter_num)
         profiler.step()
 
 # ---- the end -------------------------------------------------------------------------------------
+console.close()
 metrics.close()
 del wrapped
 processes.stop()

@@ -46,6 +46,7 @@ PRELOAD = [
     'text.mixture',
     'training.checkpoint',
     'training.lora',
+    'training.console',
     'training.metrics',
     'training.optimizer',
     'training.resume',

@@ -12,7 +12,7 @@ from conftest import TINY, run
 
 from system import device as runtime
 from training import optimizer
-from training.metrics import seconds, short
+from training.console import seconds, short
 
 
 def test_devices_and_formats():

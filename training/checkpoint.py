@@ -10,6 +10,7 @@ it is looked for by its temporary name, too.)
 """
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import json
@@ -42,35 +43,47 @@ FILES = (
     'health.png',
     'preempted',
 )
-# Where a run is, besides its step: the step of the last evaluation, evaluations since the best one,
-# times, clipped gradients, how many steps the data are ahead (guard.py), what the guard has seen.
-PROGRESS = dict(
-    evaluated=-1,
-    bad_evals=0,
-    wall_seconds=0.0,
-    train_seconds=0.0,
-    wandb_id=None,
-    clipped=0,
-    data_offset=0,
-    diverged_at=-1,
-    rolled_back_to=-1,
-    guard=None,
-)
+
+
+# ---- what a checkpoint says of the run -----------------------------------------------------------
+
+
+def informative(default, why):
+    """A field of `Progress` without which a resumed run still has the same losses, and why that is
+    so."""
+    return dataclasses.field(default=default, metadata={'informative': why})
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is, besides its step: a checkpoint's `progress`.
+
+    A new field needs a line here, and one in train.py that sets it. It is saved with the others;
+    `_read_resumable` checks its type; a checkpoint that lacks it gives the default; and
+    tests/test_resume.py checks that a resumed run needs it, unless it is `informative`.
+    """
+
+    evaluated: int = -1  # step of the last evaluation
+    bad_evals: int = 0  # evaluations since the one with the best validation loss
+    wall_seconds: int | float = informative(0.0, "is a time")
+    train_seconds: int | float = informative(0.0, "is a time")
+    wandb_id: str | None = informative(None, "belongs to wandb, which the test's run does without")
+    clipped: int = 0  # steps whose gradient was longer than grad_clip, counted by train.py --watch
+    data_offset: int = 0  # steps that the data are ahead of the run, see guard.skip_data
+    diverged_at: int = -1  # step at which the run diverged last
+    rolled_back_to: int = -1  # step of the checkpoint from which it continued then
+    guard: dict | list | None = None  # guard.Guard's state; a list in checkpoints of old
+
+    @classmethod
+    def load(cls, saved):
+        """The Progress of a checkpoint's `progress`; fields that it lacks have their defaults."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in names})
+
+
+# What device, dtype, compile and threads were in the run, where its settings said 'auto'.
+RESOLVED_TYPES = {'device': str, 'dtype': str, 'compile': bool | str, 'threads': int}
 NUMBER = int, float
-PROGRESS_KINDS = dict(
-    evaluated=int,
-    bad_evals=int,
-    wall_seconds=NUMBER,
-    train_seconds=NUMBER,
-    clipped=int,
-    data_offset=int,
-    diverged_at=int,
-    rolled_back_to=int,
-    wandb_id=(str, types.NoneType),
-    guard=(dict, list, types.NoneType),
-)
-RESOLVED = dict(device='cpu', dtype='float32', compile=False, threads=1)
-RESOLVED_KINDS = dict(device=str, dtype=str, compile=(bool, str), threads=int)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -155,6 +168,13 @@ def make_out_dir(out_dir, init_from='resume'):
         raise OSError(
             f"out_dir={out_dir!r} can't be written to ({reason}); take another --out_dir"
         ) from None
+
+
+def mark_preempted(out_dir, iter_num):
+    """Leave the file `preempted` in out_dir, which tells whoever started the run that a signal
+    ended it."""
+    with files.replacing(Path(out_dir) / 'preempted') as file:
+        file.write(f"saved at step {iter_num}\n".encode())
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -257,6 +277,13 @@ def _has(state, types):
     )
 
 
+def _has_types(values, types):
+    """Whether `values` is a dict in which each of these keys that it has is of its type."""
+    return isinstance(values, dict) and all(
+        isinstance(values[key], kind) for key, kind in types.items() if key in values
+    )
+
+
 def _read_resumable(path):
     """Like `read`, of a state that a run can go on from."""
     state = read(path)
@@ -275,16 +302,13 @@ def _read_resumable(path):
         raise ValueError(
             f"{path} has weights only, not the state of a run: start from it with --init_from={path}"
         )
-    parts = {'progress': PROGRESS, 'resolved': {}, **state}
+    progress = state.get('progress', {})
+    resolved = state.get('resolved', {})
+    progress_types = {field.name: field.type for field in dataclasses.fields(Progress)}
     if not (
-        all(
-            _has(parts[key], {}) and _has(known | parts[key], kinds)
-            for key, known, kinds in (
-                ('progress', PROGRESS, PROGRESS_KINDS),
-                ('resolved', RESOLVED, RESOLVED_KINDS),
-            )
-        )
-        and guard.is_sound(parts['progress'].get('guard'))
+        _has_types(progress, progress_types)
+        and _has_types(resolved, RESOLVED_TYPES)
+        and guard.is_sound(progress.get('guard'))
         and getattr(state['best_val_loss'], 'numel', int)() in (0, 1)
     ):
         raise ValueError(

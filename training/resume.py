@@ -141,7 +141,7 @@ def load_training_state(state, model, optimizer, scaler):
     Of no state it is where a run begins. Raises ValueError where they are of something else.
     """
     if not state:
-        return 0, math.inf, dict(checkpoint.PROGRESS)
+        return 0, math.inf, checkpoint.Progress()
     if hasattr(model, 'set_requires_gradient_sync'):
         from training import fsdp
 
@@ -154,7 +154,7 @@ def load_training_state(state, model, optimizer, scaler):
     return (
         int(state['iter_num']),
         float(state['best_val_loss']),
-        checkpoint.PROGRESS | state.get('progress', {}),
+        checkpoint.Progress.load(state.get('progress', {})),
     )
 
 
