@@ -23,9 +23,9 @@ import safetensors.torch
 import models
 from configurator import configure
 from interop import huggingface
-from system import device as runtime
 from system import files
-from system.device import fail, user_errors
+from system.device import DTYPES
+from system.errors import fail, user_errors
 from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def as_settings(words):
 
 with user_errors():
     configure(globals(), as_settings(sys.argv[1:]))
-    if dtype not in runtime.DTYPES:
-        fail(f"dtype={dtype!r} is unknown: take {', '.join(runtime.DTYPES)}")
+    if dtype not in DTYPES:
+        fail(f"dtype={dtype!r} is unknown: take {', '.join(DTYPES)}")
     path = Path(folder)
     if not folder:
         fail("the folder to write is missing: python export.py RUN FOLDER")

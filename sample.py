@@ -22,8 +22,10 @@ import prompts
 from configurator import Texts, configure
 from generation import decode as generate
 from generation import quantize as weights
-from system import device as runtime
-from system.device import fail, user_errors
+from system.checks import check_at_least, check_between
+from system.compilation import resolve_compile
+from system.device import memory_errors, resolve_device, resolve_dtype, tune_for_speed
+from system.errors import fail, user_errors
 from text.chat import Dialogue, Template
 from training import pretrained
 
@@ -123,14 +125,11 @@ def converse(text):
 
 
 with user_errors():
-    configure(globals(), sys.argv[1:], runtime.resolve_device)
-    device, compile = (
-        runtime.resolve_device(device),
-        runtime.resolve_compile(compile, device) is True,
-    )
-    dtype = dtype if dtype == 'int8' else runtime.resolve_dtype(dtype, device)
-    runtime.check_between(1, 1_000_000, globals(), 'num_samples')
-    runtime.check_at_least(0, globals(), 'seed num_beams max_new_tokens')
+    configure(globals(), sys.argv[1:], resolve_device)
+    device, compile = (resolve_device(device), resolve_compile(compile, device) is True)
+    dtype = dtype if dtype == 'int8' else resolve_dtype(dtype, device)
+    check_between(1, 1_000_000, globals(), 'num_samples')
+    check_at_least(0, globals(), 'seed num_beams max_new_tokens')
     sampling = generate.Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
     texts = prompts.read(prompt or start)
     if (len(texts) > 1) + (num_beams > 0) + interactive > 1:
@@ -153,7 +152,7 @@ with user_errors():
         encode = talk.ask
         stops += talk.stops
         ends.append(talk.end)
-    runtime.be_fast()
+    tune_for_speed()
     weights.prepare(model, dtype, compile)
-    with runtime.memory_errors("take a smaller model, or another --device"):
+    with memory_errors("take a smaller model, or another --device"):
         converse(texts[0]) if interactive else search(texts[0]) if num_beams else draw(texts)

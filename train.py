@@ -22,16 +22,32 @@ import torch
 import models
 from configurator import configure
 from generation import decode as generate
-from models.parts.layers import use_attention
-from system import device as runtime
-from system.device import user_errors
+from models.parts import kernels
+from system.compilation import compile_model, resolve_compile
+from system.device import (
+    autocast,
+    library_versions,
+    make_profiler,
+    memory_errors,
+    peak_flops,
+    peak_memory,
+    resolve_device,
+    resolve_dtype,
+    seed_everything,
+    set_threads,
+    to_device,
+    tune_for_speed,
+    use_deterministic_algorithms,
+)
+from system.errors import user_errors
 from text.mixture import open_dataset, prepare_if_small
-from training import checkpoint, lora, pretrained, resume
-from training import distributed as processes
+from training import checkpoint, distributed, lora, pretrained, resume
 from training import guard as guards
-from training import optimizer as optimizers
 from training.console import Console, evaluation_table, plan, progress_bar
 from training.metrics import Metrics, Stopwatch, logger_names
+from training.schedule import learning_rate_at
+from training.settings import check_settings, out_of_memory_advice
+from training.stop import StopRequest
 from training.watch import Watch
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText --------------------------------------
@@ -96,44 +112,44 @@ profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or
 # --------------------------------------------------------------------------------------------------
 
 with user_errors():
-    config, given = configure(globals(), sys.argv[1:], runtime.resolve_device, resume.model_config)
+    config, given = configure(globals(), sys.argv[1:], resolve_device, resume.model_config)
     init_from, stored = resume.begin(init_from, out_dir)
     config['init_from'] = init_from
     if stored:
         globals().update(resume.adopt_run(config, given, stored, out_dir))
-runtime.check_ranges(config, processes.WORLD_SIZE)
+check_settings(config, distributed.WORLD_SIZE)
 
 # ---- the machine ---------------------------------------------------------------------------------
-with processes.lost_peers(), user_errors():
-    runtime.be_deterministic(deterministic)
+with distributed.exit_on_lost_peer(), user_errors():
+    use_deterministic_algorithms(deterministic)
     recorded = stored.get('resolved', {}) if stored else {}  # what 'auto' meant before
-    device = runtime.resolve_device(device, recorded.get('device'))
-    device = processes.start(backend, device, parallel)
+    device = resolve_device(device, recorded.get('device'))
+    device = distributed.init(backend, device, parallel)
     device_type = device.split(':')[0]
     before = recorded if recorded.get('device') == device_type else {}
-    dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
-    compile = runtime.resolve_compile(
+    dtype = resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
+    compile = resolve_compile(
         before.get('compile', compile) if compile == 'auto' else compile, device
     )
-    use_attention(attention)
-    processes.check_shared(out_dir, stored['iter_num'] if stored else 0)
+    kernels.check_attention(attention)
+    distributed.check_same_checkpoint(out_dir, stored['iter_num'] if stored else 0)
     wanted = logger_names(log_to, wandb_log)
-threads = runtime.set_threads(before.get('threads'))
-runtime.be_fast()
-ctx = runtime.autocast(device, dtype)
+threads = set_threads(before.get('threads'))
+tune_for_speed()
+ctx = autocast(device, dtype)
 
 # ---- data, model, optimizer ----------------------------------------------------------------------
 with (
-    processes.lost_peers(),
+    distributed.exit_on_lost_peer(),
     user_errors(),
-    runtime.memory_errors("take a smaller model, or a larger machine"),
+    memory_errors("take a smaller model, or a larger machine"),
 ):
-    with processes.master_first():
+    with distributed.master_first():
         prepare_if_small(dataset)
-    runtime.seed_everything(seed, 1, device=device)
+    seed_everything(seed, 1, device=device)
     if stored:
         model, trained_on = pretrained.restore_model(
-            stored, config, processes.IS_LAUNCHED and parallel == 'fsdp'
+            stored, config, distributed.IS_LAUNCHED and parallel == 'fsdp'
         )
     elif init_from != 'scratch':
         model, trained_on = pretrained.open_model(init_from, {key: config[key] for key in given})
@@ -159,10 +175,11 @@ with (
     if document_boundaries or 'document_boundaries' in given:  # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
+    model.set_attention(attention)
     model.gradient_checkpointing = gradient_checkpointing
     wrapped, micros = (
-        processes.wrap(model, device, parallel),
-        processes.share(gradient_accumulation_steps),
+        distributed.wrap_model(model, device, parallel),
+        distributed.rank_range(gradient_accumulation_steps),
     )
     optimizer = model.configure_optimizers(
         weight_decay,
@@ -174,7 +191,6 @@ with (
         is_asked=given.get('learning_rate') == 'command line',
         name=optimizer,
         max_norm=max_norm,
-        lr_schedule=lr_schedule,
     )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     iter_num, best_val_loss, progress = resume.load_training_state(stored, model, optimizer, scaler)
@@ -187,11 +203,11 @@ del stored  # its tensors are in the model and the optimizer now
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
     idx, targets, share = data.train_batch(step + progress.data_offset, micro)
-    runtime.seed_everything(seed, step + 1, micro + 1, device=device)
+    seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
-        _, loss = wrapped(*runtime.to_device(device, idx, targets))
+        _, loss = wrapped(*to_device(device, idx, targets))
     # averaged over processes: now it is the sum
-    scaler.scale(loss * share * processes.WORLD_SIZE).backward()
+    scaler.scale(loss * share * distributed.WORLD_SIZE).backward()
     return loss.detach() * share
 
 
@@ -202,18 +218,17 @@ def evaluate(split, limit=None):
     model.eval()
     losses, n = [], data.eval_batches(split, limit)
     for i in progress_bar(
-        range(processes.RANK, n + -n % processes.WORLD_SIZE, processes.WORLD_SIZE), f'{split} loss'
+        range(distributed.RANK, n + -n % distributed.WORLD_SIZE, distributed.WORLD_SIZE),
+        f'{split} loss',
     ):
         # as many for each: FSDP's meet in them
         idx, targets, valid = data.eval_batch(split, min(i, n - 1), limit)
         with ctx:
-            losses.append(
-                (model(*runtime.to_device(device, idx, targets))[1], valid if i < n else 0)
-            )
-        if stop and processes.anyone(bool(stop.signal)):
+            losses.append((model(*to_device(device, idx, targets))[1], valid if i < n else 0))
+        if stop and distributed.any_rank(bool(stop.signal)):
             break
     model.train()
-    loss, tokens = processes.total(
+    loss, tokens = distributed.sum_over_ranks(
         [sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)]
     )
     return loss / tokens if tokens else math.nan
@@ -246,7 +261,7 @@ def state():
         iter_num=iter_num,
         best_val_loss=best_val_loss,
         progress=dataclasses.asdict(now),
-        versions=runtime.versions(),
+        versions=library_versions(),
         template=data.meta.get('template'),
         tokenizer=data.tokenizer,
         resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
@@ -256,8 +271,10 @@ def state():
 def save(name):
     """Write out_dir/ckpt.pt, from which the run can go on, or best.pt, the weights alone."""
     global saved_at
-    tensors = processes.tensors(model, optimizer if name == 'ckpt.pt' else None, out_dir, iter_num)
-    if processes.IS_MASTER:
+    tensors = distributed.checkpoint_tensors(
+        model, optimizer if name == 'ckpt.pt' else None, out_dir, iter_num
+    )
+    if distributed.IS_MASTER:
         checkpoint.save(out_dir, name, state() | tensors)
     saved_at = time.monotonic()
 
@@ -271,9 +288,9 @@ def roll_back():
     global iter_num, progress, guard
     stored = resume.begin('auto', out_dir)[1]
     # all have read it before the master saves
-    processes.check_shared(out_dir, stored and stored['iter_num'])
+    distributed.check_same_checkpoint(out_dir, stored and stored['iter_num'])
     if not stored:
-        if processes.anyone(not guards.all_finite(model.parameters())):
+        if distributed.any_rank(not guards.all_finite(model.parameters())):
             raise ValueError(
                 f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights "
                 f"are NaN, so nothing is saved: {guards.ADVICE}"
@@ -297,42 +314,43 @@ def roll_back():
 
 # ---- what will be done ---------------------------------------------------------------------------
 tokens_per_step = gradient_accumulation_steps * data.batch_tokens
-peak = runtime.peak_flops(device, dtype)
+peak = peak_flops(device, dtype)
 if model.fit:
     max_iters, tokens_per_step = 1, data.epoch_tokens  # one pass, which counts
-processes.say(
+distributed.print0(
     plan(config, model, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads))
 )
-advice = runtime.memory_advice(batch_size, gradient_accumulation_steps)
+advice = out_of_memory_advice(batch_size, gradient_accumulation_steps)
 is_over = progress.evaluated == iter_num and (
     iter_num >= max_iters > 0 or 0 < early_stop <= progress.bad_evals
 )
 if eval_only or is_over:
-    with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
+    with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
         losses = {split: evaluate(split, eval_iters) for split in ('train', 'val') if eval_only}
     name = f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from
-    processes.say(
+    distributed.print0(
         evaluation_table(name, model, losses, data)
         if eval_only
         else f"{name}: this run is at its end"
         + ("" if model.fit else "; to go on, give a larger --max_iters (or --early_stop)")
     )
     del wrapped
-    processes.stop()
+    distributed.shutdown()
     sys.exit()
-with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
+with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
     # held while this runs
-    lock = processes.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)
+    lock = distributed.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)
     if compile and not model.fit:
-        processes.exchange_gradients(wrapped, False)
-        compile = runtime.compile_model(
+        distributed.set_gradient_sync(wrapped, False)
+        compile = compile_model(
             model,
-            lambda: micro_step(0, micros[0]),
-            compile,
-            config['compile'] is True,
-            device,
-            len(micros) * (max_iters - iter_num),
-            processes,
+            distributed.parts_to_compile(model),
+            try_step=lambda: micro_step(0, micros[0]),
+            wish=compile,
+            insist=config['compile'] is True,
+            device=device,
+            steps=len(micros) * (max_iters - iter_num),
+            any_rank=distributed.any_rank,
         )
     facts = dict(
         n_params=model.num_params(),
@@ -341,23 +359,23 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         dtype=dtype,
         threads=threads,
         compile=compile,
-        processes=processes.WORLD_SIZE,
+        processes=distributed.WORLD_SIZE,
         flops_per_token=model.flops_per_token(block_size),
     )
-    metrics = Metrics(out_dir, processes.IS_MASTER, iter_num, progress.evaluated)
+    metrics = Metrics(out_dir, distributed.IS_MASTER, iter_num, progress.evaluated)
     metrics.start(config | {'resolved': facts}, wanted, progress.wandb_id)
-    console = Console(processes.IS_MASTER, max_iters, iter_num)
+    console = Console(distributed.IS_MASTER, max_iters, iter_num)
     watcher = Watch(
-        watch and processes.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress.clipped
+        watch and distributed.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress.clipped
     )
 
 # ---- the loop ------------------------------------------------------------------------------------
-stop = runtime.StopRequest()
-with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
+stop = StopRequest()
+with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress.train_seconds), time.monotonic()
-    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile', device)
+    profiler = make_profiler(profile and distributed.IS_MASTER and f'{out_dir}/profile', device)
     while True:  # evaluate, and save
-        is_stopped, is_late = processes.anyone(
+        is_stopped, is_late = distributed.any_rank(
             bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at
         )
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
@@ -382,7 +400,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             is_last = is_last or 0 < early_stop <= bad_evals
             losses['val'] = evaluate('val') if is_last else losses['val']
             # it may have been cut off: the run that goes on evaluates again
-            if processes.anyone(bool(stop.signal)):
+            if distributed.any_rank(bool(stop.signal)):
                 clock.go_on()
                 continue
             best_val_loss = best
@@ -416,7 +434,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             )
         if is_stopped:
             console.stopped(out_dir, iter_num)
-            if processes.IS_MASTER:
+            if distributed.IS_MASTER:
                 checkpoint.mark_preempted(out_dir, iter_num)
         if is_stopped or is_last:
             break
@@ -426,24 +444,24 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             continue
 
         # one step
-        lr = optimizers.schedule(
+        lr = learning_rate_at(
             iter_num,
-            learning_rate,
-            min_lr,
-            warmup_iters,
-            lr_decay_iters,
-            decay_lr,
-            cooldown,
-            warmup_lr,
-            lr_schedule,
+            peak=learning_rate,
+            floor=min_lr,
+            warmup_steps=warmup_iters,
+            decay_steps=lr_decay_iters,
+            decay=decay_lr,
+            cooldown=cooldown,
+            start=warmup_lr,
+            shape=lr_schedule,
         )
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_ratio']
         loss = 0.0
         for micro in micros:
-            processes.exchange_gradients(wrapped, micro == micros[-1])
+            distributed.set_gradient_sync(wrapped, micro == micros[-1])
             loss = loss + micro_step(iter_num, micro)
-        loss, grad_norm = processes.summed(loss), None
+        loss, grad_norm = distributed.all_reduce_sum(loss), None
         report_skipped_update(iter_num - 1)  # the step before
         if guard.has_diverged:
             continue
@@ -451,7 +469,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         is_logged = iter_num % log_interval == 0
         watcher.before_step(is_logged)
         if grad_clip or is_logged:
-            grad_norm = watcher.count(processes.clip_gradients(model, grad_clip or math.inf))
+            grad_norm = watcher.count(distributed.clip_gradients(model, grad_clip or math.inf))
         guard.skip_if_bad(optimizer, scaler, loss, grad_norm)
         scaler.step(optimizer)
         scaler.update()
@@ -469,9 +487,9 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
                 grad_norm=grad_norm.item(),
                 ms=1e3 * took,
                 tokens_per_second=tokens_per_step / took,
-                peak_memory=runtime.peak_memory(device),
+                peak_memory=peak_memory(device),
                 mfu=peak
-                and model.estimate_mfu(tokens_per_step / took, peak * processes.WORLD_SIZE),
+                and model.estimate_mfu(tokens_per_step / took, peak * distributed.WORLD_SIZE),
             )
             line |= watcher.after_step(line)
             metrics.log(line)
@@ -482,11 +500,11 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
 console.close()
 metrics.close()
 del wrapped
-processes.stop()
+distributed.shutdown()
 if is_stopped:
     sys.exit(stop.exit_code)
 stop.release()  # all is saved: Ctrl-C ends the sample
-if processes.IS_MASTER and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
+if distributed.IS_MASTER and not (distributed.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
         generate.closing_sample(
             lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta

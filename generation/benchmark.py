@@ -30,9 +30,17 @@ import models
 from configurator import configure
 from generation import decode as generate
 from generation import quantize as weights
-from system import device as runtime
 from system import files
-from system.device import fail, user_errors
+from system.checks import check_at_least
+from system.device import (
+    memory_errors,
+    resolve_device,
+    resolve_dtype,
+    seed_everything,
+    synchronize,
+    tune_for_speed,
+)
+from system.errors import fail, user_errors
 from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -53,10 +61,10 @@ plot = ''  # a picture of tokens/s against position, .png, .svg or .pdf
 
 def clock(work):
     """Seconds that work() takes."""
-    runtime.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     work()
-    runtime.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -115,15 +123,13 @@ with user_errors():
     config, _ = configure(
         globals(),
         sys.argv[1:],
-        runtime.resolve_device,
+        resolve_device,
         lambda values: None if values['init_from'] else models.architecture(values['model']).Config,
     )
-    runtime.check_at_least(
-        1, config, 'prompt_tokens max_new_tokens num_samples prefill_tokens rounds'
-    )
-    runtime.check_at_least(0, config, 'seed')
-    device = runtime.resolve_device(device)
-    auto = runtime.resolve_dtype('auto', device)
+    check_at_least(1, config, 'prompt_tokens max_new_tokens num_samples prefill_tokens rounds')
+    check_at_least(0, config, 'seed')
+    device = resolve_device(device)
+    auto = resolve_dtype('auto', device)
     wishes = (
         ['float32', auto, 'int8']
         if dtypes == 'auto'
@@ -139,8 +145,8 @@ with user_errors():
         not Path(plot).parent.is_dir() or Path(plot).suffix not in ('.png', '.svg', '.pdf')
     ):
         fail(f"plot={plot!r}: take a .png, .svg or .pdf in a folder that is there")
-    runtime.be_fast()
-    runtime.seed_everything(seed, 1, device=device)
+    tune_for_speed()
+    seed_everything(seed, 1, device=device)
     if init_from:
         plain = pretrained.load_model(init_from, device)
     else:
@@ -170,7 +176,7 @@ alone, prefill = ({name: [] for name in sides} for _ in range(2))
 peak = bandwidth()
 with (
     user_errors(),
-    runtime.memory_errors("take fewer --num_samples, or a smaller model"),
+    memory_errors("take fewer --num_samples, or a smaller model"),
     tqdm(total=rounds * len(sides), leave=False, disable=None, unit='run') as bar,
 ):
     for _ in range(rounds):

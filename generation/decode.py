@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from models.parts import layers
+from models.parts import kv_cache
 from text import tokenizer
 
 
@@ -175,7 +175,7 @@ class Context:
             for key, cache in caches.items()
         }
         if None not in caches.values():
-            self.cache = layers.KVCache.join([caches[key] for key in keys], self.room)
+            self.cache = kv_cache.KVCache.join([caches[key] for key in keys], self.room)
         return torch.cat([logits[key] for key in keys])
 
     def history(self):

@@ -1,169 +1,19 @@
-"""The machine: device, number format, compilation, randomness, peak speed; and settings that cannot
-be."""
+"""The device: which one, number format, threads, memory, randomness, peak speed, profiler."""
 
 import contextlib
 import ctypes
-import math
 import os
 import platform
-import select
-import signal
-import socket
 import sys
-import threading
 import time
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from system.errors import fail, user_errors  # noqa: F401 (scripts have both from here)
+from system.errors import fail
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-
-
-# ---- mistakes ------------------------------------------------------------------------------------
-
-
-def check_at_least(least, config, keys):
-    """Fail where one of the settings `keys` (names in one string) is below `least`."""
-    for key in keys.split():
-        if config[key] < least:
-            fail(f"{key}={config[key]} must be at least {least}")
-
-
-def check_at_most(most, config, keys):
-    """Fail where one of the settings `keys` (names in one string) is above `most`."""
-    for key in keys.split():
-        if config[key] > most:
-            fail(f"{key}={config[key]} must be at most {most}")
-
-
-def check_between(least, most, config, keys):
-    """Fail where one of the settings `keys` (names in one string) is below `least` or above
-    `most`."""
-    check_at_least(least, config, keys)
-    check_at_most(most, config, keys)
-
-
-def check_ranges(config, processes):
-    """Fail where one of train.py's settings is out of its range."""
-    check_at_least(
-        1, config, 'batch_size block_size gradient_accumulation_steps eval_iters log_interval'
-    )
-    check_at_least(
-        0,
-        config,
-        'seed eval_interval save_minutes early_stop learning_rate max_iters weight_decay grad_clip '
-        'warmup_iters lr_decay_iters min_lr muon_lr embed_lr head_lr cooldown max_norm warmup_lr '
-        'lora_rank spike_sigmas',
-    )
-    check_at_most(1, config, 'cooldown')
-    check_at_most(
-        1e30,
-        config,
-        'learning_rate min_lr muon_lr embed_lr head_lr warmup_lr weight_decay max_norm',
-    )
-    if config['gradient_accumulation_steps'] % processes:
-        fail(
-            f"gradient_accumulation_steps={config['gradient_accumulation_steps']} is not a multiple of {processes} "
-            "processes"
-        )
-    if config['parallel'] == 'fsdp' and config['watch']:
-        fail("watch=True looks at whole weights: leave it out with parallel='fsdp'")
-
-
-def memory_advice(batch_size, gradient_accumulation_steps):
-    """What to do when training runs out of memory."""
-    if batch_size == 1:
-        return "take --gradient_checkpointing=True, or a smaller --block_size"
-    return (
-        f"halve --batch_size={batch_size} and double --gradient_accumulation_steps={gradient_accumulation_steps}: the "
-        "result stays the same"
-    )
-
-
-@contextlib.contextmanager
-def memory_errors(advice):
-    """Out of memory, on any device, ends the script with one line that ends in `advice`."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if (
-            isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or 'out of memory' in text
-            or 'allocate memory' in text
-        ):
-            fail(f"out of memory: {advice}")
-        raise
-
-
-GRACE = 240  # seconds that a save has after a signal; batch systems are asked for 300
-STOP_SIGNALS = [
-    getattr(signal, name)
-    for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGBREAK')
-    if hasattr(signal, name)
-]
-
-
-class StopRequest:
-    """SIGINT (Ctrl-C), SIGTERM or SIGUSR1, received, so that a loop can stop where nothing is lost;
-    `signal` is its number.
-
-    A second one ends at once, and so does a save that hangs, after GRACE seconds. What comes within
-    two seconds is the same one: torchrun and batch systems tell each process, and each other. A
-    thread listens, too, since Python calls handlers only between two instructions of the main
-    thread, and that may be waiting for another process.
-    """
-
-    def __init__(self):
-        self.signal = None
-        self._ears = socket.socketpair()
-        self._ears[1].setblocking(False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
-        signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def release(self):
-        """Once nothing is left to save: SIGINT and SIGTERM end the process, as by default, and
-        SIGUSR1 does nothing."""
-        signal.set_wakeup_fd(-1)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _note(self, number, frame):
-        self.signal = self.signal or number
-
-    def _listen(self):
-        since = math.inf
-        while True:
-            left = None if since == math.inf else max(0.0, since + GRACE - time.monotonic())
-            if not select.select(self._ears[:1], [], [], left)[0]:
-                self._tell(f"error: not saved within {GRACE} s of the signal: ending without\n")
-                os._exit(128 + self.signal)
-            for number in self._ears[0].recv(64):
-                if number in STOP_SIGNALS and since == math.inf:
-                    self.signal, since = self.signal or number, time.monotonic()
-                    self._tell(
-                        f"{signal.Signals(number).name}: saving after this step; once more ends without saving\n"
-                    )
-                elif number in STOP_SIGNALS and time.monotonic() - since > 2:
-                    os._exit(128 + number)
-
-    def _tell(self, text):
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            os.write(2, text.encode())
-
-    @property
-    def exit_code(self):
-        """128 + the signal's number; 0 under torchrun, which would take anything else for a fault
-        to recover from."""
-        return 0 if 'TORCHELASTIC_RUN_ID' in os.environ else 128 + (self.signal or signal.SIGTERM)
 
 
 # ---- device and number format --------------------------------------------------------------------
@@ -284,7 +134,7 @@ def autocast(device, dtype):
     return torch.autocast(device.split(':')[0], DTYPES[dtype])
 
 
-def versions():
+def library_versions():
     """What a checkpoint was made with."""
     return {
         'torch': str(torch.__version__),
@@ -304,7 +154,7 @@ def set_threads(threads):
     return torch.get_num_threads()
 
 
-def be_fast():
+def tune_for_speed():
     """TF32 where the chip has it. On a CPU large pages, if this comes before the first tensor (a
     step takes 3 to 5 % less); and ask glibc to keep freed memory for the next step: handing it back
     and faulting it in again costs 10 %."""
@@ -349,6 +199,22 @@ def peak_memory(device):
     )
 
 
+@contextlib.contextmanager
+def memory_errors(advice):
+    """Out of memory, on any device, ends the script with one line that ends in `advice`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if (
+            isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or 'out of memory' in text
+            or 'allocate memory' in text
+        ):
+            fail(f"out of memory: {advice}")
+        raise
+
+
 # ---- randomness ----------------------------------------------------------------------------------
 
 
@@ -365,104 +231,12 @@ def seed_everything(*key, device):
         torch.mps.manual_seed(number)
 
 
-def be_deterministic(flag):
+def use_deterministic_algorithms(flag):
     """If wished, bit-identical repeats on CUDA too, at some cost in speed; call before anything
     runs on the GPU."""
     if flag:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-
-
-# ---- compilation ---------------------------------------------------------------------------------
-
-# From how many seconds of eager training on it pays to compile. It takes about 50 s on two CPU
-# cores and saves a sixth of a step there; the figure for GPUs is a guess, not measured.
-COMPILE_PAYS = {'cuda': 120, 'cpu': 300}
-
-
-def resolve_compile(wish, device):
-    """True | False | 'auto' -> whether to compile. auto stays 'auto', for compile_model, where it
-    may pay."""
-    if str(wish) not in ('True', 'False', 'auto'):
-        raise ValueError(f"compile={wish!r} is unknown: take True, False or auto")
-    if wish != 'auto':
-        return wish
-    can = device == 'cpu' or (
-        device.startswith('cuda') and torch.cuda.get_device_capability(device)[0] >= 7
-    )
-    return 'auto' if can else False
-
-
-def compile_model(model, try_step, wish, insist, device, steps, processes):
-    """Compile `model` in place (state-dict names stay clean) and prove it on `try_step()`; returns
-    whether it is.
-
-    wish: True, or 'auto': only where `steps` more of these would take so long uncompiled that it
-    pays; processes: the module parallel, which makes their answers one and knows the parts. Where
-    it can't be done (no C compiler, an old GPU): ValueError if `insist`, else one line, and the
-    model stays as it was. Gradients and buffers that the trial changed are put back.
-    """
-    parts = processes.compiled(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    if wish != 'auto' or processes.anyone(
-        steps > 0 and _seconds_of(try_step, device) * steps > COMPILE_PAYS[device.split(':')[0]]
-    ):
-        try:
-            if os.environ.get('RANK', '0') == '0':
-                print("compiling, which takes a minute", flush=True)
-            for part in parts:
-                part.compile()
-            with warnings.catch_warnings():
-                # the traceback of a step that Ctrl-C ends
-                warnings.filterwarnings('ignore', 'Error detected in')
-                try_step()
-        except Exception as error:  # the compiler's ways to fail are many and undocumented
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-            if insist:
-                raise ValueError(f"{reason}; take --compile=False") from None
-            print(f"{reason}; going on without it", file=sys.stderr)
-            for part in parts:
-                part._compiled_call_impl = None
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    model.zero_grad(set_to_none=True)
-    if device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats(device)
-    return parts[0]._compiled_call_impl is not None
-
-
-def _seconds_of(try_step, device):
-    """How long `try_step()` takes, once it has been done before; for ever if it does not fit:
-    compiled, it may."""
-    try:
-        try_step()
-        synchronize(device)
-        start = time.perf_counter()
-        try_step()
-        synchronize(device)
-        return time.perf_counter() - start
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return math.inf
-
-
-def profiler(folder, device):
-    """A profiler that skips 5 steps, warms up for 5, and writes the next 5 as a trace into
-    `folder`; call its step(). Without a folder it does nothing."""
-    if not folder:
-        return SimpleNamespace(step=lambda: None)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.startswith('cuda'):
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(
-        activities=activities,
-        record_shapes=True,
-        schedule=torch.profiler.schedule(wait=5, warmup=5, active=5, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(folder),
-    )
 
 
 # ---- peak speed ----------------------------------------------------------------------------------
@@ -528,3 +302,22 @@ def measured_peak_flops(dtype, size=2048, seconds=1.0):
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+# ---- profiling ------------------------------------------------------------------------------------
+
+
+def make_profiler(folder, device):
+    """A profiler that skips 5 steps, warms up for 5, and writes the next 5 as a trace into
+    `folder`; call its step(). Without a folder it does nothing."""
+    if not folder:
+        return SimpleNamespace(step=lambda: None)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.startswith('cuda'):
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(
+        activities=activities,
+        record_shapes=True,
+        schedule=torch.profiler.schedule(wait=5, warmup=5, active=5, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(folder),
+    )

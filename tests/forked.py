@@ -345,7 +345,7 @@ def learned(out_dir):
     if shards := state.pop('shards', None):
         from training import fsdp
 
-        state |= fsdp.whole(shards['out_dir'], shards)
+        state |= fsdp.read_whole_state(shards['out_dir'], shards)
     kept = {k: state[k] for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss')}
     times = ('wall_seconds', 'train_seconds', 'wandb_id')
     return kept | {'progress': {k: v for k, v in state['progress'].items() if k not in times}}

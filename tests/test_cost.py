@@ -15,8 +15,7 @@ import torch
 from conftest import ROOT
 
 from system import files
-from training import checkpoint, guard
-from training import distributed as parallel
+from training import checkpoint, distributed, guard
 
 pytestmark = pytest.mark.campaign
 
@@ -73,8 +72,8 @@ def test_looking_for_signals_and_bad_steps_costs_less_than_half_a_percent_of_a_s
         monkeypatch,
         (guard.Guard, 'skip_if_bad'),
         (guard.Guard, 'last_skipped'),
-        (parallel, 'anyone'),
-        (parallel, 'summed'),
+        (distributed, 'any_rank'),
+        (distributed, 'all_reduce_sum'),
     )
     steps = Timed(monkeypatch, (torch.Tensor, 'backward'))
     start = time.perf_counter()

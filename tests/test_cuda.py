@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, run
 from forked import learned, losses, metrics, sha256
 from forked import train as train_without_gpu
 
-from system import device as runtime
+from system.device import DTYPES, gpu_peak_flops
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures('gpu')]
 COMPILERS = ('c++', 'g++', 'clang++')  # which compile C too
@@ -76,7 +76,7 @@ def uncompiled(request, text_folder, tmp_path_factory):
     """(settings without dtype, {dtype: out_dir}) of short runs of a model."""
     folder = tmp_path_factory.mktemp(request.param)
     settings = [*CUDA, f'--model={request.param}', '--dropout=0', f'--dataset={text_folder}']
-    out_dirs = {dtype: folder / dtype for dtype in runtime.DTYPES}
+    out_dirs = {dtype: folder / dtype for dtype in DTYPES}
     succeed(
         *(
             ['train.py', *settings, f'--dtype={dtype}', f'--out_dir={out_dir}']
@@ -93,7 +93,7 @@ def test_every_number_format_learns(uncompiled, gpu):
         loss = column(out_dir, 'loss')
         assert all(map(math.isfinite, loss)) and loss[-1] < loss[0]
         assert all(size > 0 for size in column(out_dir, 'peak_memory'))
-        if runtime.gpu_peak_flops(gpu, dtype):
+        if gpu_peak_flops(gpu, dtype):
             assert all(0 < mfu < 1 for mfu in column(out_dir, 'mfu'))
 
 

@@ -13,7 +13,7 @@ from conftest import TINY
 from forked import both, forbid_cuda, ranks, run, train
 
 import configurator
-from system import device as runtime
+from system.device import resolve_device, resolve_dtype, seed_everything
 from training import checkpoint, fsdp, pretrained
 
 NO_DEVICE = [word for word in TINY if not word.startswith('--device')]
@@ -58,7 +58,7 @@ def read_parts(out_dir):
     """In a process of its own: the whole weights of a checkpoint in parts."""
     forbid_cuda()
     shards = checkpoint.read_latest(out_dir)['shards']
-    print(len(fsdp.whole(shards['out_dir'], shards)['model']))
+    print(len(fsdp.read_whole_state(shards['out_dir'], shards)['model']))
 
 
 def test_a_checkpoint_in_parts_is_read_without_cuda(text_folder, tmp_path):
@@ -92,7 +92,7 @@ def test_scripts_that_use_a_model_on_the_cpu_leave_the_gpu_alone(
 
 
 def choose_a_device():
-    runtime.resolve_device('auto')
+    resolve_device('auto')
 
 
 def use_it():
@@ -100,7 +100,7 @@ def use_it():
 
 
 def seed_it():
-    runtime.seed_everything(1, device='cuda')
+    seed_everything(1, device='cuda')
 
 
 @pytest.mark.parametrize('ask', [choose_a_device, use_it, seed_it])
@@ -119,21 +119,21 @@ def never(*args):
 def test_a_named_device_is_the_only_one_asked_about(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', never)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    assert runtime.resolve_device('cpu') == 'cpu' and runtime.resolve_device('mps') == 'mps'
+    assert resolve_device('cpu') == 'cpu' and resolve_device('mps') == 'mps'
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', never)
     with pytest.raises(ValueError, match="device='cuda' is not available here: "):
-        runtime.resolve_device('cuda')
+        resolve_device('cuda')
 
 
 def test_auto_goes_on_where_a_run_was(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', never)
-    assert runtime.resolve_device('auto', 'cpu') == 'cpu'  # though there may be a GPU
+    assert resolve_device('auto', 'cpu') == 'cpu'  # though there may be a GPU
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    assert runtime.resolve_device('auto', 'mps') == 'mps' and capsys.readouterr().out == ''
+    assert resolve_device('auto', 'mps') == 'mps' and capsys.readouterr().out == ''
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    assert runtime.resolve_device('auto', 'cuda') == 'cpu'
+    assert resolve_device('auto', 'cuda') == 'cpu'
     (line,) = capsys.readouterr().out.splitlines()
     assert (
         line == "the run used device='cuda', which can't be used here: it goes on with device='cpu'"
@@ -184,4 +184,4 @@ def test_a_run_of_a_gpu_that_comes_to_a_machine_without_goes_on_on_the_cpu(autom
     checkpoint.save(tmp_path / 'out', 'ckpt.pt', state)
     out = train(tmp_path / 'out', '--init_from=resume', '--max_iters=8')
     assert "the run used device='cuda'" in out and "it goes on with device='cpu'" in out
-    assert f"machine: 1 x cpu, {runtime.resolve_dtype('auto', 'cpu')}" in out
+    assert f"machine: 1 x cpu, {resolve_dtype('auto', 'cpu')}" in out

@@ -25,12 +25,12 @@ import torch
 from conftest import ROOT, TINY, run, same
 
 import models
-from system import device as runtime
 from system import files
+from system.device import resolve_device, resolve_dtype
 from text import tokenizer
 from text.dataset import Dataset
 from training import checkpoint, pretrained, resume
-from training import optimizer as optimizers
+from training.optimizer import load_optimizer_state
 
 SERVER = r"""
 import json, os, runpy, signal, sys, tempfile, time, traceback
@@ -215,7 +215,7 @@ SETTINGS = [
     ('--device=gpu', "device='gpu' is unknown: take auto, cpu, cuda"),
     ('--dtype=fp16', "dtype='fp16' is unknown: take auto, float32, bfloat16 or float16"),
     ('--compile=maybe', "compile='maybe' is unknown: take True, False or auto"),
-    ('--attention=flash', "attention='flash' is unknown: take auto, sdpa or plain"),
+    ('--attention=flash', "attention='flash' is unknown: use auto, sdpa or plain"),
     *[
         (word, word[2:].split('=')[0])
         for word in (
@@ -287,24 +287,24 @@ def test_cuda_where_there_is_none():
         with pytest.raises(
             ValueError, match=f"device='{device}' is not available here: take --device=auto"
         ):
-            runtime.resolve_device(device)
+            resolve_device(device)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
 def test_mps_where_there_is_none():
     with pytest.raises(ValueError, match="device='mps' is not available here: take --device=auto"):
-        runtime.resolve_device('mps')
+        resolve_device('mps')
 
 
 @pytest.mark.parametrize(
     'call, message',
     [
-        (lambda: runtime.resolve_device('cuda:x'), "device='cuda:x' is unknown"),
-        (lambda: runtime.resolve_device(0), 'device=0 is unknown'),
-        (lambda: runtime.resolve_dtype('float64', 'cpu'), "dtype='float64' is unknown"),
-        (lambda: runtime.resolve_dtype(16, 'cpu'), 'dtype=16 is unknown'),
+        (lambda: resolve_device('cuda:x'), "device='cuda:x' is unknown"),
+        (lambda: resolve_device(0), 'device=0 is unknown'),
+        (lambda: resolve_dtype('float64', 'cpu'), "dtype='float64' is unknown"),
+        (lambda: resolve_dtype(16, 'cpu'), 'dtype=16 is unknown'),
         (
-            lambda: runtime.resolve_dtype('bfloat16', 'mps'),
+            lambda: resolve_dtype('bfloat16', 'mps'),
             'mps has no bfloat16 in hardware; take --dtype=float16',
         ),
         (lambda: models.build('nope'), "model='nope' is unknown"),
@@ -777,11 +777,11 @@ def test_resuming_with_moments_that_are_none(trained, change):
     state = checkpoint.read(trained / 'ckpt.pt')
     model = pretrained.restore_model(state)[0]
     own = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
-    optimizers.load(own, state['optimizer'])
+    load_optimizer_state(own, state['optimizer'])
     with pytest.raises(
         ValueError, match="the checkpoint's optimizer state (is damaged|does not fit)"
     ) as caught:
-        optimizers.load(own, {**state['optimizer'], **change})
+        load_optimizer_state(own, {**state['optimizer'], **change})
     assert '\n' not in str(caught.value)
 
 

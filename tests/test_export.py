@@ -24,7 +24,6 @@ from torch import nn
 
 import models
 from model import GPT
-from models.parts import layers
 from text import tokenizer, tokenizer_files
 from text.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer
 from training import pretrained
@@ -145,9 +144,9 @@ def logits(model, idx):
     ],
     ids=str,
 )
-def test_transformers_computes_the_same(transformers, tmp_path, monkeypatch, fields, ours, theirs):
+def test_transformers_computes_the_same(transformers, tmp_path, fields, ours, theirs):
     model = random_model(**fields)
-    monkeypatch.setattr(layers, 'ATTENTION', ours)
+    model.set_attention(ours)
     other = transformers.AutoModelForCausalLM.from_pretrained(
         exported(tmp_path, model), attn_implementation=theirs
     )

@@ -47,9 +47,8 @@ from forked import (
 )
 
 import model
-from system import device as runtime
 from text import dataset
-from training import checkpoint, guard
+from training import checkpoint, guard, stop
 
 if sys.platform == 'win32':
     pytest.skip("no fork here", allow_module_level=True)
@@ -529,7 +528,7 @@ def test_told_to_stop_again_and_again_a_run_ends_where_it_would_have(
 
 
 def be_deaf():
-    runtime.STOP_SIGNALS = []
+    stop.STOP_SIGNALS = []
 
 
 def test_that_a_run_which_does_not_listen_loses_everything(text_folder, tmp_path):
@@ -542,7 +541,7 @@ def test_that_a_run_which_does_not_listen_loses_everything(text_folder, tmp_path
 
 
 def hang_in_saves(grace):
-    runtime.GRACE = grace
+    stop.GRACE = grace
     around_saves(lambda *args: time.sleep(60))
 
 

@@ -19,7 +19,7 @@ from training.guard import (
     STEPS_PER_SKIP,
     Guard,
 )
-from training.optimizer import build
+from training.optimizer import build_optimizer
 
 SIGMAS = 6.0
 GUESSING = 4.2  # nats
@@ -35,7 +35,7 @@ def path(request, monkeypatch):
 def made(lrs=None, name='adamw', scaler=None):
     torch.manual_seed(0)
     weight, vector = (torch.nn.Parameter(torch.randn(*size)) for size in ((4, 4), (4,)))
-    optimizer = build(
+    optimizer = build_optimizer(
         dict(matrix=[weight], vector=[vector]), 0.1, 0.1, (0.9, 0.95), 'cpu', lrs, name=name
     )
     return optimizer, scaler or torch.amp.GradScaler('cpu', enabled=False), [weight, vector]

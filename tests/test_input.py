@@ -33,6 +33,7 @@ from test_errors import check
 import models
 from interop import huggingface
 from model import GPTConfig
+from models.parts import construction
 from text import dataset, mixture, sources, textfiles, tokenizer, tokenizer_files, vocabulary
 from text.shards import Shards, read_meta
 from training import checkpoint, metrics, pretrained, resume
@@ -481,9 +482,9 @@ def test_weights_are_counted_without_being_made(name, monkeypatch):
     }
     model = models.build(name, vocab_size=50, **fields)
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    monkeypatch.setattr(models, '_memory', lambda: size)
+    monkeypatch.setattr(construction, 'memory_bytes', lambda: size)
     models.build(name, vocab_size=50, **fields)
-    monkeypatch.setattr(models, '_memory', lambda: size - 1)
+    monkeypatch.setattr(construction, 'memory_bytes', lambda: size - 1)
     with pytest.raises(ValueError, match='take a smaller model'):
         models.build(name, vocab_size=50, **fields)
 

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models.parts import layers
 from training import checkpoint, lora, optimizer, pretrained
 from training.watch import Watch
 
@@ -88,12 +87,12 @@ def test_muon_is_refused_and_max_norm_leaves_frozen_matrices_alone():
     assert sum(len(group['params']) for group in own.param_groups) == 8
 
 
-def test_a_step_takes_no_products_for_gradients_of_frozen_matrices(monkeypatch):
-    monkeypatch.setattr(layers, 'ATTENTION', 'plain')  # which is counted
+def test_a_step_takes_no_products_for_gradients_of_frozen_matrices():
     model, idx = (
         models.build('gpt', block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=64),
         torch.arange(64)[None],
     )
+    model.set_attention('plain')  # which is counted
     for rank in (0, 4):
         lora.add(model, rank)
         with FlopCounterMode(display=False) as counted:
@@ -271,6 +270,8 @@ def test_two_processes_learn_what_one_does(runs, text_folder, tmp_path):
 
 def test_frozen_parameters_are_no_business_of_any_optimizer():
     frozen, free = (nn.Parameter(torch.ones(2, 2), requires_grad=flag) for flag in (False, True))
-    assert optimizer.build({'matrix': [frozen]}, 0.1, 1e-3, (0.9, 0.95), 'cpu') is None
-    own = optimizer.build({'matrix': [frozen, free]}, 0.1, 1e-3, (0.9, 0.95), 'cpu', name='sgd')
+    assert optimizer.build_optimizer({'matrix': [frozen]}, 0.1, 1e-3, (0.9, 0.95), 'cpu') is None
+    own = optimizer.build_optimizer(
+        {'matrix': [frozen, free]}, 0.1, 1e-3, (0.9, 0.95), 'cpu', name='sgd'
+    )
     assert [len(group['params']) for group in own.param_groups] == [1, 0]

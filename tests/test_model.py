@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from interop.huggingface import OPENAI
 from model import GPT, GPTConfig, LanguageModel
 from models import architecture, build
-from models.parts import layers
+from models.parts import kernels
 from training import pretrained, resume
 
 
@@ -369,7 +369,7 @@ def test_plain_attention_equals_sdpa(dtype, tolerance):
         3, 2, 4, 33, 8, dtype=dtype, generator=torch.Generator().manual_seed(0)
     ).unbind(0)
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
-    assert (layers.plain_attention(q, k, v).double() - expected).abs().max() < tolerance
+    assert (kernels.plain_attention(q, k, v).double() - expected).abs().max() < tolerance
 
 
 def test_architecture_names():

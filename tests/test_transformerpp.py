@@ -58,7 +58,7 @@ def exact(transformers, monkeypatch):
             self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
         ),
     )
-    monkeypatch.setattr(layers, 'rotary', rotary64)
+    monkeypatch.setattr(layers, 'rotary_table', rotary64)
 
 
 def rotary64(T, D, base=1e4, scale=None):
@@ -137,7 +137,9 @@ def test_logits_are_llamas_as_it_is(transformers, fields):
 
 def test_layers_angles_are_the_exact_ones():
     # float32, of 1,024
-    assert (layers.rotary(1024, 64, 5e5).double() - rotary64(1024, 64, 5e5)).abs().max() < 1e-4
+    assert (
+        layers.rotary_table(1024, 64, 5e5).double() - rotary64(1024, 64, 5e5)
+    ).abs().max() < 1e-4
 
 
 def test_parameters_of_the_published_example():
@@ -421,7 +423,7 @@ def test_llama_3_2s_angles_are_bit_for_bit_those_of_transformers(transformers, t
     assert torch.equal(model.rotary[0], cos[0]) and torch.equal(
         model.rotary[1, :, 32:], sin[0, :, 32:]
     )
-    unscaled = layers.rotary(131072, 64, 5e5)
+    unscaled = layers.rotary_table(131072, 64, 5e5)
     assert torch.equal(model.rotary[:, :, :10], unscaled[:, :, :10])  # the fastest stay as they are
     assert not torch.equal(model.rotary[:, :, 31], unscaled[:, :, 31])
 

@@ -125,7 +125,7 @@ def save(out_dir, name, state):
                 if before.exists()
                 else [state]
             )
-            fsdp.tidy(
+            fsdp.remove_other_shards(
                 folder, {content['shards']['folder'] for content in kept if 'shards' in content}
             )
 
@@ -240,7 +240,7 @@ def read(path):
         from training import fsdp
 
         state['shards']['out_dir'] = str(path.parent)
-        fsdp.verify(path.parent, state['shards'])
+        fsdp.verify_shards(path.parent, state['shards'])
     if not (
         _has(state, {'model': dict, 'model_args': dict})
         and all(

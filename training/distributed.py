@@ -21,7 +21,7 @@ IS_LAUNCHED = 'RANK' in os.environ  # by torchrun
 TIMEOUT = 600
 
 
-def start(backend, device, kind='ddp'):
+def init(backend, device, kind='ddp'):
     """Join the other processes that torchrun started; returns this one's device. Raises ValueError.
 
     backend: 'nccl', 'gloo', or 'auto', which is nccl on CUDA and gloo elsewhere. kind: 'ddp', where
@@ -60,7 +60,7 @@ def start(backend, device, kind='ddp'):
         store = dist.PrefixStore(
             f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
         )
-    # numbers always travel by gloo, see total
+    # numbers always travel by gloo, see sum_over_ranks
     dist.init_process_group(
         'cpu:gloo,cuda:nccl' if use_nccl else 'gloo',
         store=store,
@@ -71,8 +71,8 @@ def start(backend, device, kind='ddp'):
     return device
 
 
-def wrap(model, device, kind='ddp'):
-    """Put `model` on the device; returns the module to train through. What `start` joined, `kind`
+def wrap_model(model, device, kind='ddp'):
+    """Put `model` on the device; returns the module to train through. What `init` joined, `kind`
     shares out.
 
     That is `model` itself; DDP around it, which averages gradients over processes; or, with 'fsdp',
@@ -81,7 +81,7 @@ def wrap(model, device, kind='ddp'):
     if kind == 'fsdp' and IS_LAUNCHED:
         from training import fsdp
 
-        return fsdp.shard(model, device)
+        return fsdp.shard_model(model, device)
     model.to(device)
     if not dist.is_initialized() or not any(p.requires_grad for p in model.parameters()):
         return model
@@ -90,7 +90,7 @@ def wrap(model, device, kind='ddp'):
     )
 
 
-def compiled(model):
+def parts_to_compile(model):
     """The parts of a model to compile: all of it, or with FSDP each block, between which parameters
     come and go."""
     blocks = [
@@ -106,18 +106,18 @@ def clip_gradients(model, most):
     return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 
 
-def say(text):
+def print0(text):
     """Print, once for all processes."""
     if IS_MASTER:
         print(text, flush=True)
 
 
-def share(n):
+def rank_range(n):
     """The part of range(n) that is this process's; n is a multiple of WORLD_SIZE."""
     return range(n)[RANK * n // WORLD_SIZE : (RANK + 1) * n // WORLD_SIZE]
 
 
-def exchange_gradients(model, flag):
+def set_gradient_sync(model, flag):
     """Whether the next backward pass exchanges gradients: only the last one of a step needs to."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model.require_backward_grad_sync = flag
@@ -125,7 +125,7 @@ def exchange_gradients(model, flag):
         model.set_requires_gradient_sync(flag)
 
 
-def tensors(model, optimizer, out_dir, step):
+def checkpoint_tensors(model, optimizer, out_dir, step):
     """What a checkpoint of `step` keeps of a model and its optimizer (None: of the model alone);
     every process asks.
 
@@ -137,18 +137,18 @@ def tensors(model, optimizer, out_dir, step):
     from training import fsdp
 
     if optimizer is None:
-        return dict(model=fsdp.full(model), optimizer=None)
-    return dict(model={}, optimizer=None, shards=fsdp.write(out_dir, step, model, optimizer))
+        return dict(model=fsdp.full_state_dict(model), optimizer=None)
+    return dict(model={}, optimizer=None, shards=fsdp.write_shards(out_dir, step, model, optimizer))
 
 
-def summed(value):
+def all_reduce_sum(value):
     """A tensor on the device, summed over all processes there; no CPU waits for it."""
     if WORLD_SIZE > 1:
         dist.all_reduce(value)
     return value
 
 
-def total(values):
+def sum_over_ranks(values):
     """The sum over all processes of a list of numbers, as a list of floats. On CPUs, so that no GPU
     waits for it."""
     values = torch.as_tensor(values, dtype=torch.float64)
@@ -157,18 +157,18 @@ def total(values):
     return values.tolist()
 
 
-def anyone(*flags):
+def any_rank(*flags):
     """For each flag whether it is true on any process: what all of them must decide alike. A list,
     or a bool for one."""
     found = (
-        [count > 0 for count in total([float(flag) for flag in flags])]
+        [count > 0 for count in sum_over_ranks([float(flag) for flag in flags])]
         if dist.is_initialized()
         else list(flags)
     )
     return found[0] if len(found) == 1 else found
 
 
-def check_shared(out_dir, iter_num):
+def check_same_checkpoint(out_dir, iter_num):
     """Raises ValueError where the processes have found different checkpoints in out_dir, of the
     steps iter_num."""
     if dist.is_initialized():
@@ -182,7 +182,7 @@ def check_shared(out_dir, iter_num):
 
 
 @contextlib.contextmanager
-def lost_peers():
+def exit_on_lost_peer():
     """When another process is gone, this one ends with a line and at once: what it still shares
     with that would wait."""
     try:
@@ -206,18 +206,18 @@ def lost_peers():
 def master_first():
     """The master runs the body, then the others do."""
     if not IS_MASTER and dist.is_initialized():
-        total([0])
+        sum_over_ranks([0])
     yield
     if IS_MASTER and dist.is_initialized():
-        total([0])
+        sum_over_ranks([0])
 
 
-def stop():
+def shutdown():
     """Leave the others, once all of them are done; let go of the wrapped model first.
 
     What still holds the group when the process ends takes its threads down with an abort.
     """
     if dist.is_initialized():
-        total([0])
+        sum_over_ranks([0])
         gc.collect()
         dist.destroy_process_group()

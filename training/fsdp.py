@@ -3,7 +3,7 @@ gradient and moment, by torch's FSDP2; and the checkpoints of that, to which eac
 part, by torch.distributed.checkpoint.
 
 Such a checkpoint is a folder, out_dir/shards-STEP, and its index: plain data that lies in ckpt.pt.
-Any number of processes reads what any other number has written, to the bit; `whole` reads it
+Any number of processes reads what any other number has written, to the bit; `read_whole_state` reads it
 without a group of processes.
 """
 
@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from system import files
-from training import optimizer as optimizers
+from training.optimizer import load_optimizer_state
 
 FOLDER = re.compile(r'shards-\d+(-\d+)?')
 FILE = re.compile(r'__\d+_\d+\.distcp|\.metadata')
@@ -37,7 +37,7 @@ FILE = re.compile(r'__\d+_\d+\.distcp|\.metadata')
 # ---- training ------------------------------------------------------------------------------------
 
 
-def shard(model, device):
+def shard_model(model, device):
     """Share out `model`, which lies on the CPU, among the processes, in place; returns it. Raises
     ValueError.
 
@@ -74,7 +74,7 @@ def shard(model, device):
     return model
 
 
-def full(model):
+def full_state_dict(model):
     """The state_dict with whole tensors, on the CPU: on the master, {} on the others. To be called
     by all."""
     whole, first = {}, _first_names(model)
@@ -97,7 +97,7 @@ def _first_names(model):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def write(out_dir, step, model, optimizer):
+def write_shards(out_dir, step, model, optimizer):
     """Write what a resumed run needs of both to out_dir/shards-STEP, whole or not at all; returns
     the index of it.
 
@@ -135,7 +135,7 @@ def write(out_dir, step, model, optimizer):
     return index
 
 
-def tidy(out_dir, keep):
+def remove_other_shards(out_dir, keep):
     """Remove the folders of checkpoints in out_dir that are not in `keep`, and what interrupted
     writes have left."""
     for path in Path(out_dir).glob('*shards-*'):
@@ -166,7 +166,7 @@ def _publish(fresh, path, written):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def load(state, model, optimizer):
+def load_state(state, model, optimizer):
     """Put a checkpoint's weights and moments into a sharded model and its optimizer; every process
     calls it.
 
@@ -196,7 +196,7 @@ def load(state, model, optimizer):
             for i, own in sizes.items()
         }
         reader.load(_flat(model.state_dict(), moments), no_dist=False)
-        return optimizers.load(
+        return load_optimizer_state(
             optimizer, dict(state=moments, param_groups=index['optimizer']['param_groups'])
         )
     weights, whole = model.state_dict(), state['optimizer']
@@ -210,7 +210,7 @@ def load(state, model, optimizer):
             i: {key: _part_of(value, params[i]) for key, value in own.items()}
             for i, own in whole['state'].items()
         }
-    optimizers.load(optimizer, whole and {**whole, 'state': moments})
+    load_optimizer_state(optimizer, whole and {**whole, 'state': moments})
 
 
 def _part_of(whole, like):
@@ -222,7 +222,7 @@ def _part_of(whole, like):
     ).clone()
 
 
-def whole(out_dir, index):
+def read_whole_state(out_dir, index):
     """dict(model=…, optimizer=…) of parts that were verified, as a ckpt.pt with all in it has them;
     by one process, on the CPU. Raises ValueError."""
     reader, model, optimizer = _Reader(out_dir, index), index['model'], index['optimizer']
@@ -242,7 +242,7 @@ def whole(out_dir, index):
     )
 
 
-def verify(out_dir, index):
+def verify_shards(out_dir, index):
     """Raise ValueError where a file of the checkpoint is not what was written, with its name, or
     the index is damaged."""
     with _errors(ValueError, f"{out_dir} has a checkpoint in parts whose index is damaged"):

@@ -1,5 +1,4 @@
-"""From parameters by role to an optimizer (AdamW, SGD, or Muon for the matrices), and the learning
-rate of every step.
+"""From parameters by role to an optimizer (AdamW, SGD, or Muon for the matrices).
 
 Each of them leaves weights and moments as they are in a step in front of which its `found_inf`, a
 tensor of one float32 on the parameters' device, was set to 1 (a GradScaler sets it too). Parameters
@@ -20,7 +19,7 @@ MUON_MOMENTUM = 0.85, 0.95, 300
 READ_AT_ONCE = ('cpu',)
 
 
-def build(
+def build_optimizer(
     groups,
     weight_decay,
     learning_rate,
@@ -33,7 +32,6 @@ def build(
     is_asked=False,
     name='adamw',
     max_norm=0.0,
-    lr_schedule='cosine',
 ):
     """The optimizer of {role: [parameters]}, frozen ones left out; None where there is nothing to
     learn. Raises ValueError.
@@ -46,16 +44,11 @@ def build(
     learning_rate, so it is an error if nothing is trained with it. name: 'adamw', or 'sgd', whose
     momentum is betas[0] and whose weight decay is part of the gradient. max_norm: of each row of a
     matrix, the weights into one unit, after each step (Srivastava et al. 2014, section 5.1); 0: no
-    limit. lr_schedule: the shape of `schedule`, checked ahead of the run. Fused: one kernel for all
-    parameters, measured faster on each device.
+    limit. Fused: one kernel for all parameters, measured faster on each device.
     """
     if name not in ('adamw', 'sgd'):
         raise ValueError(
             f"optimizer={name!r} is unknown: take adamw or sgd; --muon_lr gives the matrices to Muon"
-        )
-    if lr_schedule not in ('cosine', 'step'):
-        raise ValueError(
-            f"lr_schedule={lr_schedule!r} is unknown: take cosine or step; for a straight line, --cooldown"
         )
     if (lrs or {}).get('matrix') and not all(p.requires_grad for p in groups.get('matrix', ())):
         raise ValueError(
@@ -316,39 +309,7 @@ def orthogonalize(batch, steps=5):
     return x.mT if is_tall else x
 
 
-def schedule(
-    step,
-    peak,
-    floor,
-    warmup_steps,
-    decay_steps,
-    decay=True,
-    cooldown=0.0,
-    start=0.0,
-    shape='cosine',
-):
-    """The learning rate at `step`: linear warm-up from `start` to `peak`, then down to `floor` at
-    decay_steps, then floor.
-
-    shape: 'cosine', half of one, or 'step', all at once at decay_steps. cooldown: above 0, `peak`
-    is kept and falls in a straight line over this last share of decay_steps. Without `decay` it is
-    `peak` throughout.
-    """
-    if not decay:
-        return peak
-    if step < warmup_steps:
-        return start + (peak - start) * (step + 1) / (warmup_steps + 1)
-    if step >= decay_steps:
-        return floor
-    if shape == 'step':
-        return peak
-    if cooldown:
-        return floor + (peak - floor) * min(1, (decay_steps - step) / (cooldown * decay_steps))
-    progress = (step - warmup_steps) / (decay_steps - warmup_steps)
-    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
-
-
-def load(optimizer, state):
+def load_optimizer_state(optimizer, state):
     """Load a state_dict's moments; the options stay this run's. Raises ValueError where it is
     another model's, or none."""
     if not state:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import models
 from interop import huggingface
+from models.parts import construction
 from text import dataset, tokenizer, tokenizer_files
 from training import checkpoint, lora
 
@@ -42,7 +43,9 @@ def open_model(source, settings=None):
     name, fields, weights = huggingface.read(source)
     Model = models.architecture(name)
     most = (1 << 20) + 8 * sum(weight.numel() for weight in weights.values() if weight is not None)
-    model = models.make(Model, Model.Config(**fields | _free(Model.Config, settings)), most)
+    model = construction.construct(
+        Model, Model.Config(**fields | _free(Model.Config, settings)), most
+    )
     huggingface.fill(model, weights, source)
     return model, tokenizer_files.from_files(folder) or (
         dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None
@@ -102,7 +105,7 @@ def restore_model(state, settings=None, in_parts=False):
         most = (
             None if is_apart else (1 << 20) + 8 * sum(weight.numel() for weight in weights.values())
         )
-        model = models.make(Model, Model.Config(**state['model_args'] | free), most)
+        model = construction.construct(Model, Model.Config(**state['model_args'] | free), most)
         lora.add(model, state['config'].get('lora_rank', 0) if is_apart else lora.rank_of(weights))
         if not is_apart:
             model.load_state_dict(weights)
@@ -128,7 +131,7 @@ def weights_of(state):
     if shards := state.pop('shards', None):
         from training import fsdp
 
-        state.update(fsdp.whole(shards['out_dir'], shards))
+        state.update(fsdp.read_whole_state(shards['out_dir'], shards))
     weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
     # nanoGPT's; on old torch versions it kept its causal mask among the weights
     if 'model_name' not in state:

@@ -11,7 +11,7 @@ from pathlib import Path
 import models
 from interop import huggingface
 from training import checkpoint, pretrained
-from training import optimizer as optimizers
+from training.optimizer import load_optimizer_state
 
 # What the noise in the losses depends on, which the guard measures.
 NOISE = {
@@ -145,11 +145,11 @@ def load_training_state(state, model, optimizer, scaler):
     if hasattr(model, 'set_requires_gradient_sync'):
         from training import fsdp
 
-        fsdp.load(state, model, optimizer)
+        fsdp.load_state(state, model, optimizer)
     else:
         model.load_state_dict(pretrained.weights_of(state))
         if optimizer:
-            optimizers.load(optimizer, state['optimizer'])
+            load_optimizer_state(optimizer, state['optimizer'])
     scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
     return (
         int(state['iter_num']),
