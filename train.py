@@ -21,7 +21,7 @@ import torch
 
 import models
 from configurator import configure
-from generation import decode as generate
+from generation import final_sample
 from models.parts import kernels
 from system.compilation import compile_model, resolve_compile
 from system.device import (
@@ -506,6 +506,6 @@ if is_stopped:
 stop.release()  # all is saved: Ctrl-C ends the sample
 if distributed.IS_MASTER and not (distributed.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
-        generate.closing_sample(
+        final_sample.print_final_sample(
             lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta
         )

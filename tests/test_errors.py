@@ -37,7 +37,7 @@ import json, os, runpy, signal, sys, tempfile, time, traceback
 import configurator, model, models, numpy.ma, torch
 import system.device, text.mixture, training.checkpoint, training.lora, training.metrics
 import training.optimizer
-from generation import decode as generate
+from generation import final_sample
 try:
     import resource
 except ImportError:
@@ -58,7 +58,7 @@ for line in sys.stdin:
             sys.stdout.reconfigure(encoding=asked['env']['PYTHONIOENCODING'], errors='strict')
             sys.stderr.reconfigure(encoding=asked['env']['PYTHONIOENCODING'])
         if not asked['sample']:
-            generate.closing_sample = lambda *args: None
+            final_sample.print_final_sample = lambda *args: None
         if asked['memory']:
             used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + asked['memory'],) * 2)
@@ -1026,7 +1026,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
         ('--top_k=-1', 'top_k=-1'),
         ('--top_k=0.5', 'top_k takes a whole number, not 0.5'),
         ('--max_new_tokens=-1', 'max_new_tokens=-1 must be at least 0'),
-        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line'),
+        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line that is not empty'),
         ('--num_samples=0', 'num_samples=0 must be at least 1'),
         ('--seed=-1', 'seed=-1'),
         ('--device=gpu', "device='gpu' is unknown"),

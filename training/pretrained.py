@@ -46,7 +46,7 @@ def open_model(source, settings=None):
     model = construction.construct(
         Model, Model.Config(**fields | _free(Model.Config, settings)), most
     )
-    huggingface.fill(model, weights, source)
+    huggingface.load_weights(model, weights, source)
     return model, tokenizer_files.from_files(folder) or (
         dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None
     )
