@@ -3,16 +3,18 @@
     python bench.py                                         # GPT-2 124M on random tokens
     python bench.py config/train_shakespeare_char.py --versus="--dtype=float32 --attention=sdpa"
     python bench.py config/train_shakespeare_char.py --versus=config/baseline_shakespeare_char.py --target=1.9 --rounds=3
-    python bench.py generation                              # generation: bench_generation.py, with its settings
+    python bench.py generation                              # generation instead, see generation/benchmark.py
 
-Settings that are not its own go to train.py. With --versus, both sides get them, the second also those of `versus`; config
-files there take the place of the first side's. The two take turns, so that a machine whose speed drifts is fair to both.
-With --target, each side runs to its own end, and the clock is a user's, from the start of the command (start-up lasts
-until the loop begins) to its end. The loss that counts is the last one, over the whole validation split.
+Settings that are not its own go to train.py. With --versus, both sides get them, the second also
+those of `versus`; config files there take the place of the first side's. The two take turns, so
+that a machine whose speed drifts is fair to both. With --target, each side runs to its own end, and
+the clock is a user's, from the start of the command (start-up lasts until the loop begins) to its
+end. The loss that counts is the last one, over the whole validation split.
 """
-from mistakes import begin_script
 
-begin_script()      # before the imports, which take seconds
+from system.errors import begin_script
+
+begin_script()  # before the imports, which take seconds
 
 import contextlib
 import json
@@ -28,11 +30,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import runtime
 from configurator import configure, parse
-from runtime import fail, user_errors
+from system import device as runtime
+from system.device import fail, user_errors
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 steps = 20  # timed steps of each run
 warmup = 10  # steps before them
 seconds = 120.0  # end a run earlier after so long, with at least three timed steps
@@ -42,11 +44,11 @@ versus = ''  # settings of a second side to compare with, or its config files, i
 target = 0.0  # time whole runs, to this validation loss; 0: time steps
 real_data = 'auto'  # False: random tokens; auto: random tokens where no config file says the data
 profile = False  # also write a trace into out-bench/profile
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 if sys.argv[1:2] == ['generation']:
-    sys.argv = [str(Path(__file__).with_name('bench_generation.py')), *sys.argv[2:]]
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    del sys.argv[1]
+    runpy.run_module('generation.benchmark', run_name='__main__')
     sys.exit()
 with user_errors():
     files, wishes, _wants_help = parse(sys.argv[1:])
@@ -63,30 +65,44 @@ if real_data not in (True, False, 'auto'):
 if wrong := (other_wishes.keys() & globals().keys()) | ({'help'} if _wants_help else set()):
     fail(f"versus={versus!r}: --{min(wrong)} is no setting of one side")
 if target and (idle := own.keys() & {'steps', 'warmup', 'seconds', 'real_data', 'profile'}):
-    fail(f"target={target:g} times whole runs, which are as their configs say: leave out {', '.join(sorted(idle))}")
+    fail(
+        f"target={target:g} times whole runs, which are as their configs say: leave out {', '.join(sorted(idle))}"
+    )
 
 
 def arguments(files, wishes):
-    """What train.py of one side is given: a whole run just that; timed steps need no accumulation and no real text."""
+    """What train.py of one side is given: a whole run just that; timed steps need no accumulation
+    and no real text."""
     if not target and not files:
-        wishes = {'gradient_accumulation_steps': 1, **({'dataset': 'random'} if real_data == 'auto' else {}), **wishes}
+        wishes = {
+            'gradient_accumulation_steps': 1,
+            **({'dataset': 'random'} if real_data == 'auto' else {}),
+            **wishes,
+        }
     if real_data is False:
         wishes = {**wishes, 'dataset': 'random'}
     return [*files, *(f'--{k}={v}' for k, v in wishes.items() if k not in own)]
 
 
 def train(words, out_dir, name, is_over=lambda: False):
-    """Run train.py to its end or until is_over(); returns when it began and ended, its exit code and its last words."""
+    """Run train.py to its end or until is_over(); returns when it began and ended, its exit code
+    and its last words."""
     out_dir.mkdir(exist_ok=True)
-    (out_dir / 'metrics.jsonl').write_text('', encoding='utf-8')      # there may be an earlier profile's
+    # there may be an earlier profile's
+    (out_dir / 'metrics.jsonl').write_text('', encoding='utf-8')
     script, lines = str(Path(__file__).with_name('train.py')), ['']
     words = [script, *words, f'--out_dir={out_dir}', '--log_to=', '--wandb_log=False']
-    with (open(out_dir / 'train.log', 'wb') as output,
-          open(out_dir / 'train.log', encoding='utf-8', errors='replace') as log,
-          tqdm(bar_format='{desc}', leave=False, dynamic_ncols=True, disable=None) as bar):     # on a terminal only
+    with (
+        open(out_dir / 'train.log', 'wb') as output,
+        open(out_dir / 'train.log', encoding='utf-8', errors='replace') as log,
+        # on a terminal only
+        tqdm(bar_format='{desc}', leave=False, dynamic_ncols=True, disable=None) as bar,
+    ):
         began = time.time()
-        environment = os.environ | {'PYTHONIOENCODING': 'utf-8'}        # of the log
-        run = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
+        environment = os.environ | {'PYTHONIOENCODING': 'utf-8'}  # of the log
+        run = subprocess.Popen(
+            [sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             while run.poll() is None and not is_over():
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -101,7 +117,8 @@ def train(words, out_dir, name, is_over=lambda: False):
 
 
 def time_steps(words, out_dir, name):
-    """Run train.py until enough steps are timed; returns a line on them and their median seconds per token."""
+    """Run train.py until enough steps are timed; returns a line on them and their median seconds
+    per token."""
     path, enough, began = out_dir / 'metrics.jsonl', warmup + min(steps, 3), time.monotonic()
 
     def is_over():
@@ -110,19 +127,34 @@ def time_steps(words, out_dir, name):
 
     words += ['--log_interval=1', '--eval_interval=0', '--save_minutes=0', f'--profile={profile}']
     *_, last_words = train(words, out_dir, name, is_over)
-    lines = [json.loads(line) for line in path.read_text(encoding='utf-8').split('\n')[:-1] if '"ms"' in line][warmup:]
+    lines = [
+        json.loads(line)
+        for line in path.read_text(encoding='utf-8').split('\n')[:-1]
+        if '"ms"' in line
+    ][warmup:]
     if len(lines) < enough - warmup:
-        fail(f"train.py ended before it had taken {enough} steps (a larger --max_iters?): {last_words}")
+        fail(
+            f"train.py ended before it had taken {enough} steps (a larger --max_iters?): {last_words}"
+        )
     facts = json.loads((out_dir / 'config.json').read_text(encoding='utf-8'))['resolved']
     ms = sorted(line['ms'] for line in lines)
     median, low, high = statistics.median(ms), ms[len(ms) // 10], ms[-1 - len(ms) // 10]
     speed, device, dtype = facts['tokens_per_step'] / median * 1e3, facts['device'], facts['dtype']
     if (device, dtype) not in peaks:
-        peaks[device, dtype] = runtime.measured_peak_flops(dtype) if device == 'cpu' else runtime.peak_flops(device, dtype)
+        peaks[device, dtype] = (
+            runtime.measured_peak_flops(dtype)
+            if device == 'cpu'
+            else runtime.peak_flops(device, dtype)
+        )
     peak = peaks[device, dtype]
-    mfu = peak and f", mfu {facts['flops_per_token'] * speed / peak / facts['processes']:.1%} of {peak / 1e12:.3g} TFLOP/s"
-    return (f"{median:.2f} ms/step ({low:.2f} to {high:.2f}), {speed:,.0f} tokens/s, "
-            f"{lines[-1]['peak_memory'] / 2 ** 30:.2f} GiB, {device}, {dtype}{mfu or ''}"), 1 / speed
+    mfu = (
+        peak
+        and f", mfu {facts['flops_per_token'] * speed / peak / facts['processes']:.1%} of {peak / 1e12:.3g} TFLOP/s"
+    )
+    return (
+        f"{median:.2f} ms/step ({low:.2f} to {high:.2f}), {speed:,.0f} tokens/s, "
+        f"{lines[-1]['peak_memory'] / 2**30:.2f} GiB, {device}, {dtype}{mfu or ''}"
+    ), 1 / speed
 
 
 def time_run(words, out_dir, name):
@@ -134,15 +166,27 @@ def time_run(words, out_dir, name):
         records = [json.loads(line) for line in lines]
     evaluations = [record for record in records if 'val_loss' in record]
     if not evaluations:
-        fail(f"{name}: train.py ended {f'with exit code {code}' if code else 'without training'}: {last_words}")
+        fail(
+            f"{name}: train.py ended {f'with exit code {code}' if code else 'without training'}: {last_words}"
+        )
     log = (out_dir / 'train.log').read_text(encoding='utf-8', errors='replace')
     if 'is not prepared yet' in log[:1000]:
         print(f"{name}: its data had to be prepared first; once more without that", flush=True)
         return time_run(words, out_dir, name)
-    last, took, start_up = evaluations[-1], ended - began, (out_dir / 'config.json').stat().st_mtime - began
+    last, took, start_up = (
+        evaluations[-1],
+        ended - began,
+        (out_dir / 'config.json').stat().st_mtime - began,
+    )
     loss, known, training = (last[key] for key in ('val_loss', 'wall_seconds', 'train_seconds'))
-    return (f"val loss {loss:.4f} {'≤' if loss <= target else '>'} {target:g}, {took:.1f} s in all, {known:.1f} s until "
-            f"this was known; {start_up:.1f} s of start-up, {training:.1f} s of steps"), took, loss
+    return (
+        (
+            f"val loss {loss:.4f} {'≤' if loss <= target else '>'} {target:g}, {took:.1f} s in all, {known:.1f} s until "
+            f"this was known; {start_up:.1f} s of start-up, {training:.1f} s of steps"
+        ),
+        took,
+        loss,
+    )
 
 
 def verdict():
@@ -152,8 +196,11 @@ def verdict():
         took, loss = map(statistics.median, zip(*ends[side]))
         missed = sum(loss > target for _, loss in ends[side])
         often = f" in {missed} of {rounds} rounds" if missed < rounds else ''
-        clauses.append(f"{side} reaches {goal} in {took:.1f} s" if side in reached else
-                       f"{side} does not reach {goal}{often}: it ends at {loss:.4f} after {took:.1f} s")
+        clauses.append(
+            f"{side} reaches {goal} in {took:.1f} s"
+            if side in reached
+            else f"{side} does not reach {goal}{often}: it ends at {loss:.4f} after {took:.1f} s"
+        )
     if versus and reached:
         other = 'B' if reached[0] == 'A' else 'A'
         clauses[-1] += "; " + ratio(reached[0], other, "" if other in reached else "'s whole run")
@@ -169,16 +216,23 @@ def ratio(side, other, whose=''):
 sides = {'A': arguments(files, wishes), 'B': arguments(other_files or files, wishes | other_wishes)}
 sides = sides if versus else {'A': sides['A']}
 ends, peaks = {side: [] for side in sides}, {}
-print('\n'.join(f"{side}: train.py {shlex.join(words)}" for side, words in sides.items()), flush=True)
-with user_errors():     # Ctrl-C too ends in a line
+print(
+    '\n'.join(f"{side}: train.py {shlex.join(words)}" for side, words in sides.items()), flush=True
+)
+with user_errors():  # Ctrl-C too ends in a line
     for i in range(rounds):
         for side, words in sides.items():
             with tempfile.TemporaryDirectory() as folder:
                 text, *end = (time_run if target else time_steps)(
-                    [*words, f'--seed={seed + i}'], Path('out-bench' if profile else folder), f"{side} {i + 1}")
+                    [*words, f'--seed={seed + i}'],
+                    Path('out-bench' if profile else folder),
+                    f"{side} {i + 1}",
+                )
             ends[side].append(end)
             print(f"{side} {i + 1}: {text}", flush=True)
 if target or versus:
     print(verdict() if target else ratio('A', 'B'))
 if profile:
-    print("trace: out-bench/profile (tensorboard --logdir=out-bench/profile, or load it in chrome://tracing)")
+    print(
+        "trace: out-bench/profile (tensorboard --logdir=out-bench/profile, or load it in chrome://tracing)"
+    )

@@ -2,20 +2,22 @@
 
     python train.py config/train_gpt2.py --batch_size=8 --compile False learning_rate=1e-4
 
-A setting is a global of type bool, int, float, str or Texts. A config file is Python, run over those
-globals; what it assigns is checked like the command line: the key must exist, the type must fit.
-The command line is applied before the files, so that a file sees the wished device, and again
+A setting is a global of type bool, int, float, str or Texts. A config file is Python, run over
+those globals; what it assigns is checked like the command line: the key must exist, the type must
+fit. The command line is applied before the files, so that a file sees the wished device, and again
 after them, so that it wins. Settings whose default is 'auto' also accept their real type; whoever
 resolves them checks the value.
 
 A file may have names of its own: modules, functions, names that begin with _, and names that it
 reads again, such as a number from which settings are computed. A name that it only assigns, or that
-is nearly a setting's, is a mistake. Of the names that `from MODULE import *` binds, only those count
-that are settings and have a plain value.
+is nearly a setting's, is a mistake. Of the names that `from MODULE import *` binds, only those
+count that are settings and have a plain value.
 """
+
 import ast
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 import re
@@ -24,31 +26,46 @@ import types
 import warnings
 from pathlib import Path, PurePath
 
-import configfile
-import confighelp
+from system import config_file
 
 PLAIN = (bool, int, float, str)
-LIST = re.compile(r"""\s*[\[(]\s*['"]""")     # how a list of texts begins on the command line
+LIST = re.compile(r"""\s*[\[(]\s*['"]""")  # how a list of texts begins on the command line
 # A name that is so much like a setting (difflib's ratio) is that setting misspelt, even if the file
 # reads it again, as in `max_iter = 100; lr_decay_iters = max_iter`. Above this are max_iter,
 # n_layers, devices, beta; below it layer, betas, num_layers, d_model, batch, max_steps.
 MISSPELT = 0.85
-SIMILAR = 0.6       # a setting that is less like a name is not suggested for it
+SIMILAR = 0.6  # a setting that is less like a name is not suggested for it
 # What other programs call some settings.
-ALIASES = {'lr': 'learning_rate', 'wd': 'weight_decay', 'epochs': 'max_iters', 'steps': 'max_iters',
-           'max_steps': 'max_iters', 'bs': 'batch_size', 'batch': 'batch_size',
-           'seq_len': 'block_size', 'context': 'block_size', 'context_length': 'block_size',
-           'd_model': 'n_embd', 'hidden_size': 'n_embd', 'layers': 'n_layer', 'num_layers': 'n_layer',
-           'heads': 'n_head', 'num_heads': 'n_head', 'output_dir': 'out_dir',
-           'max_tokens': 'max_new_tokens'}
+ALIASES = {
+    'lr': 'learning_rate',
+    'wd': 'weight_decay',
+    'epochs': 'max_iters',
+    'steps': 'max_iters',
+    'max_steps': 'max_iters',
+    'bs': 'batch_size',
+    'batch': 'batch_size',
+    'seq_len': 'block_size',
+    'context': 'block_size',
+    'context_length': 'block_size',
+    'd_model': 'n_embd',
+    'hidden_size': 'n_embd',
+    'layers': 'n_layer',
+    'num_layers': 'n_layer',
+    'heads': 'n_head',
+    'num_heads': 'n_head',
+    'output_dir': 'out_dir',
+    'max_tokens': 'max_new_tokens',
+}
 
 
 class Texts(list):
-    """The default of a setting that is one text or several: a list in Python's notation, or the setting repeated.
+    """The default of a setting that is one text or several: a list in Python's notation, or the
+    setting repeated.
 
         --stop=END    --stop="['a, b', 'c|d']"    --stop='a, b' --stop='c|d'
 
-    Its value is a str where one text was given, so that a script can divide that, else a list of str.
+    Its value is a str where one text was given, so that a script can divide that, else a list of
+    str.
     """
 
 
@@ -91,7 +108,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     for path in files:
         if os.path.realpath(path) == os.path.realpath(settings.get('__file__', '')):
             raise ValueError(f"command line: {path} is the script, not a config file")
-        result = configfile.run(path, {**settings, **values})
+        result = config_file.run(path, {**settings, **values})
         for key, value in result.values.items():
             is_tool = isinstance(value, types.ModuleType) or callable(value)
             if key.startswith('_') or (is_tool and key not in defaults):
@@ -112,7 +129,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
             if field.name != 'vocab_size' and field.name not in defaults:
                 defaults[field.name] = values[field.name] = field.default
     if wants_help:
-        confighelp.print_help(settings, defaults, Config)
+        print_help(settings, defaults, Config)
         sys.exit(0)
     for key, value, where, is_own in unknown:
         if key in defaults:
@@ -125,8 +142,27 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     return values, given
 
 
+def print_help(settings, defaults, Config=None):
+    """Print a script's docstring, and each setting with its default and the comment on its line.
+
+    The comments are read from the source of the script and of the model's Config.
+    """
+    source = ''
+    if Config:
+        for base in Config.__mro__[:-1]:
+            source += inspect.getsource(base)
+    source += Path(settings['__file__']).read_text(encoding='utf-8')
+    comments = dict(re.findall(r'^ *(\w+)(?:: [^=\n]+)? = .*?  # (.*)$', source, re.MULTILINE))
+    print(settings.get('__doc__') or '')
+    print("Settings, as --key=value:")
+    for key, value in defaults.items():
+        setting = f"{key}={value!r}"
+        print(f"  --{setting:38} {comments.get(key, '')}")
+
+
 def divided(value, separator):
-    """The texts of a setting of Texts: those of a list as they are; a single text is divided at the separator."""
+    """The texts of a setting of Texts: those of a list as they are; a single text is divided at the
+    separator."""
     if isinstance(value, list):
         return value
     return [text.strip() for text in value.split(separator) if text.strip()]
@@ -153,8 +189,10 @@ def _parse(argv):
                 raise ValueError(f"command line: {word} has no value; write {word}=VALUE")
             wishes.setdefault(word[2:], []).append(text)
         elif word.startswith('-'):
-            raise ValueError(f"command line: {_show(word)} is not a setting; they are written "
-                             "--key=value, with _ in the key")
+            raise ValueError(
+                f"command line: {_show(word)} is not a setting; they are written "
+                "--key=value, with _ in the key"
+            )
         elif os.path.isfile(word):
             files.append(word)
         else:
@@ -165,10 +203,11 @@ def _parse(argv):
 
 
 def _nearest_file(word):
-    """The config file with nearly this name: in its folder, in config/ or in the repository; or None."""
+    """The config file with nearly this name: in its folder, in config/ or in the repository; or
+    None."""
     folder, name = os.path.split(word)
-    files = {}      # by their names; the first folder counts
-    for place in (folder, 'config', configfile.ROOT / 'config'):
+    files = {}  # by their names; the first folder counts
+    for place in (folder, 'config', config_file.ROOT / 'config'):
         if os.path.isdir(place):
             for path in Path(place).glob('*.py'):
                 files.setdefault(path.stem, path)
@@ -201,8 +240,10 @@ def _refuse(key, value, where, settings):
         raise ValueError(f"{problem} (--help lists all)")
     if near:
         raise ValueError(f"{problem} (names of the file's own begin with _)")
-    raise ValueError(f"{problem}, and the file does not use it: a name of its own has to be read in the "
-                     "file, or begin with _")
+    raise ValueError(
+        f"{problem}, and the file does not use it: a name of its own has to be read in the "
+        "file, or begin with _"
+    )
 
 
 def _nearest_setting(key, settings):
@@ -217,8 +258,8 @@ def _nearest_setting(key, settings):
 def _from_text(key, words, default, where):
     """The value that the command line's words for a setting stand for.
 
-    Where a setting is repeated the last word counts, except for Texts. It is read as a Python literal,
-    or used as it is where the default is a str.
+    Where a setting is repeated the last word counts, except for Texts. It is read as a Python
+    literal, or used as it is where the default is a str.
     """
     if type(default) is Texts:
         return _texts(key, words, where)
@@ -229,7 +270,7 @@ def _from_text(key, words, default, where):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             value = ast.literal_eval(text)
-    except Exception:       # not a literal: a bare word such as bfloat16
+    except Exception:  # not a literal: a bare word such as bfloat16
         value = text
     return _checked(key, value, default, where)
 
@@ -251,12 +292,14 @@ def _list(key, word, where):
     """The list of texts that `word` is in Python's notation."""
     try:
         value = ast.literal_eval(word.strip())
-        if type(value) is not str:      # what brackets around one text alone are
+        if type(value) is not str:  # what brackets around one text alone are
             return _checked(key, value, Texts(), where)
     except (SyntaxError, ValueError):
         pass
-    raise ValueError(f"{where}: {key}={word} begins like a list of texts, but is not one; a list is written "
-                     f"--{key}=\"['a', 'b']\"")
+    raise ValueError(
+        f"{where}: {key}={word} begins like a list of texts, but is not one; a list is written "
+        f"--{key}=\"['a', 'b']\""
+    )
 
 
 def _checked(key, given, default, where):
@@ -281,7 +324,7 @@ def _checked(key, given, default, where):
     if type(value) is float:
         fits = fits and math.isfinite(value)
     if type(value) is int:
-        fits = fits and abs(value) < 2 ** 63
+        fits = fits and abs(value) < 2**63
     if not fits:
         kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}
         kind = kinds.get(type(default), 'a plain value')
@@ -293,7 +336,7 @@ def _checked(key, given, default, where):
 
 def _plain(value):
     """The plain value of a NumPy scalar, a path, or a device or dtype of torch."""
-    numpy = sys.modules.get('numpy')        # a file that uses it has imported it
+    numpy = sys.modules.get('numpy')  # a file that uses it has imported it
     torch = sys.modules.get('torch')
     if numpy and isinstance(value, numpy.generic):
         return value.item()
@@ -308,6 +351,6 @@ def _show(value):
     """A value in one line of an error, however large it is."""
     try:
         text = ' '.join(repr(value).split())
-    except Exception:       # an int of thousands of digits
+    except Exception:  # an int of thousands of digits
         text = f"this {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:90]}…{text[-1]}"

@@ -1,26 +1,30 @@
-"""What sample.py reads: the texts it continues, the lines that somebody types, the texts that end a sample."""
+"""What sample.py reads: the texts it continues, the lines that somebody types, the texts that end a
+sample."""
+
 import codecs
 import io
 import re
 import sys
 
-import textfiles
+from text import textfiles
 
-MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'      # <|im_end|>, [|endofturn|]: how special tokens are spelled
+MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'  # <|im_end|>, [|endofturn|]: how special tokens are spelled
 
 
 def read(text):
-    """The texts that a prompt stands for: FILE:name, a file's; LINES:name, each line of a file; -, standard input; else
-    itself. Raises ValueError."""
+    """The texts that a prompt stands for: FILE:name, a file's; LINES:name, each line of a file; -,
+    standard input; else itself. Raises ValueError."""
     if text == '-':
         return [_decoded(_standard_input().read(), "standard input", sys.stdin.encoding)]
     if not text.startswith(('FILE:', 'LINES:')):
         return [_decoded(text, "the prompt", sys.getfilesystemencoding())]
     try:
         content = textfiles.read_text(text.partition(':')[2], as_text=True)
-        content = io.StringIO(content, newline=None).read()     # CR LF becomes LF
+        content = io.StringIO(content, newline=None).read()  # CR LF becomes LF
     except (OSError, ValueError) as error:
-        raise ValueError(f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})") from None
+        raise ValueError(
+            f"{text} can't be read as UTF-8 text ({getattr(error, 'strerror', None) or error})"
+        ) from None
     if text.startswith('FILE:'):
         return [content]
     texts = [line for line in content.splitlines() if line]
@@ -30,8 +34,8 @@ def read(text):
 
 
 def typed():
-    """The lines of standard input, each after a `> ` on a terminal, until it ends (Ctrl-D). One that is not text is an
-    error on stderr, and the next one is read."""
+    """The lines of standard input, each after a `> ` on a terminal, until it ends (Ctrl-D). One
+    that is not text is an error on stderr, and the next one is read."""
     source = _standard_input()
     while True:
         if source.isatty():
@@ -48,8 +52,9 @@ def typed():
 def stops(value, tokenizer):
     """The texts that end a sample, [str], of the setting `stop`.
 
-    Those of a list are used as they are. A single text is divided at each `|` that is not inside a mark such as <|im_end|>,
-    unless all of it is one token, or nothing but bars. Raises ValueError where it could mean two things.
+    Those of a list are used as they are. A single text is divided at each `|` that is not inside a
+    mark such as <|im_end|>, unless all of it is one token, or nothing but bars. Raises ValueError
+    where it could mean two things.
     """
     if isinstance(value, list):
         return [text for text in value if text]
@@ -67,8 +72,10 @@ def stops(value, tokenizer):
     has_broken_mark = re.search(r'<\||\|>|\[\||\|\]', outside_marks) is not None
     if has_broken_mark or not all(texts):
         parts = [text for text in texts if text]
-        raise ValueError(f"stop={value!r} is either one text or several with | between them: "
-                         f'write what you mean as a list, --stop="{[value]}" or --stop="{parts}"')
+        raise ValueError(
+            f"stop={value!r} is either one text or several with | between them: "
+            f'write what you mean as a list, --stop="{[value]}" or --stop="{parts}"'
+        )
     return texts
 
 
@@ -89,7 +96,8 @@ def _ids(tokenizer, text):
 
 
 def _standard_input():
-    """Standard input, whose bytes that can't be decoded become surrogates, which `_decoded` finds."""
+    """Standard input, whose bytes that can't be decoded become surrogates, which `_decoded`
+    finds."""
     if hasattr(sys.stdin, 'reconfigure'):
         sys.stdin.reconfigure(errors='surrogateescape')
     return sys.stdin
@@ -98,8 +106,8 @@ def _standard_input():
 def _decoded(text, what, encoding):
     """`text`, where all of it could be decoded. Raises ValueError."""
     if found := re.search('[\ud800-\udfff]', text):
-        encoding = encoding or 'utf-8'      # a text in memory has none
-        before = len(text[:found.start()].encode(encoding, 'surrogateescape'))
+        encoding = encoding or 'utf-8'  # a text in memory has none
+        before = len(text[: found.start()].encode(encoding, 'surrogateescape'))
         advice = "`iconv -f ITS_ENCODING -t UTF-8` converts it"
         if codecs.lookup(encoding).name != 'utf-8':
             advice = "PYTHONIOENCODING=utf-8 reads UTF-8"

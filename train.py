@@ -1,16 +1,17 @@
 """Train a model on text: one process, or many with torchrun.
 
-    python train.py config/train_stdlib_char.py                               # a first run, no download
-    python train.py config/train_shakespeare_char.py --batch_size=32          # the command line wins
-    python train.py config/train_shakespeare_char.py --init_from=auto         # go on where it stopped, or start
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    # one node, 8 GPUs
+python train.py config/train_stdlib_char.py                               # a first run, no download
+python train.py config/train_shakespeare_char.py --batch_size=32          # the command line wins
+python train.py config/train_shakespeare_char.py --init_from=auto         # go on where it stopped, or start
+torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    # one node, 8 GPUs
 """
+
 import time
 
-from mistakes import begin_script
+from system.errors import begin_script
 
-_start = time.perf_counter()    # before the imports: they are part of what a user waits for
-begin_script()      # also before them: Ctrl-C is one line from here on
+_start = time.perf_counter()  # before the imports: they are part of what a user waits for
+begin_script()  # also before them: Ctrl-C is one line from here on
 
 import dataclasses
 import math
@@ -18,41 +19,40 @@ import sys
 
 import torch
 
-import checkpoint
-import generate
-import guard as guards
-import lora
 import models
-import optimizer as optimizers
-import parallel as processes
-import runtime
 from configurator import configure
-from layers import use_attention
-from metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
-from mixture import open_dataset, prepare_if_small
-from runtime import user_errors
-from watch import Watch
+from generation import decode as generate
+from models.parts.layers import use_attention
+from system import device as runtime
+from system.device import user_errors
+from text.mixture import open_dataset, prepare_if_small
+from training import checkpoint, lora
+from training import distributed as processes
+from training import guard as guards
+from training import optimizer as optimizers
+from training.metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
+from training.watch import Watch
 
-# ---- settings: the defaults train GPT-2 124M on OpenWebText ----------------------------------------------------------
+# ---- settings: the defaults train GPT-2 124M on OpenWebText --------------------------------------
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
-init_from = 'scratch'  # scratch, resume, auto (what can be), gpt2[-medium|-large|-xl], a Hugging Face folder, an out_dir
+init_from = 'scratch'  # scratch, resume, auto (either), gpt2[-medium|-large|-xl], or a folder
 seed = 1337  # of initialisation, order of the data and dropout
 eval_interval = 2000  # steps between evaluations; each one saves a checkpoint; 0: only at the end
 eval_iters = 200  # batches per evaluation and split, or the whole split where that is less
 eval_only = False  # evaluate once and end
 log_interval = 1  # steps between lines of the log
-always_save_checkpoint = True  # sample.py takes the latest weights; False: those with the best validation loss
+always_save_checkpoint = True  # True: sample.py uses the latest weights; False: the best ones
 save_minutes = 15.0  # also save after so many minutes without a save; 0: at evaluations only
 early_stop = 0  # end after so many evaluations in a row without a better validation loss; 0: never
-log_to = ''  # besides metrics.jsonl: tensorboard (into out_dir/tensorboard), wandb, or both with a comma
+log_to = ''  # besides metrics.jsonl: tensorboard, wandb, or both: tensorboard,wandb
 wandb_log = False  # nanoGPT's name for log_to=wandb
 wandb_project = 'owt'  # the project at Weights & Biases
 wandb_run_name = 'gpt2'  # and the name of the run there
-dataset = 'openwebtext'  # a folder in data/ (or a path) with its bins; several: a:0.7,b:0.3; random: random tokens
+dataset = 'openwebtext'  # a folder in data/ or a path; several: a:0.7,b:0.3; random: random tokens
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all processes together
 batch_size = 12  # windows per micro-batch
 block_size = 1024  # tokens per window, the longest context
-document_boundaries = False  # attention goes no further back than the document's first token; places count from there
+document_boundaries = False  # attention and positions start anew at each document
 # model
 model = 'gpt'  # gpt, or NAME for models/NAME.py; its Config's other fields are settings too
 n_layer = 12  # blocks
@@ -60,7 +60,7 @@ n_head = 12  # attention heads
 n_embd = 768  # channels
 dropout = 0.0  # 0 for pretraining; for finetuning try 0.1
 bias = False  # in Linears and LayerNorms
-lora_rank = 0  # finetuning: train only two matrices of this rank beside each one of the blocks; 0: all weights
+lora_rank = 0  # finetuning: train a low-rank update of each matrix instead; 0: all weights
 # the optimizer and its learning rate
 optimizer = 'adamw'  # adamw, or sgd, whose momentum is beta1
 learning_rate = 6e-4  # the optimizer's, after the warm-up
@@ -72,11 +72,11 @@ weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of its square's
 grad_clip = 1.0  # longest gradient; 0: no limit
-spike_sigmas = 6.0  # skip updates whose loss is this many standard deviations above the average; 0: only NaN, infinity
-max_norm = 0.0  # longest row of a matrix, the weights into one unit, tables and tied heads left out; 0: no limit
+spike_sigmas = 6.0  # skip updates whose loss is so many deviations above its average; 0: NaN only
+max_norm = 0.0  # limit on the norm of each row of a matrix (not embeddings); 0: none
 decay_lr = True  # down to min_lr after a linear warm-up; False: constant
 lr_schedule = 'cosine'  # how: cosine; step: all at once at lr_decay_iters
-cooldown = 0.0  # the last share of lr_decay_iters, in which it falls in a straight line; 0: a cosine from the warm-up on
+cooldown = 0.0  # final share of lr_decay_iters that decays linearly; 0: cosine
 warmup_iters = 2000  # steps of the warm-up
 warmup_lr = 0.0  # what it rises from
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
@@ -88,30 +88,34 @@ compile = 'auto'  # True, False, or auto: where the run is long enough to pay fo
 backend = 'auto'  # between processes: auto, nccl, gloo
 parallel = 'ddp'  # of several processes each has the whole model; fsdp: each has a part of it
 attention = 'auto'  # auto (fastest here), sdpa, plain
-gradient_checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
+gradient_checkpointing = False  # recompute activations in backward: less memory, 1/3 more time
 deterministic = False  # bit-identical repeats on CUDA too; slower
-watch = False  # network health while training: dead units, gradients, sizes of updates; a page out_dir/health.png
+watch = False  # draw network health (dead units, gradients, update sizes) to out_dir/health.png
 profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or chrome://tracing
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 with user_errors():
-    config, given = configure(globals(), sys.argv[1:], runtime.resolve_device, checkpoint.model_config)
+    config, given = configure(
+        globals(), sys.argv[1:], runtime.resolve_device, checkpoint.model_config
+    )
     init_from, stored = checkpoint.begin(init_from, out_dir)
     config['init_from'] = init_from
     if stored:
         globals().update(checkpoint.adopt_run(config, given, stored, out_dir))
 runtime.check_ranges(config, processes.WORLD_SIZE)
 
-# ---- the machine -----------------------------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------
 with processes.lost_peers(), user_errors():
     runtime.be_deterministic(deterministic)
-    recorded = stored.get('resolved', {}) if stored else {}     # what 'auto' meant before
+    recorded = stored.get('resolved', {}) if stored else {}  # what 'auto' meant before
     device = runtime.resolve_device(device, recorded.get('device'))
     device = processes.start(backend, device, parallel)
     device_type = device.split(':')[0]
     before = recorded if recorded.get('device') == device_type else {}
     dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
-    compile = runtime.resolve_compile(before.get('compile', compile) if compile == 'auto' else compile, device)
+    compile = runtime.resolve_compile(
+        before.get('compile', compile) if compile == 'auto' else compile, device
+    )
     use_attention(attention)
     processes.check_shared(out_dir, stored['iter_num'] if stored else 0)
     wanted = loggers(log_to, wandb_log)
@@ -119,41 +123,66 @@ threads = runtime.set_threads(before.get('threads'))
 runtime.be_fast()
 ctx = runtime.autocast(device, dtype)
 
-# ---- data, model, optimizer ------------------------------------------------------------------------------------------
-with processes.lost_peers(), user_errors(), runtime.memory_errors("take a smaller model, or a larger machine"):
+# ---- data, model, optimizer ----------------------------------------------------------------------
+with (
+    processes.lost_peers(),
+    user_errors(),
+    runtime.memory_errors("take a smaller model, or a larger machine"),
+):
     with processes.master_first():
         prepare_if_small(dataset)
     runtime.seed_everything(seed, 1, device=device)
     if stored:
-        model, trained_on = checkpoint.restore(stored, config, processes.IS_LAUNCHED and parallel == 'fsdp')
+        model, trained_on = checkpoint.restore(
+            stored, config, processes.IS_LAUNCHED and parallel == 'fsdp'
+        )
     elif init_from != 'scratch':
         model, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
         kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
-        globals().update(checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'}) | {'model': model})
+        globals().update(
+            checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'})
+            | {'model': model}
+        )
         if block_size != model.config.block_size:
             model.crop_block_size(block_size)
     data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
-    data.check_evaluations(eval_iters)      # now, and not after hours of training
+    data.check_evaluations(eval_iters)  # now, and not after hours of training
     if init_from == 'scratch':
         vocab_size = checkpoint.padded_vocab_size(data.vocab_size)
-        fields = {f.name for f in dataclasses.fields(models.architecture(model).Config)} & config.keys()
-        model, trained_on = models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}), data.tokenizer
+        fields = {
+            f.name for f in dataclasses.fields(models.architecture(model).Config)
+        } & config.keys()
+        model, trained_on = (
+            models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}),
+            data.tokenizer,
+        )
     checkpoint.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
-    if document_boundaries or 'document_boundaries' in given:       # else as the model was trained
+    if document_boundaries or 'document_boundaries' in given:  # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
     model.gradient_checkpointing = gradient_checkpointing
-    wrapped, micros = processes.wrap(model, device, parallel), processes.share(gradient_accumulation_steps)
+    wrapped, micros = (
+        processes.wrap(model, device, parallel),
+        processes.share(gradient_accumulation_steps),
+    )
     optimizer = model.configure_optimizers(
-        weight_decay, learning_rate, (beta1, beta2), device_type, dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
-        bfloat16=dtype == 'bfloat16', is_asked=given.get('learning_rate') == 'command line', name=optimizer,
-        max_norm=max_norm, lr_schedule=lr_schedule)
+        weight_decay,
+        learning_rate,
+        (beta1, beta2),
+        device_type,
+        dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
+        bfloat16=dtype == 'bfloat16',
+        is_asked=given.get('learning_rate') == 'command line',
+        name=optimizer,
+        max_norm=max_norm,
+        lr_schedule=lr_schedule,
+    )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
 guessing = math.log(model.config.vocab_size)
 guard, stop = guards.Guard(spike_sigmas, guessing, progress['guard']), None
 _start -= progress['wall_seconds']
-del stored      # its tensors are in the model and the optimizer now
+del stored  # its tensors are in the model and the optimizer now
 
 
 def micro_step(step, micro):
@@ -162,34 +191,57 @@ def micro_step(step, micro):
     runtime.seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
         _, loss = wrapped(*runtime.to_device(device, idx, targets))
-    scaler.scale(loss * share * processes.WORLD_SIZE).backward()     # averaged over processes: now it is the sum
+    # averaged over processes: now it is the sum
+    scaler.scale(loss * share * processes.WORLD_SIZE).backward()
     return loss.detach() * share
 
 
 @torch.no_grad()
 def evaluate(split, limit=None):
-    """The mean loss (nats per token) over `limit` batches of the split, or all, which the processes share."""
+    """The mean loss (nats per token) over `limit` batches of the split, or all, which the processes
+    share."""
     model.eval()
     losses, n = [], data.eval_batches(split, limit)
-    for i in progress_bar(range(processes.RANK, n + -n % processes.WORLD_SIZE, processes.WORLD_SIZE), f'{split} loss'):
-        idx, targets, valid = data.eval_batch(split, min(i, n - 1), limit)     # as many for each: FSDP's meet in them
+    for i in progress_bar(
+        range(processes.RANK, n + -n % processes.WORLD_SIZE, processes.WORLD_SIZE), f'{split} loss'
+    ):
+        # as many for each: FSDP's meet in them
+        idx, targets, valid = data.eval_batch(split, min(i, n - 1), limit)
         with ctx:
-            losses.append((model(*runtime.to_device(device, idx, targets))[1], valid if i < n else 0))
+            losses.append(
+                (model(*runtime.to_device(device, idx, targets))[1], valid if i < n else 0)
+            )
         if stop and processes.anyone(bool(stop.signal)):
             break
     model.train()
-    loss, tokens = processes.total([sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)])
+    loss, tokens = processes.total(
+        [sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)]
+    )
     return loss / tokens if tokens else math.nan
 
 
 def state():
     """What a resumed run and sample.py need, besides the tensors."""
-    counts = dict(wall_seconds=time.perf_counter() - _start, train_seconds=clock.total, wandb_id=metrics.wandb_id,
-                  clipped=int(watcher.clipped), guard=guard.state())
-    return dict(scaler=scaler.state_dict(), model_name=config['model'], model_args=dataclasses.asdict(model.config),
-                config=config, iter_num=iter_num, best_val_loss=best_val_loss, progress=progress | counts,
-                versions=runtime.versions(), template=data.meta.get('template'), tokenizer=data.tokenizer,
-                resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads))
+    counts = dict(
+        wall_seconds=time.perf_counter() - _start,
+        train_seconds=clock.total,
+        wandb_id=metrics.wandb_id,
+        clipped=int(watcher.clipped),
+        guard=guard.state(),
+    )
+    return dict(
+        scaler=scaler.state_dict(),
+        model_name=config['model'],
+        model_args=dataclasses.asdict(model.config),
+        config=config,
+        iter_num=iter_num,
+        best_val_loss=best_val_loss,
+        progress=progress | counts,
+        versions=runtime.versions(),
+        template=data.meta.get('template'),
+        tokenizer=data.tokenizer,
+        resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
+    )
 
 
 def save(name):
@@ -209,66 +261,101 @@ def roll_back():
     """
     global iter_num, progress, guard
     stored = checkpoint.begin('auto', out_dir)[1]
-    processes.check_shared(out_dir, stored and stored['iter_num'])      # all have read it before the master saves
+    # all have read it before the master saves
+    processes.check_shared(out_dir, stored and stored['iter_num'])
     if not stored:
         if processes.anyone(not guards.all_finite(model.parameters())):
-            raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights "
-                             f"are NaN, so nothing is saved: {guards.ADVICE}")
+            raise ValueError(
+                f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights "
+                f"are NaN, so nothing is saved: {guards.ADVICE}"
+            )
         guard.accept_state()
         save('ckpt.pt')
-        raise ValueError(f"the run diverged before step {iter_num} and had no checkpoint to go back to; its last finite "
-                         f"weights, which may be damaged already, are in {out_dir}/ckpt.pt: {guards.ADVICE}")
+        raise ValueError(
+            f"the run diverged before step {iter_num} and had no checkpoint to go back to; its last finite "
+            f"weights, which may be damaged already, are in {out_dir}/ckpt.pt: {guards.ADVICE}"
+        )
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
     optimizer.zero_grad(set_to_none=True)
-    iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)      # best.pt is still the best
+    # best.pt is still the best
+    iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)
     guard = guards.Guard(spike_sigmas, guessing, progress['guard'])
     metrics.rewind(iter_num, progress)
     save('ckpt.pt')
     clock.go_on()
 
 
-# ---- what will be done -----------------------------------------------------------------------------------------------
+# ---- what will be done ---------------------------------------------------------------------------
 tokens_per_step = gradient_accumulation_steps * data.batch_tokens
 peak = runtime.peak_flops(device, dtype)
 if model.fit:
-    max_iters, tokens_per_step = 1, data.epoch_tokens    # one pass, which counts
-processes.say(plan(config, model, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads)))
+    max_iters, tokens_per_step = 1, data.epoch_tokens  # one pass, which counts
+processes.say(
+    plan(config, model, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads))
+)
 advice = runtime.memory_advice(batch_size, gradient_accumulation_steps)
-is_over = progress['evaluated'] == iter_num and (iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals'])
+is_over = progress['evaluated'] == iter_num and (
+    iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals']
+)
 if eval_only or is_over:
     with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         losses = {split: evaluate(split, eval_iters) for split in ('train', 'val') if eval_only}
     name = f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from
-    processes.say(evaluation_table(name, model, losses, data) if eval_only else f"{name}: this run is at its end" + (
-        "" if model.fit else "; to go on, give a larger --max_iters (or --early_stop)"))
+    processes.say(
+        evaluation_table(name, model, losses, data)
+        if eval_only
+        else f"{name}: this run is at its end"
+        + ("" if model.fit else "; to go on, give a larger --max_iters (or --early_stop)")
+    )
     del wrapped
     processes.stop()
     sys.exit()
 with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
-    lock = processes.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)     # held while this runs
+    # held while this runs
+    lock = processes.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)
     if compile and not model.fit:
         processes.exchange_gradients(wrapped, False)
-        compile = runtime.compile_model(model, lambda: micro_step(0, micros[0]), compile, config['compile'] is True, device,
-                                        len(micros) * (max_iters - iter_num), processes)
-    facts = dict(n_params=model.num_params(), tokens_per_step=tokens_per_step, device=device, dtype=dtype, threads=threads,
-                 compile=compile, processes=processes.WORLD_SIZE, flops_per_token=model.flops_per_token(block_size))
+        compile = runtime.compile_model(
+            model,
+            lambda: micro_step(0, micros[0]),
+            compile,
+            config['compile'] is True,
+            device,
+            len(micros) * (max_iters - iter_num),
+            processes,
+        )
+    facts = dict(
+        n_params=model.num_params(),
+        tokens_per_step=tokens_per_step,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        compile=compile,
+        processes=processes.WORLD_SIZE,
+        flops_per_token=model.flops_per_token(block_size),
+    )
     metrics = Metrics(out_dir, processes.IS_MASTER, max_iters, iter_num, progress['evaluated'])
     metrics.start(config | {'resolved': facts}, wanted, progress['wandb_id'])
-    watcher = Watch(watch and processes.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress['clipped'])
+    watcher = Watch(
+        watch and processes.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress['clipped']
+    )
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 stop = runtime.StopRequest()
 with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
     profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile', device)
-    while True:     # evaluate, and save
-        is_stopped, is_late = processes.anyone(bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at)
+    while True:  # evaluate, and save
+        is_stopped, is_late = processes.anyone(
+            bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at
+        )
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
         is_due = (is_last or is_round) and progress['evaluated'] != iter_num and not is_stopped
         if is_pause := is_due or is_stopped or is_late:
             clock.pause()
             metrics.skipped(iter_num - 1, guard)
-            is_stopped = is_stopped and (is_last or guard.last_was_finite)  # a NaN may be the first of many
+            # a NaN may be the first of many
+            is_stopped = is_stopped and (is_last or guard.last_was_finite)
             with ctx:
                 model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
         if guard.has_diverged:
@@ -276,15 +363,21 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             continue
         if is_due:
             losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
-            is_best = losses['val'] < best_val_loss     # over the same windows each time
-            best, bad_evals = min(best_val_loss, losses['val']), 0 if is_best else progress['bad_evals'] + 1
+            is_best = losses['val'] < best_val_loss  # over the same windows each time
+            best, bad_evals = (
+                min(best_val_loss, losses['val']),
+                0 if is_best else progress['bad_evals'] + 1,
+            )
             is_last = is_last or 0 < early_stop <= bad_evals
             losses['val'] = evaluate('val') if is_last else losses['val']
-            if processes.anyone(bool(stop.signal)):     # it may have been cut off: the run that goes on evaluates again
+            # it may have been cut off: the run that goes on evaluates again
+            if processes.anyone(bool(stop.signal)):
                 clock.go_on()
                 continue
             best_val_loss, progress = best, progress | dict(evaluated=iter_num, bad_evals=bad_evals)
-            metrics.evaluation(iter_num, tokens_per_step, losses, data, clock.total, time.perf_counter() - _start)
+            metrics.evaluation(
+                iter_num, tokens_per_step, losses, data, clock.total, time.perf_counter() - _start
+            )
             metrics.histograms(iter_num, watcher.draw(iter_num))
             guard.evaluated(iter_num, losses['val'])
             is_last = is_last and not guard.has_diverged
@@ -296,8 +389,10 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             clock.go_on()
         if is_due and not is_last and (problem := guard.divergence(iter_num)):
             save('ckpt.pt')
-            raise ValueError(f"{problem}; {out_dir}/ckpt.pt has the state of step {iter_num}, best.pt (if there is one) "
-                             f"the best weights: {guards.ADVICE}")
+            raise ValueError(
+                f"{problem}; {out_dir}/ckpt.pt has the state of step {iter_num}, best.pt (if there is one) "
+                f"the best weights: {guards.ADVICE}"
+            )
         if is_stopped:
             metrics.stopped(out_dir, iter_num)
         if is_stopped or is_last:
@@ -308,8 +403,17 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             continue
 
         # one step
-        lr = optimizers.schedule(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr, cooldown,
-                                 warmup_lr, lr_schedule)
+        lr = optimizers.schedule(
+            iter_num,
+            learning_rate,
+            min_lr,
+            warmup_iters,
+            lr_decay_iters,
+            decay_lr,
+            cooldown,
+            warmup_lr,
+            lr_schedule,
+        )
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_ratio']
         loss = 0.0
@@ -317,7 +421,7 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             processes.exchange_gradients(wrapped, micro == micros[-1])
             loss = loss + micro_step(iter_num, micro)
         loss, grad_norm = processes.summed(loss), None
-        metrics.skipped(iter_num - 1, guard)        # the step before
+        metrics.skipped(iter_num - 1, guard)  # the step before
         if guard.has_diverged:
             continue
         scaler.unscale_(optimizer)
@@ -335,20 +439,30 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
 
         if is_logged:
             took = clock.lap()
-            line = dict(iter=iter_num - 1, loss=loss.item(), lr=lr, grad_norm=grad_norm.item(), ms=1e3 * took,
-                        tokens_per_second=tokens_per_step / took, peak_memory=runtime.peak_memory(device),
-                        mfu=peak and model.estimate_mfu(tokens_per_step / took, peak * processes.WORLD_SIZE))
+            line = dict(
+                iter=iter_num - 1,
+                loss=loss.item(),
+                lr=lr,
+                grad_norm=grad_norm.item(),
+                ms=1e3 * took,
+                tokens_per_second=tokens_per_step / took,
+                peak_memory=runtime.peak_memory(device),
+                mfu=peak
+                and model.estimate_mfu(tokens_per_step / took, peak * processes.WORLD_SIZE),
+            )
             line |= watcher.after_step(line)
         metrics.step(line if is_logged else None, max_iters - iter_num)
         profiler.step()
 
-# ---- the end ---------------------------------------------------------------------------------------------------------
+# ---- the end -------------------------------------------------------------------------------------
 metrics.close()
 del wrapped
 processes.stop()
 if is_stopped:
     sys.exit(stop.exit_code)
-stop.release()      # all is saved: Ctrl-C ends the sample
+stop.release()  # all is saved: Ctrl-C ends the sample
 if processes.IS_MASTER and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
-        generate.closing_sample(lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta)
+        generate.closing_sample(
+            lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta
+        )

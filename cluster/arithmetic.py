@@ -1,10 +1,12 @@
-"""What a run costs on paper: memory, traffic, checkpoints and failures, as cluster/README.md prints it.
+"""What a run costs on paper: memory, traffic, checkpoints and failures, as cluster/README.md prints
+it.
 
     python cluster/arithmetic.py                            # GPT-2 XL on 8 nodes of 8 GPUs
     python cluster/arithmetic.py --nodes=2 --n_embd=768 --n_layer=12 --n_head=12 --batch_size=32
 
 Units: GB is 10^9 bytes. Nothing here is measured; what is assumed can be given.
 """
+
 import argparse
 import math
 import sys
@@ -19,14 +21,26 @@ FP32, BF16 = 4, 2
 
 
 def options(words=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default, text in [
-            ('nodes', 8, 'nodes'), ('gpus', 8, 'GPUs per node'), ('n_layer', 48, 'blocks'), ('n_head', 25, 'heads'),
-            ('n_embd', 1600, 'channels'), ('block_size', 1024, 'tokens per window'), ('vocab_size', 50304, 'entries'),
-            ('batch_size', 8, 'windows per GPU and step, in one micro-batch'), ('tflops', 989.0, "a GPU's peak, bfloat16"),
-            ('mfu', 0.4, 'the share of it that computing reaches'), ('hash_gbs', 1.5, 'GB/s of sha256 on one core'),
-            ('restart', 180.0, 'seconds from a failure to the first new step')]:
-        parser.add_argument(f'--{name}', type=type(default), default=default, help=f'{text} (default {default})')
+        ('nodes', 8, 'nodes'),
+        ('gpus', 8, 'GPUs per node'),
+        ('n_layer', 48, 'blocks'),
+        ('n_head', 25, 'heads'),
+        ('n_embd', 1600, 'channels'),
+        ('block_size', 1024, 'tokens per window'),
+        ('vocab_size', 50304, 'entries'),
+        ('batch_size', 8, 'windows per GPU and step, in one micro-batch'),
+        ('tflops', 989.0, "a GPU's peak, bfloat16"),
+        ('mfu', 0.4, 'the share of it that computing reaches'),
+        ('hash_gbs', 1.5, 'GB/s of sha256 on one core'),
+        ('restart', 180.0, 'seconds from a failure to the first new step'),
+    ]:
+        parser.add_argument(
+            f'--{name}', type=type(default), default=default, help=f'{text} (default {default})'
+        )
     return parser.parse_args(words)
 
 
@@ -37,11 +51,13 @@ def build(o):
 
 
 def activation_bytes(o):
-    """(of a block, of a block's input alone, of the rest): bytes kept per token for the backward pass under bfloat16.
+    """(of a block, of a block's input alone, of the rest): bytes kept per token for the backward
+    pass under bfloat16.
 
-    A block, in units of C values: the residual stream before each norm in float32, and in bfloat16 each norm's output (1
-    each), q, k, v (3), what attention gives and that in c_proj's order (2), the MLP's middle before and after its GELU (8).
-    The rest: the last norm, and the logits, (V) in bfloat16, in float32, and the gradient of these.
+    A block, in units of C values: the residual stream before each norm in float32, and in bfloat16
+    each norm's output (1 each), q, k, v (3), what attention gives and that in c_proj's order (2),
+    the MLP's middle before and after its GELU (8). The rest: the last norm, and the logits, (V) in
+    bfloat16, in float32, and the gradient of these.
     """
     C = o.n_embd
     block = (2 * FP32 + (2 + 3 + 2 + 8) * BF16) * C
@@ -49,43 +65,58 @@ def activation_bytes(o):
 
 
 def memory(o, n_params, kind, recompute):
-    """{what: bytes on each GPU}. Weights, gradients and moments are float32; autocast keeps weights in bfloat16 beside
-    them while it needs them: all with DDP, which has a second copy of the gradients too, in buckets; with FSDP those of a
-    block and the next, which it collects ahead, and what is in no block."""
+    """{what: bytes on each GPU}. Weights, gradients and moments are float32; autocast keeps weights
+    in bfloat16 beside them while it needs them: all with DDP, which has a second copy of the
+    gradients too, in buckets; with FSDP those of a block and the next, which it collects ahead, and
+    what is in no block."""
     n_gpus, tokens = o.nodes * o.gpus, o.batch_size * o.block_size
     block, start, rest = activation_bytes(o)
     share = 1 / n_gpus if kind == 'FSDP' else 1
-    of_block = 12 * o.n_embd ** 2                   # the parameters of a block
-    root = n_params - o.n_layer * of_block          # and those outside: FSDP keeps them whole through the step
+    of_block = 12 * o.n_embd**2  # the parameters of a block
+    # and those outside: FSDP keeps them whole through the step
+    root = n_params - o.n_layer * of_block
     whole = root + 2 * of_block
     return {
-        'weights': FP32 * n_params * share, 'gradients': FP32 * n_params * share, 'moments': 2 * FP32 * n_params * share,
-        'buffers': (FP32 + BF16) * (whole if kind == 'FSDP' else n_params) + (FP32 * whole if kind == 'FSDP' else 0),
-        'activations': tokens * (rest + (o.n_layer * start + block if recompute else o.n_layer * block))}
+        'weights': FP32 * n_params * share,
+        'gradients': FP32 * n_params * share,
+        'moments': 2 * FP32 * n_params * share,
+        'buffers': (FP32 + BF16) * (whole if kind == 'FSDP' else n_params)
+        + (FP32 * whole if kind == 'FSDP' else 0),
+        'activations': tokens
+        * (rest + (o.n_layer * start + block if recompute else o.n_layer * block)),
+    }
 
 
 def traffic(o, n_params, kind):
-    """Bytes that each GPU sends per step, all in float32: the gradients' sum goes around a ring twice; FSDP collects the
-    weights for the forward and again for the backward pass, and spreads the gradients. That is also what a node sends: the
-    rings of its GPUs share the bytes, and each leaves the node once."""
+    """Bytes that each GPU sends per step, all in float32: the gradients' sum goes around a ring
+    twice; FSDP collects the weights for the forward and again for the backward pass, and spreads
+    the gradients. That is also what a node sends: the rings of its GPUs share the bytes, and each
+    leaves the node once."""
     n = o.nodes * o.gpus
     return (n - 1) / n * FP32 * n_params * (3 if kind == 'FSDP' else 2)
 
 
 def step_seconds(o, model):
     """Of computing one step."""
-    return model.flops_per_token(o.block_size) * o.batch_size * o.block_size / (o.tflops * 1e12 * o.mfu)
+    return (
+        model.flops_per_token(o.block_size)
+        * o.batch_size
+        * o.block_size
+        / (o.tflops * 1e12 * o.mfu)
+    )
 
 
 def save_seconds(o, n_params, kind, disk):
-    """Of one save, `disk` bytes/s for all together: rank 0 writes the whole, or each its part; then its sha256 is taken."""
+    """Of one save, `disk` bytes/s for all together: rank 0 writes the whole, or each its part; then
+    its sha256 is taken."""
     size = 3 * FP32 * n_params
     return size / disk + size / (o.hash_gbs * 1e9) / (o.nodes * o.gpus if kind == 'FSDP' else 1)
 
 
 def best_interval(save, between):
-    """Young's interval between saves of `save` seconds, where failures come every `between` seconds: sqrt(2 · save ·
-    between). doi:10.1145/361147.361115; Daly's (10.1016/j.future.2004.11.016) differs by less than `save`."""
+    """Young's interval between saves of `save` seconds, where failures come every `between`
+    seconds: sqrt(2 · save · between). doi:10.1145/361147.361115; Daly's
+    (10.1016/j.future.2004.11.016) differs by less than `save`."""
     return math.sqrt(2 * save * between)
 
 
@@ -95,7 +126,13 @@ def lost_share(o, interval, save, between):
 
 
 def duration(seconds):
-    return f'{seconds:.2g} s' if seconds < 10 else f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'
+    return (
+        f'{seconds:.2g} s'
+        if seconds < 10
+        else f'{seconds:.0f} s'
+        if seconds < 120
+        else f'{seconds / 60:.0f} min'
+    )
 
 
 def page(o):
@@ -103,17 +140,27 @@ def page(o):
     model, n_gpus = build(o), o.nodes * o.gpus
     n_params = model.num_params(non_embedding=False)
     tokens, computing = n_gpus * o.batch_size * o.block_size, step_seconds(o, model)
-    gb = [('DDP', 'DDP', False), ('DDP, `--gradient_checkpointing=True`', 'DDP', True),
-          ('FSDP', 'FSDP', False), ('FSDP, `--gradient_checkpointing=True`', 'FSDP', True)]
-    yield (f'{n_params:,} parameters (n_layer={o.n_layer}, n_head={o.n_head}, n_embd={o.n_embd}, '
-           f'block_size={o.block_size}), {o.nodes} x {o.gpus} GPUs of {o.tflops:g} TFLOP/s at {o.mfu:.0%} MFU, '
-           f'{o.batch_size} windows per GPU: {tokens:,} tokens per step, {computing:.2f} s of computing.')
+    gb = [
+        ('DDP', 'DDP', False),
+        ('DDP, `--gradient_checkpointing=True`', 'DDP', True),
+        ('FSDP', 'FSDP', False),
+        ('FSDP, `--gradient_checkpointing=True`', 'FSDP', True),
+    ]
+    yield (
+        f'{n_params:,} parameters (n_layer={o.n_layer}, n_head={o.n_head}, n_embd={o.n_embd}, '
+        f'block_size={o.block_size}), {o.nodes} x {o.gpus} GPUs of {o.tflops:g} TFLOP/s at {o.mfu:.0%} MFU, '
+        f'{o.batch_size} windows per GPU: {tokens:,} tokens per step, {computing:.2f} s of computing.'
+    )
     yield ''
     yield '| GB per GPU | weights | gradients | moments | buffers | activations | sum |'
     yield '|---|---|---|---|---|---|---|'
     for name, kind, recompute in gb:
         parts = memory(o, n_params, kind, recompute)
-        yield f'| {name} | ' + ' | '.join(f'{part / 1e9:.1f}' for part in [*parts.values(), sum(parts.values())]) + ' |'
+        yield (
+            f'| {name} | '
+            + ' | '.join(f'{part / 1e9:.1f}' for part in [*parts.values(), sum(parts.values())])
+            + ' |'
+        )
     yield ''
     yield '| traffic per step | GB per GPU | at 400 GB/s per node | at 12.5 GB/s per node | computing |'
     yield '|---|---|---|---|---|'
@@ -123,18 +170,31 @@ def page(o):
     yield ''
     yield '| a checkpoint | GB | files | at 0.5 GB/s | at 2 GB/s | at 10 GB/s |'
     yield '|---|---|---|---|---|---|'
-    for kind, files in (('DDP', '1'), ('FSDP', f'{n_gpus} of {3 * FP32 * n_params / n_gpus / 1e9:.2f} GB')):
-        times = ' | '.join(duration(save_seconds(o, n_params, kind, disk * 1e9)) for disk in (0.5, 2, 10))
+    for kind, files in (
+        ('DDP', '1'),
+        ('FSDP', f'{n_gpus} of {3 * FP32 * n_params / n_gpus / 1e9:.2f} GB'),
+    ):
+        times = ' | '.join(
+            duration(save_seconds(o, n_params, kind, disk * 1e9)) for disk in (0.5, 2, 10)
+        )
         yield f'| {kind} | {3 * FP32 * n_params / 1e9:.1f} | {files} | {times} |'
     yield ''
     yield '| a failure every | DDP: best interval | it loses | 15 min lose | FSDP: best interval | it loses | 15 min lose |'
     yield '|---|---|---|---|---|---|---|'
-    for name, between in (('33 days', 33 * 86400), ('day', 86400), ('6 hours', 6 * 3600), ('hour', 3600)):
+    for name, between in (
+        ('33 days', 33 * 86400),
+        ('day', 86400),
+        ('6 hours', 6 * 3600),
+        ('hour', 3600),
+    ):
         cells = []
         for kind in ('DDP', 'FSDP'):
             save = save_seconds(o, n_params, kind, 2e9)
             best = best_interval(save, between)
-            cells += [duration(best), *(f'{lost_share(o, interval, save, between):.1%}' for interval in (best, 900))]
+            cells += [
+                duration(best),
+                *(f'{lost_share(o, interval, save, between):.1%}' for interval in (best, 900)),
+            ]
         yield f'| {name} | ' + ' | '.join(cells) + ' |'
 
 

@@ -1,4 +1,5 @@
-# python train.py config/baseline_124M.py: nanoGPT's settings for GPT-2 124M, as many tokens as config/speedrun_124M.py
+# python train.py config/baseline_124M.py: nanoGPT's settings for GPT-2 124M, as many tokens as
+# config/speedrun_124M.py
 out_dir = 'out-baseline-124M'
 dataset = 'python'
 eval_interval = 100

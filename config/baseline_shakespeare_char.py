@@ -1,4 +1,5 @@
-# python train.py config/baseline_shakespeare_char.py: nanoGPT's recipe for tiny Shakespeare, as it was, never retuned.
+# python train.py config/baseline_shakespeare_char.py: nanoGPT's recipe for tiny Shakespeare, as it
+# was, never retuned.
 out_dir = 'out-baseline-shakespeare-char'
 eval_interval = 250
 log_interval = 10
@@ -20,5 +21,14 @@ min_lr = 1e-4
 beta2 = 0.99
 warmup_iters = 100
 if device == 'cpu':  # the flags that nanoGPT's README gives for a CPU
-    compile, eval_iters, log_interval, block_size, batch_size, dropout = False, 20, 1, 64, 12, 0.0
-    n_layer, n_head, n_embd, max_iters, lr_decay_iters = 4, 4, 128, 2000, 2000
+    compile = False
+    eval_iters = 20
+    log_interval = 1
+    block_size = 64
+    batch_size = 12
+    dropout = 0.0
+    n_layer = 4
+    n_head = 4
+    n_embd = 128
+    max_iters = 2000
+    lr_decay_iters = 2000

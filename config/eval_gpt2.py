@@ -1,4 +1,5 @@
-# python train.py config/eval_gpt2.py: OpenAI's gpt2 (124M parameters) on OpenWebText, beside the published
+# python train.py config/eval_gpt2.py: OpenAI's gpt2 (124M parameters) on OpenWebText, beside the
+# published
 init_from = 'gpt2'
 eval_only = True
 batch_size = 8

@@ -1,14 +1,36 @@
-# python train.py config/names.py --model=mlp: letters of first names; or wavenet, the tree of pairs; or any other
+# python train.py config/names.py --model=mlp: letters of first names; or wavenet, the tree of
+# pairs; or any other
 out_dir = f'out-names-{model}'
 dataset = 'names'
-eval_interval, eval_iters, log_interval, always_save_checkpoint = 0, 100_000, 100, False
-gradient_accumulation_steps, batch_size, block_size = 1, 64, 16
-dtype, compile = 'float32', False
+eval_interval = 0
+eval_iters = 100_000
+log_interval = 100
+always_save_checkpoint = False
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 16
+dtype = 'float32'
+compile = False
 if model == 'mlp':
-    context, n_embd, n_hidden, max_iters = 3, 10, 200, 1500
+    context = 3
+    n_embd = 10
+    n_hidden = 200
+    max_iters = 1500
 elif model == 'wavenet':
-    form, n_layer, n_embd, n_hidden, batchnorm, max_iters = 'hierarchical', 3, 24, 128, 'precise', 7600
+    form = 'hierarchical'
+    n_layer = 3
+    n_embd = 24
+    n_hidden = 128
+    batchnorm = 'precise'
+    max_iters = 7600
 else:
-    n_layer, n_head, n_embd, max_iters = 4, 4, 64, 3000
-learning_rate, min_lr, beta2, weight_decay = 5e-3, 0.0, 0.99, 0.0
-warmup_iters, lr_decay_iters = 100, max_iters
+    n_layer = 4
+    n_head = 4
+    n_embd = 64
+    max_iters = 3000
+learning_rate = 5e-3
+min_lr = 0.0
+beta2 = 0.99
+weight_decay = 0.0
+warmup_iters = 100
+lr_decay_iters = max_iters

@@ -1,4 +1,5 @@
-# python train.py config/speedrun_124M.py: GPT-2's size on one large GPU, Python source by BPE (or any --dataset)
+# python train.py config/speedrun_124M.py: GPT-2's size on one large GPU, Python source by BPE (or
+# any --dataset)
 out_dir = 'out-speedrun-124M'
 model = 'modern'
 dataset = 'python'

@@ -1,4 +1,5 @@
-# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py: GPT-2 124M to about 2.85; days on 8 A100 GPUs
+# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py: GPT-2 124M to about 2.85;
+# days on 8 A100 GPUs
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'

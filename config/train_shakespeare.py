@@ -13,7 +13,19 @@ min_lr = 1e-4
 beta2 = 0.99
 warmup_iters = 50
 if device == 'cpu':
-    batch_size, block_size, n_layer, n_head, n_embd, dropout, max_iters = 8, 128, 4, 4, 128, 0.1, 500
+    batch_size = 8
+    block_size = 128
+    n_layer = 4
+    n_head = 4
+    n_embd = 128
+    dropout = 0.1
+    max_iters = 500
 else:
-    batch_size, block_size, n_layer, n_head, n_embd, dropout, max_iters = 32, 256, 6, 6, 384, 0.3, 1000
+    batch_size = 32
+    block_size = 256
+    n_layer = 6
+    n_head = 6
+    n_embd = 384
+    dropout = 0.3
+    max_iters = 1000
 lr_decay_iters = max_iters

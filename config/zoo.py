@@ -1,17 +1,38 @@
-# python train.py config/zoo.py --model=NAME: every architecture on tiny Shakespeare, about a minute each on two CPU cores
+# python train.py config/zoo.py --model=NAME: every architecture on tiny Shakespeare, about a minute
+# each on two CPU cores
 out_dir = f'out-zoo-{model}'
 dataset = 'shakespeare_char'
-eval_interval, eval_iters, log_interval, always_save_checkpoint = 250, 20, 50, False
-gradient_accumulation_steps, batch_size, block_size = 1, 8, 256
-min_lr, weight_decay, dropout = 0.0, 0.1, 0.0
+eval_interval = 250
+eval_iters = 20
+log_interval = 50
+always_save_checkpoint = False
+gradient_accumulation_steps = 1
+batch_size = 8
+block_size = 256
+min_lr = 0.0
+weight_decay = 0.1
+dropout = 0.0
 if model in ('bigram', 'trigram'):
-    learning_rate, max_iters = 3e-2, 6000
+    learning_rate = 3e-2
+    max_iters = 6000
 elif model == 'mlp':
-    learning_rate, max_iters, context, n_embd, n_hidden = 1e-2, 2700, 16, 32, 512
+    learning_rate = 1e-2
+    max_iters = 2700
+    context = 16
+    n_embd = 32
+    n_hidden = 512
 elif model == 'wavenet':
-    learning_rate, max_iters, n_layer, n_embd = 1e-2, 1700, 8, 96
+    learning_rate = 1e-2
+    max_iters = 1700
+    n_layer = 8
+    n_embd = 96
 else:
-    learning_rate, max_iters, n_layer, n_head, n_embd = 3e-3, 800, 4, 4, 128
+    learning_rate = 3e-3
+    max_iters = 800
+    n_layer = 4
+    n_head = 4
+    n_embd = 128
     if model == 'modern':
         learning_rate = 1e-2
-warmup_iters, lr_decay_iters = max_iters // 10, max_iters
+warmup_iters = max_iters // 10
+lr_decay_iters = max_iters

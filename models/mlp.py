@@ -1,45 +1,52 @@
-"""A neural probabilistic language model: an MLP over the embeddings of the last `context` tokens, laid side by side.
+"""A neural probabilistic language model: an MLP over the embeddings of the last `context` tokens,
+laid side by side.
 
-Bengio, Ducharme, Vincent, Jauvin 2003, https://www.jmlr.org/papers/v3/bengio03a.html: logits = U tanh(H x + d) + b, and
-with `direct` + W x. Against GPT: no attention; a context of fixed length, each place of which has weights of its own.
-Before a window's first token is padding, with an embedding of its own.
+Bengio, Ducharme, Vincent, Jauvin 2003, https://www.jmlr.org/papers/v3/bengio03a.html: logits = U
+tanh(H x + d) + b, and with `direct` + W x. Against GPT: no attention; a context of fixed length,
+each place of which has weights of its own. Before a window's first token is padding, with an
+embedding of its own.
 
-`batchnorm` normalises what tanh gets, as batchnorm.BATCH_NORMS says: ema (moving averages), precise (measured before each
-evaluation), frozen (measured once), batch (those of the mini-batch, in use too). In training it lets places learn of each
-other, so that none sees the future holds in eval mode only.
+`batchnorm` normalises what tanh gets, as batchnorm.BATCH_NORMS says: ema (moving averages),
+precise (measured before each evaluation), frozen (measured once), batch (those of the mini-batch,
+in use too). In training it lets places learn of each other, so that none sees the future holds in
+eval mode only.
 
 Shapes: B batch, T time, C channels, V vocabulary.
 """
+
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-import batchnorm
-import layers
 from model import LanguageModel
+from models.parts import batchnorm, layers
 
 
 @dataclass
 class MLPConfig:
-    block_size: int = 1024      # longest window, in tokens
-    vocab_size: int = 50304     # ids are below it
-    context: int = 3            # tokens that a prediction is made from, however long the window
-    n_embd: int = 10            # channels (C) of each
-    n_hidden: int = 200         # hidden units
-    direct: bool = False        # a matrix from the embeddings to the logits, past the hidden units
-    batchnorm: str = ''         # of the hidden units: ema, precise, frozen or batch; '': none
-    init: str = 'kaiming'       # of the matrices: kaiming or xavier
+    block_size: int = 1024  # longest window, in tokens
+    vocab_size: int = 50304  # ids are below it
+    context: int = 3  # tokens that a prediction is made from, however long the window
+    n_embd: int = 10  # channels (C) of each
+    n_hidden: int = 200  # hidden units
+    direct: bool = False  # a matrix from the embeddings to the logits, past the hidden units
+    batchnorm: str = ''  # of the hidden units: ema, precise, frozen or batch; '': none
+    init: str = 'kaiming'  # of the matrices: kaiming or xavier
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'context', 'n_embd', 'n_hidden'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: an MLP needs at least 1")
         if self.context > self.block_size:
-            raise ValueError(f"context={self.context} is longer than a window: take at most block_size={self.block_size}")
+            raise ValueError(
+                f"context={self.context} is longer than a window: take at most block_size={self.block_size}"
+            )
         for name, known in (('batchnorm', batchnorm.BATCH_NORMS), ('init', layers.INITS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: take {' or '.join(filter(None, known))}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: take {' or '.join(filter(None, known))}"
+                )
 
 
 class Hidden(nn.Module):
@@ -47,7 +54,9 @@ class Hidden(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.context * config.n_embd, config.n_hidden, bias=not config.batchnorm)
+        self.c_fc = nn.Linear(
+            config.context * config.n_embd, config.n_hidden, bias=not config.batchnorm
+        )
         self.norm = batchnorm.BATCH_NORMS[config.batchnorm](config.n_hidden)
         self.n_out = config.n_hidden
 
@@ -72,13 +81,16 @@ class MLP(LanguageModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size + 1, config.n_embd),     # the last row: padding
-            h=(HiddenAndDirect if config.direct else Hidden)(config)))
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size + 1, config.n_embd),  # the last row: padding
+                h=(HiddenAndDirect if config.direct else Hidden)(config),
+            )
+        )
         self.lm_head = nn.Linear(self.transformer.h.n_out, config.vocab_size)
         layers.INITS[config.init](self.transformer.h.c_fc.weight, 'tanh')
         layers.INITS[config.init](self.lm_head.weight, 'linear')
-        self.lm_head.weight.data.mul_(0.1)      # nearly all tokens alike at first
+        self.lm_head.weight.data.mul_(0.1)  # nearly all tokens alike at first
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -89,12 +101,14 @@ class MLP(LanguageModel):
 
     def forward(self, idx, targets=None, cache=None):
         if idx.size(1) > self.config.block_size:
-            raise ValueError(f"{idx.size(1)} tokens do not fit into block_size={self.config.block_size}")
+            raise ValueError(
+                f"{idx.size(1)} tokens do not fit into block_size={self.config.block_size}"
+            )
         V, n = self.config.vocab_size, self.config.context
-        ids = layers.with_past(idx, n - 1, cache) % (V + 1)                 # -1, no token, is V
-        x = self.transformer.wte(ids.unfold(1, n, 1)).flatten(2)            # (B, T, n C)
+        ids = layers.with_past(idx, n - 1, cache) % (V + 1)  # -1, no token, is V
+        x = self.transformer.wte(ids.unfold(1, n, 1)).flatten(2)  # (B, T, n C)
         x = self.transformer.h(x, None if targets is None else targets >= 0)
-        logits = self.lm_head(x if targets is not None else x[:, -1:])      # (B, T, V), or (B, 1, V)
+        logits = self.lm_head(x if targets is not None else x[:, -1:])  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
         return logits, layers.cross_entropy(logits, targets)
@@ -103,7 +117,11 @@ class MLP(LanguageModel):
         batchnorm.measure_statistics(self, batches)
 
     def init_cache(self, batch, length, device=None, dtype=None):
-        return layers.KVCache(batch, length, [], device, dtype) if self.config.batchnorm != 'batch' else None
+        return (
+            layers.KVCache(batch, length, [], device, dtype)
+            if self.config.batchnorm != 'batch'
+            else None
+        )
 
     def flops_per_token(self, T):
         """6 per parameter that is multiplied with: embeddings are looked up."""

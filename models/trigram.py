@@ -1,30 +1,31 @@
 """The next token by the two before it: counts, or a table of logits that is learned.
 
-counted: P(c | a b) = (count(a b c) + k) / (count(a b) + k V), additive smoothing; one pass over the data, no optimizer.
-Only triples that occur are kept, so any vocabulary will do. What stands before a window's first token is not known: there,
-P(c | b) of all pairs. learned: a table of logits with a row for each (a, b), and for b alone: (V + 1) V rows. With `rank`,
-for large vocabularies: logits = (A[a] * B[b]) C, which is such a table, of that rank (canonical polyadic decomposition,
-Hitchcock 1927).
-Against bigram.py: one token more of context, and so many more triples that `k` begins to matter.
+counted: P(c | a b) = (count(a b c) + k) / (count(a b) + k V), additive smoothing; one pass over
+the data, no optimizer. Only triples that occur are kept, so any vocabulary will do. What stands
+before a window's first token is not known: there, P(c | b) of all pairs. learned: a table of logits
+with a row for each (a, b), and for b alone: (V + 1) V rows. With `rank`, for large vocabularies:
+logits = (A[a] * B[b]) C, which is such a table, of that rank (canonical polyadic decomposition,
+Hitchcock 1927). Against bigram.py: one token more of context, and so many more triples that `k`
+begins to matter.
 
 Shapes: B batch, T time, V vocabulary.
 """
+
 from dataclasses import dataclass
 
 from torch import nn
 
-import layers
-import ngrams
 from model import LanguageModel
+from models.parts import layers, ngrams
 
 
 @dataclass
 class TrigramConfig:
-    block_size: int = 1024      # longest window, in tokens, of which the model reads the last two
-    vocab_size: int = 50304     # ids are below it
-    table: str = 'counted'      # counted (in one pass over the data) or learned (by the optimizer)
-    k: float = 1.0              # counted: added to every count, so that nothing is impossible
-    rank: int = 0               # learned: the table's rank; 0: a whole table
+    block_size: int = 1024  # longest window, in tokens, of which the model reads the last two
+    vocab_size: int = 50304  # ids are below it
+    table: str = 'counted'  # counted (in one pass over the data) or learned (by the optimizer)
+    k: float = 1.0  # counted: added to every count, so that nothing is impossible
+    rank: int = 0  # learned: the table's rank; 0: a whole table
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size'):
@@ -35,15 +36,24 @@ class TrigramConfig:
         if self.k != 1 and self.table == 'learned':
             raise ValueError(f"k={self.k} is for table=counted: leave it out")
         if not self.k > 0:
-            raise ValueError(f"k={self.k} must be above 0, however little: what never occurred would be impossible")
+            raise ValueError(
+                f"k={self.k} must be above 0, however little: what never occurred would be impossible"
+            )
         if self.rank < 0 or (self.rank and self.table == 'counted'):
             raise ValueError(f"rank={self.rank}: take 0, or with table=learned more")
-        if self.table == 'learned' and not self.rank and (self.vocab_size + 1) * self.vocab_size ** 2 > 2 ** 28:
-            raise ValueError(f"vocab_size={self.vocab_size}: a table of all triples is too large to learn: take --rank=64")
+        if (
+            self.table == 'learned'
+            and not self.rank
+            and (self.vocab_size + 1) * self.vocab_size**2 > 2**28
+        ):
+            raise ValueError(
+                f"vocab_size={self.vocab_size}: a table of all triples is too large to learn: take --rank=64"
+            )
 
 
 class Table(nn.Embedding):
-    """A row of logits for each pair of tokens, the first of which may be none: (B, T, 2) -> (B, T, V)."""
+    """A row of logits for each pair of tokens, the first of which may be none: (B, T, 2) -> (B, T,
+    V)."""
 
     def __init__(self, config):
         V = config.vocab_size
@@ -61,8 +71,9 @@ class LowRankTable(nn.Module):
         super().__init__()
         self.wte = nn.ModuleList(nn.Embedding(config.vocab_size + i, config.rank) for i in (1, 0))
         self.c_proj = nn.Linear(config.rank, config.vocab_size, bias=False)
-        nn.init.normal_(self.wte[0].weight, mean=1.0)       # so that at first the last token alone says much
-        nn.init.normal_(self.c_proj.weight, std=0.1 * config.rank ** -0.5)
+        # so that at first the last token alone says much
+        nn.init.normal_(self.wte[0].weight, mean=1.0)
+        nn.init.normal_(self.c_proj.weight, std=0.1 * config.rank**-0.5)
 
     def forward(self, context):
         return self.c_proj(self.wte[0](context[..., 0] + 1) * self.wte[1](context[..., 1]))
@@ -76,7 +87,10 @@ class Trigram(LanguageModel):
         if config.table == 'counted':
             self.lm_head = ngrams.NgramCounts(3, config.vocab_size, config.k)
             self.fit = self.lm_head.fit
-            self.exemptions = {'flops': "counts are looked up", 'learns': "counts are no parameters"}
+            self.exemptions = {
+                'flops': "counts are looked up",
+                'learns': "counts are no parameters",
+            }
         elif config.rank:
             self.lm_head = LowRankTable(config)
         else:
@@ -85,9 +99,12 @@ class Trigram(LanguageModel):
 
     def forward(self, idx, targets=None, cache=None):
         if idx.size(1) > self.config.block_size:
-            raise ValueError(f"{idx.size(1)} tokens do not fit into block_size={self.config.block_size}")
-        context = layers.with_past(idx, 1, cache).unfold(1, 2, 1)           # (B, T, 2)
-        logits = self.lm_head(context if targets is not None else context[:, -1:])      # (B, T, V), or (B, 1, V)
+            raise ValueError(
+                f"{idx.size(1)} tokens do not fit into block_size={self.config.block_size}"
+            )
+        context = layers.with_past(idx, 1, cache).unfold(1, 2, 1)  # (B, T, 2)
+        # (B, T, V), or (B, 1, V)
+        logits = self.lm_head(context if targets is not None else context[:, -1:])
         if targets is None:
             return logits, None
         return logits, layers.cross_entropy(logits, targets)

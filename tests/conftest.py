@@ -4,6 +4,7 @@ The suite runs on the CPU, whatever the machine has: GPUs are hidden here, befor
 from this process and all that it starts. A test that is marked `cuda` runs what needs a GPU in a
 process of its own: `run(…, gpu=True)`.
 """
+
 import hashlib
 import http.server
 import json
@@ -23,23 +24,39 @@ if os.environ.get('NANOGPT_TEST_DEVICE', 'cpu') == 'cpu':
 
 import torch
 
-# torch asks the driver once and keeps the answer: forks of this process inherit it, and one that has
-# a limit on its memory could not load the driver.
+# torch asks the driver once and keeps the answer: forks of this process inherit it, and one that
+# has a limit on its memory could not load the driver.
 torch.cuda.is_available()
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-if 'PYTEST_XDIST_WORKER' in os.environ:     # a worker per core
+if 'PYTEST_XDIST_WORKER' in os.environ:  # a worker per core
     torch.set_num_threads(1)
 
 # 4,000 characters of a file that does not change, since losses depend on it.
 CORPUS = (ROOT / 'LICENSE').read_text(encoding='utf-8')[:1000] * 4
 
 # The smallest run that still has every part: dropout, accumulation, several evaluations.
-TINY = ['--model=gpt', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--device=cpu',
-        '--gradient_accumulation_steps=2', '--dropout=0.1', '--max_iters=6', '--lr_decay_iters=6', '--warmup_iters=2',
-        '--eval_interval=3', '--eval_iters=2', '--learning_rate=1e-2', '--compile=False', '--dtype=float32']
+TINY = [
+    '--model=gpt',
+    '--n_layer=1',
+    '--n_head=2',
+    '--n_embd=16',
+    '--block_size=16',
+    '--batch_size=4',
+    '--device=cpu',
+    '--gradient_accumulation_steps=2',
+    '--dropout=0.1',
+    '--max_iters=6',
+    '--lr_decay_iters=6',
+    '--warmup_iters=2',
+    '--eval_interval=3',
+    '--eval_iters=2',
+    '--learning_rate=1e-2',
+    '--compile=False',
+    '--dtype=float32',
+]
 
 
 def with_gpus(environment):
@@ -53,9 +70,19 @@ def with_gpus(environment):
     return environment
 
 
-def run(script, *arguments, processes=1, torchrun=False, gpu=False, env=None, cwd=ROOT, timeout=120,
-        stdin=None):
-    """Run a script of the project on the text `stdin`; returns its CompletedProcess with text output.
+def run(
+    script,
+    *arguments,
+    processes=1,
+    torchrun=False,
+    gpu=False,
+    env=None,
+    cwd=ROOT,
+    timeout=120,
+    stdin=None,
+):
+    """Run a script of the project on the text `stdin`; returns its CompletedProcess with text
+    output.
 
     torchrun: by torchrun, also a single process. gpu: with the GPUs that the suite hides.
     """
@@ -66,15 +93,24 @@ def run(script, *arguments, processes=1, torchrun=False, gpu=False, env=None, cw
     if torchrun or processes > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     else:
-        environment.setdefault('OMP_NUM_THREADS', '1')      # tiny tensors: threads only cost
-    return subprocess.run([*command, script, *map(str, arguments)], capture_output=True, text=True, input=stdin,
-                          env=environment, cwd=cwd, timeout=timeout)
+        environment.setdefault('OMP_NUM_THREADS', '1')  # tiny tensors: threads only cost
+    return subprocess.run(
+        [*command, script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        env=environment,
+        cwd=cwd,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture(scope='session')
 def warm(tmp_path_factory):
-    """warm('train.py', '--seed=1') -> what `run` gives, in a tenth of the time. There is no network."""
+    """warm('train.py', '--seed=1') -> what `run` gives, in a tenth of the time. There is no
+    network."""
     from test_errors import Forked
+
     forked = Forked(tmp_path_factory.mktemp('warm'))
     yield forked
     forked.close()
@@ -106,8 +142,9 @@ def device():
 
 def write_text(folder, text):
     """Make `folder` a dataset of `text` by characters, nine tenths to train on."""
-    from bins import write_bins
-    from tokenizer import CharTokenizer
+    from text.bins import write_bins
+    from text.tokenizer import CharTokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
     cut = len(text) * 9 // 10
     write_bins(folder, CharTokenizer.of(text), {'train': [text[:cut]], 'val': [text[cut:]]})
@@ -145,7 +182,8 @@ COMMIT = 'c0ffee' * 6 + 'c0de'
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """({name: bytes}, requests): own/set on a server like the Hub's, and what that was asked; gated/set is closed."""
+    """({name: bytes}, requests): own/set on a server like the Hub's, and what that was asked;
+    gated/set is closed."""
     served, asked = {}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -154,11 +192,22 @@ def hub(tmp_path, monkeypatch):
             asked.append(f'{self.command} {path}')
             content, headers = None, {}
             if path in ('/api/datasets/own/set', f'/api/datasets/own/set/revision/{COMMIT}'):
-                content = json.dumps({'id': 'own/set', 'sha': COMMIT, 'siblings': [
-                    {'rfilename': name, 'size': len(content)} for name, content in served.items()]}).encode()
+                content = json.dumps(
+                    {
+                        'id': 'own/set',
+                        'sha': COMMIT,
+                        'siblings': [
+                            {'rfilename': name, 'size': len(content)}
+                            for name, content in served.items()
+                        ],
+                    }
+                ).encode()
             elif path.startswith(f'/datasets/own/set/resolve/{COMMIT}/'):
                 content = served.get(path.split('/', 6)[6])
-                headers = {'X-Repo-Commit': COMMIT, 'ETag': f'"{hashlib.sha256(content or b"").hexdigest()}"'}
+                headers = {
+                    'X-Repo-Commit': COMMIT,
+                    'ETag': f'"{hashlib.sha256(content or b"").hexdigest()}"',
+                }
             elif 'gated' in path:
                 headers = {'X-Error-Code': 'GatedRepo'}
             else:
@@ -174,6 +223,7 @@ def hub(tmp_path, monkeypatch):
 
         def log_message(self, *args):
             pass
+
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         monkeypatch.setenv('NANOGPT_MIRROR', f'http://127.0.0.1:{server.server_port}')

@@ -1,10 +1,12 @@
-"""Compiled gradients are the uncompiled ones, for every architecture, on the torch that is installed.
+"""Compiled gradients are the uncompiled ones, for every architecture, on the torch that is
+installed.
 
 A compiler can lose a gradient and still return the right loss: torch 2.11's does so for an in-place
 operator inside an autograd.Function. So the gradients themselves are compared, in float64 on a CPU.
 `aot_eager` traces forward and backward as inductor does, without its minutes of code generation;
 inductor itself is a campaign: `python -m pytest -m campaign tests/test_compiled.py`.
 """
+
 import copy
 
 import pytest

@@ -14,14 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import chat
-import conversations
-import journal
-import sources
-import textfiles
-from conversations import Conversations
-from mistakes import one_line, user_errors
-from tokenizer import ByteTokenizer
+from system.errors import one_line, user_errors
+from text import chat, conversations, journal, sources, textfiles
+from text.conversations import Conversations
+from text.tokenizer import ByteTokenizer
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
 COMMAND = runpy.run_path(str(ROOT / 'data/prepare.py'), run_name='data/prepare.py')
@@ -223,7 +219,7 @@ def test_a_weight_that_is_a_field_of_the_conversation_is_only_that():
     assert turns({'weight': '2+2?', 'mask': '4'}, 'weight,mask') == SUM
 
 
-# ---- what stands beside a conversation and belongs to it ------------------------------------------
+# ---- what stands beside a conversation and belongs to it -----------------------------------------
 
 BRIEF = [turn('system', 'Be brief.'), *SUM]
 
@@ -236,7 +232,10 @@ BRIEF = [turn('system', 'Be brief.'), *SUM]
         {'instruction': '2+2?', 'output': '4', 'system': 'Be brief.'},
         {'prompt': [ASK], 'completion': [ANSWER], 'system': 'Be brief.'},
         {'messages': [ASK, ANSWER], 'system': 'Be brief.', 'system_prompt': 'Be brief.'},
-        {'messages': [{'role': 'system', 'content': 'Be brief. '}, ASK, ANSWER], 'system': 'Be brief.'},
+        {
+            'messages': [{'role': 'system', 'content': 'Be brief. '}, ASK, ANSWER],
+            'system': 'Be brief.',
+        },
     ],
 )
 def test_a_rows_system_prompt_is_a_turn_in_front(row):
@@ -707,7 +706,9 @@ def test_an_array_in_a_folder_is_left_out_for_its_own_reason(tmp_path, monkeypat
     said = capsys.readouterr().out
     left_out = 'texts: 1 of 3 files left out, which '
     assert f'{left_out}are not UTF-8 text; the first is texts/c.jsonl\n' in said
-    reason = f'{left_out}do not hold a row on each line; the first, texts/b.jsonl, is one JSON array: '
+    reason = (
+        f'{left_out}do not hold a row on each line; the first, texts/b.jsonl, is one JSON array: '
+    )
     assert reason in said
     assert texts(tmp_path / 'out') == EXPECTED
     prepare('./out', follow(re.search('`(.*)` writes its rows as lines', said)[1]))
@@ -907,7 +908,9 @@ def test_files_to_validate_on_are_read_as_those_to_train_on(tmp_path, small_piec
     assert 'val.jsonl, line 1: there is no field \'messages\', only text' in capsys.readouterr().err
     with user_errors():
         COMMAND['main']([*map(str, words), '--skip_bad_rows', f'--num_proc={n_proc}'])
-    assert "8 row(s) skipped by --skip_bad_rows, of which the first are:\n" in capsys.readouterr().out
+    assert (
+        "8 row(s) skipped by --skip_bad_rows, of which the first are:\n" in capsys.readouterr().out
+    )
     splits = json.loads((tmp_path / 'out/meta.json').read_text())['splits']
     assert [splits[split]['documents'] for split in ('train', 'val')] == [6, 11]
     assert 0 < splits['val']['learned'] < splits['val']['tokens']

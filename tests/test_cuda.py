@@ -6,6 +6,7 @@
 The suite hides GPUs (conftest.py), so each test runs in processes of its own. Starting one takes
 seconds: `scripts` runs several commands in one.
 """
+
 import json
 import math
 import shutil
@@ -16,13 +17,14 @@ from conftest import ROOT, TINY, run
 from forked import learned, losses, metrics, sha256
 from forked import train as train_without_gpu
 
-import runtime
+from system import device as runtime
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures('gpu')]
-COMPILERS = ('c++', 'g++', 'clang++')       # which compile C too
+COMPILERS = ('c++', 'g++', 'clang++')  # which compile C too
 needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in COMPILERS), reason="torch.compile needs a compiler")
-CUDA = [*TINY, '--device=cuda']     # the last --device counts
+    not any(shutil.which(name) for name in COMPILERS), reason="torch.compile needs a compiler"
+)
+CUDA = [*TINY, '--device=cuda']  # the last --device counts
 # Compilers of tests that run side by side would each start a process per core.
 FEW_COMPILERS = {'TORCHINDUCTOR_COMPILE_THREADS': '4'}
 
@@ -66,7 +68,8 @@ def column(out_dir, key):
     return [line[key] for line in metrics(out_dir) if 'lr' in line]
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope='module', params=['gpt', 'modern', 'transformerpp'])
 def uncompiled(request, text_folder, tmp_path_factory):
@@ -74,8 +77,12 @@ def uncompiled(request, text_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     settings = [*CUDA, f'--model={request.param}', '--dropout=0', f'--dataset={text_folder}']
     out_dirs = {dtype: folder / dtype for dtype in runtime.DTYPES}
-    succeed(*(['train.py', *settings, f'--dtype={dtype}', f'--out_dir={out_dir}']
-              for dtype, out_dir in out_dirs.items()))
+    succeed(
+        *(
+            ['train.py', *settings, f'--dtype={dtype}', f'--out_dir={out_dir}']
+            for dtype, out_dir in out_dirs.items()
+        )
+    )
     return settings, out_dirs
 
 
@@ -94,11 +101,23 @@ def test_every_number_format_learns(uncompiled, gpu):
 def test_a_compiled_run_learns_the_same(uncompiled, tmp_path):
     """Losses and gradient norms match: a correct loss alone would not reveal a wrong gradient."""
     settings, out_dirs = uncompiled
-    succeed(*(['train.py', *settings, f'--dtype={dtype}', '--compile=True', f'--out_dir={tmp_path / dtype}']
-              for dtype in out_dirs), env=FEW_COMPILERS, timeout=300)
+    succeed(
+        *(
+            [
+                'train.py',
+                *settings,
+                f'--dtype={dtype}',
+                '--compile=True',
+                f'--out_dir={tmp_path / dtype}',
+            ]
+            for dtype in out_dirs
+        ),
+        env=FEW_COMPILERS,
+        timeout=300,
+    )
     for dtype, out_dir in out_dirs.items():
         assert resolved(tmp_path / dtype)['compile'] is True
-        tolerance = 5e-3 if dtype == 'float32' else 5e-2        # TF32, and 8 or 11 bits
+        tolerance = 5e-3 if dtype == 'float32' else 5e-2  # TF32, and 8 or 11 bits
         for key in ('loss', 'grad_norm'):
             expected = pytest.approx(column(out_dir, key), rel=tolerance, nan_ok=True)
             assert column(tmp_path / dtype, key) == expected, (dtype, key)
@@ -108,8 +127,18 @@ def test_a_compiled_run_learns_the_same(uncompiled, tmp_path):
 def test_compiled_gradients_are_right(gpu):
     """tests/test_compiled.py, of which every architecture is part, with `device` on the GPU."""
     path = ROOT / 'tests' / 'test_compiled.py'
-    done = run('-m', 'pytest', path, '-n', '4', '-p', 'no:cacheprovider', gpu=True, timeout=600,
-               env={'NANOGPT_TEST_DEVICE': 'cuda', **FEW_COMPILERS})
+    done = run(
+        '-m',
+        'pytest',
+        path,
+        '-n',
+        '4',
+        '-p',
+        'no:cacheprovider',
+        gpu=True,
+        timeout=600,
+        env={'NANOGPT_TEST_DEVICE': 'cuda', **FEW_COMPILERS},
+    )
     assert done.returncode == 0, done.stdout[-5000:]
 
 
@@ -129,17 +158,30 @@ OTHERS = [
 def test_every_model_and_optimizer_runs_and_writes(text_folder, tmp_path):
     """Each run ends with a sample, from a cache where the model has one."""
     settings = [*CUDA, '--dtype=bfloat16', f'--dataset={text_folder}']
-    succeed(*(['train.py', *settings, *words, f'--out_dir={tmp_path / str(i)}']
-              for i, words in enumerate(OTHERS)), timeout=240)
+    succeed(
+        *(
+            ['train.py', *settings, *words, f'--out_dir={tmp_path / str(i)}']
+            for i, words in enumerate(OTHERS)
+        ),
+        timeout=240,
+    )
     for i, words in enumerate(OTHERS):
         assert resolved(tmp_path / str(i))['device'] == 'cuda'
         assert all(map(math.isfinite, column(tmp_path / str(i), 'loss'))), words
 
 
 def test_a_deterministic_run_is_resumed_to_the_bit(text_folder, tmp_path):
-    settings = ['train.py', *CUDA, '--dtype=bfloat16', '--deterministic=True', f'--dataset={text_folder}']
-    succeed([*settings, f'--out_dir={tmp_path}/whole'],
-            [*settings, f'--out_dir={tmp_path}/cut', '--max_iters=3'])
+    settings = [
+        'train.py',
+        *CUDA,
+        '--dtype=bfloat16',
+        '--deterministic=True',
+        f'--dataset={text_folder}',
+    ]
+    succeed(
+        [*settings, f'--out_dir={tmp_path}/whole'],
+        [*settings, f'--out_dir={tmp_path}/cut', '--max_iters=3'],
+    )
     # in a new process, and without --device: auto is the one that the run had
     succeed(['train.py', '--init_from=resume', f'--out_dir={tmp_path}/cut', '--max_iters=6'])
     assert resolved(tmp_path / 'cut')['device'] == 'cuda'
@@ -153,10 +195,18 @@ def test_a_deterministic_run_is_resumed_to_the_bit(text_folder, tmp_path):
 def test_lora(text_folder, tmp_path):
     settings = [*CUDA, f'--dataset={text_folder}', '--dtype=bfloat16']
     base, tuned = tmp_path / 'base', tmp_path / 'tuned'
-    succeed(['train.py', *settings, f'--out_dir={base}'],
-            ['train.py', *settings, f'--init_from={base}', f'--out_dir={tuned}', '--lora_rank=2'],
-            ['train.py', '--init_from=resume', f'--out_dir={tuned}', '--max_iters=8'],
-            ['sample.py', f'--out_dir={tuned}', '--device=cuda', '--num_samples=1', '--max_new_tokens=20'])
+    succeed(
+        ['train.py', *settings, f'--out_dir={base}'],
+        ['train.py', *settings, f'--init_from={base}', f'--out_dir={tuned}', '--lora_rank=2'],
+        ['train.py', '--init_from=resume', f'--out_dir={tuned}', '--max_iters=8'],
+        [
+            'sample.py',
+            f'--out_dir={tuned}',
+            '--device=cuda',
+            '--num_samples=1',
+            '--max_new_tokens=20',
+        ],
+    )
     assert len(column(tuned, 'loss')) == 8 and resolved(tuned)['device'] == 'cuda'
 
 
@@ -177,10 +227,16 @@ model.GPT.forward = spoilt
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_an_update_of_nan_is_skipped_on_the_device(text_folder, tmp_path, dtype):
-    settings = ['train.py', *CUDA, f'--dtype={dtype}', f'--dataset={text_folder}', f'--out_dir={tmp_path}']
+    settings = [
+        'train.py',
+        *CUDA,
+        f'--dtype={dtype}',
+        f'--dataset={text_folder}',
+        f'--out_dir={tmp_path}',
+    ]
     succeed(settings, before=WITHOUT_NUMBERS)
     loss = column(tmp_path, 'loss')
-    assert [i for i, value in enumerate(loss) if value is None] == [3]      # JSON has no NaN
+    assert [i for i, value in enumerate(loss) if value is None] == [3]  # JSON has no NaN
     assert any(line.get('skipped') and line['iter'] == 3 for line in metrics(tmp_path))
     assert loss[5] < loss[0]
 
@@ -192,29 +248,56 @@ torch.cuda.set_per_process_memory_fraction(0.001)
 
 
 def test_out_of_memory_is_one_line(text_folder, tmp_path):
-    done = scripts(['train.py', *CUDA, f'--dataset={text_folder}', f'--out_dir={tmp_path}',
-                    '--batch_size=100000'], before=LITTLE_MEMORY)
+    done = scripts(
+        [
+            'train.py',
+            *CUDA,
+            f'--dataset={text_folder}',
+            f'--out_dir={tmp_path}',
+            '--batch_size=100000',
+        ],
+        before=LITTLE_MEMORY,
+    )
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
     assert 'error: out of memory: halve --batch_size=100000' in done.stderr
 
 
 def test_a_profile_has_the_kernels(text_folder, tmp_path):
-    succeed(['train.py', *CUDA, f'--dataset={text_folder}', f'--out_dir={tmp_path}', '--max_iters=16',
-             '--profile=True', '--watch=True'])
-    trace, = (tmp_path / 'profile').glob('*.json')
+    succeed(
+        [
+            'train.py',
+            *CUDA,
+            f'--dataset={text_folder}',
+            f'--out_dir={tmp_path}',
+            '--max_iters=16',
+            '--profile=True',
+            '--watch=True',
+        ]
+    )
+    (trace,) = (tmp_path / 'profile').glob('*.json')
     assert '"kernel"' in trace.read_text() and (tmp_path / 'health.png').exists()
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
+
 
 def test_torchrun_with_one_process(text_folder, tmp_path):
     """DDP and FSDP learn, by NCCL, what a plain run learns; a save in parts is resumed and read."""
     settings = [*CUDA, '--dropout=0', f'--dataset={text_folder}']
     succeed(['train.py', *settings, f'--out_dir={tmp_path}/plain'])
-    for kind, words in (('ddp', [*settings, '--backend=nccl']), ('fsdp', [*settings, '--max_iters=3']),
-                        ('fsdp', ['--init_from=resume', '--max_iters=6'])):
-        done = run('train.py', *words, f'--parallel={kind}', f'--out_dir={tmp_path / kind}',
-                   torchrun=True, gpu=True)
+    for kind, words in (
+        ('ddp', [*settings, '--backend=nccl']),
+        ('fsdp', [*settings, '--max_iters=3']),
+        ('fsdp', ['--init_from=resume', '--max_iters=6']),
+    ):
+        done = run(
+            'train.py',
+            *words,
+            f'--parallel={kind}',
+            f'--out_dir={tmp_path / kind}',
+            torchrun=True,
+            gpu=True,
+        )
         assert done.returncode == 0, done.stderr
         assert resolved(tmp_path / kind)['device'] == 'cuda:0'
     for kind in ('ddp', 'fsdp'):
@@ -223,14 +306,31 @@ def test_torchrun_with_one_process(text_folder, tmp_path):
     succeed(['sample.py', f'--out_dir={tmp_path}/fsdp', '--num_samples=1', '--max_new_tokens=20'])
 
 
-# ---- using models ----------------------------------------------------------------------------------------------------
+# ---- using models --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('words', [
-    [], ['--dtype=float16'], ['--dtype=float32', '--num_beams=3'],
-    pytest.param(['--compile=True'], marks=needs_compiler)], ids=' '.join)
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        [],
+        ['--dtype=float16'],
+        ['--dtype=float32', '--num_beams=3'],
+        pytest.param(['--compile=True'], marks=needs_compiler),
+    ],
+    ids=' '.join,
+)
 def test_sample(trained, words):
-    done = succeed(['sample.py', f'--out_dir={trained}', '--device=cuda', '--num_samples=2',
-                    '--max_new_tokens=40', *words], env=FEW_COMPILERS)
+    done = succeed(
+        [
+            'sample.py',
+            f'--out_dir={trained}',
+            '--device=cuda',
+            '--num_samples=2',
+            '--max_new_tokens=40',
+            *words,
+        ],
+        env=FEW_COMPILERS,
+    )
     assert len(done.stdout) > 40
 
 
@@ -241,30 +341,53 @@ def test_int8_is_for_a_cpu(trained):
 
 def test_evaluate_gives_the_figures_of_a_cpu(trained, text_folder, tmp_path):
     words = ['evaluate.py', f'--out_dir={trained}', f'--dataset={text_folder}', '--dtype=float32']
-    succeed(*([*words, f'--device={device}', f'--out={tmp_path / device}'] for device in ('cpu', 'cuda')))
-    cpu, cuda = (json.loads((tmp_path / device).read_text())['results'] for device in ('cpu', 'cuda'))
+    succeed(
+        *(
+            [*words, f'--device={device}', f'--out={tmp_path / device}']
+            for device in ('cpu', 'cuda')
+        )
+    )
+    cpu, cuda = (
+        json.loads((tmp_path / device).read_text())['results'] for device in ('cpu', 'cuda')
+    )
     for task, figures in cpu.items():
         assert cuda[task] == pytest.approx(figures, rel=2e-3), task
 
 
 def test_bench_generation():
-    done = succeed(['bench_generation.py', '--n_layer=1', '--n_embd=24', '--n_head=2', '--block_size=64',
-                    '--max_new_tokens=20', '--prefill_tokens=20', '--rounds=1', '--device=cuda'])
+    done = succeed(
+        [
+            'bench.py',
+            'generation',
+            '--n_layer=1',
+            '--n_embd=24',
+            '--n_head=2',
+            '--block_size=64',
+            '--max_new_tokens=20',
+            '--prefill_tokens=20',
+            '--rounds=1',
+            '--device=cuda',
+        ]
+    )
     assert 'bfloat16' in done.stdout
 
 
 def test_a_wrong_gpu_is_one_line(text_folder, tmp_path):
-    done = scripts(['train.py', *TINY, '--device=cuda:99', f'--dataset={text_folder}',
-                    f'--out_dir={tmp_path}'])
-    assert done.returncode == 2 and done.stderr.startswith("error: device='cuda:99': this machine has ")
+    done = scripts(
+        ['train.py', *TINY, '--device=cuda:99', f'--dataset={text_folder}', f'--out_dir={tmp_path}']
+    )
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: device='cuda:99': this machine has "
+    )
 
 
-# ---- between a GPU and a CPU -----------------------------------------------------------------------------------------
+# ---- between a GPU and a CPU ---------------------------------------------------------------------
+
 
 def test_a_run_of_the_gpu_is_resumed_and_used_where_there_is_none(text_folder, tmp_path):
     no_device = [word for word in TINY if not word.startswith('--device')]
     succeed(['train.py', *no_device, f'--dataset={text_folder}', f'--out_dir={tmp_path}'])
-    assert resolved(tmp_path)['device'] == 'cuda'       # as auto is the fastest
+    assert resolved(tmp_path)['device'] == 'cuda'  # as auto is the fastest
     out = train_without_gpu(tmp_path, '--init_from=resume', '--max_iters=8')
     assert "the run used device='cuda'" in out and "it goes on with device='cpu'" in out
     assert len(losses(tmp_path)) > 8
@@ -276,7 +399,15 @@ def test_a_run_of_a_cpu_stays_there(trained, tmp_path):
     out_dir = shutil.copytree(trained, tmp_path / 'out')
     succeed(['train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=8'])
     assert resolved(out_dir)['device'] == 'cpu'
-    succeed(['train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=10', '--device=cuda'])
+    succeed(
+        [
+            'train.py',
+            '--init_from=resume',
+            f'--out_dir={out_dir}',
+            '--max_iters=10',
+            '--device=cuda',
+        ]
+    )
     assert resolved(out_dir)['device'] == 'cuda'
 
 
@@ -287,26 +418,56 @@ atexit.register(lambda: print('context:', torch._C._cuda_hasPrimaryContext(0)))
 '''
 
 
-@pytest.mark.parametrize('words', [
-    [], ['--dtype=bfloat16', '--profile=True', '--max_iters=16'], ['--parallel=fsdp'],
-    pytest.param(['--compile=True'], marks=needs_compiler)], ids=' '.join)
+@pytest.mark.parametrize(
+    'words',
+    [
+        [],
+        ['--dtype=bfloat16', '--profile=True', '--max_iters=16'],
+        ['--parallel=fsdp'],
+        pytest.param(['--compile=True'], marks=needs_compiler),
+    ],
+    ids=' '.join,
+)
 def test_a_run_on_the_cpu_opens_no_context(text_folder, tmp_path, words):
     env = dict(FEW_COMPILERS)
     if '--parallel=fsdp' in words:
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
             port = probe.getsockname()[1]
-        env.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', LOCAL_WORLD_SIZE='1',
-                   MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    done = succeed(['train.py', *TINY, f'--dataset={text_folder}', f'--out_dir={tmp_path}', *words],
-                   before=REPORT, env=env, timeout=240)
+        env.update(
+            RANK='0',
+            WORLD_SIZE='1',
+            LOCAL_RANK='0',
+            LOCAL_WORLD_SIZE='1',
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=str(port),
+        )
+    done = succeed(
+        ['train.py', *TINY, f'--dataset={text_folder}', f'--out_dir={tmp_path}', *words],
+        before=REPORT,
+        env=env,
+        timeout=240,
+    )
     assert 'context: False' in done.stdout
 
 
 def test_scripts_that_use_a_model_on_the_cpu_open_no_context(trained, text_folder, tmp_path):
     done = succeed(
-        ['sample.py', f'--out_dir={trained}', '--device=cpu', '--num_samples=1', '--max_new_tokens=5'],
-        ['evaluate.py', f'--out_dir={trained}', '--device=cpu', f'--dataset={text_folder}',
-         f'--out={tmp_path}/figures.json'],
-        ['export.py', trained, tmp_path / 'hf'], before=REPORT)
+        [
+            'sample.py',
+            f'--out_dir={trained}',
+            '--device=cpu',
+            '--num_samples=1',
+            '--max_new_tokens=5',
+        ],
+        [
+            'evaluate.py',
+            f'--out_dir={trained}',
+            '--device=cpu',
+            f'--dataset={text_folder}',
+            f'--out={tmp_path}/figures.json',
+        ],
+        ['export.py', trained, tmp_path / 'hf'],
+        before=REPORT,
+    )
     assert 'context: False' in done.stdout

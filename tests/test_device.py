@@ -2,6 +2,7 @@
 
 A run on the CPU must work where another program has all of the GPU.
 """
+
 import functools
 import json
 import shutil
@@ -11,23 +12,27 @@ import torch
 from conftest import TINY
 from forked import both, forbid_cuda, ranks, run, train
 
-import checkpoint
 import configurator
-import fsdp
-import runtime
+from system import device as runtime
+from training import checkpoint, fsdp
 
 NO_DEVICE = [word for word in TINY if not word.startswith('--device')]
 
 
-# ---- nothing is asked of CUDA ----------------------------------------------------------------------------------------
+# ---- nothing is asked of CUDA --------------------------------------------------------------------
 
-@pytest.mark.parametrize('words', [
-    [],
-    ['--dtype=float16'],
-    ['--dtype=bfloat16', '--model=modern', '--muon_lr=0.01', '--gradient_checkpointing=True'],
-    ['--deterministic=True', '--watch=True', '--profile=True', '--max_iters=16'],
-    ['--eval_only=True'],
-], ids=' '.join)
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        [],
+        ['--dtype=float16'],
+        ['--dtype=bfloat16', '--model=modern', '--muon_lr=0.01', '--gradient_checkpointing=True'],
+        ['--deterministic=True', '--watch=True', '--profile=True', '--max_iters=16'],
+        ['--eval_only=True'],
+    ],
+    ids=' '.join,
+)
 def test_a_run_on_the_cpu_leaves_the_gpu_alone(text_folder, tmp_path, words):
     train(tmp_path, *TINY, f'--dataset={text_folder}', *words, hook=forbid_cuda)
 
@@ -58,20 +63,26 @@ def read_parts(out_dir):
 
 def test_a_checkpoint_in_parts_is_read_without_cuda(text_folder, tmp_path):
     settings = [*TINY, f'--dataset={text_folder}', '--parallel=fsdp', f'--out_dir={tmp_path}']
-    only, = ranks(1, 'train.py', *settings, '--max_iters=3')
+    (only,) = ranks(1, 'train.py', *settings, '--max_iters=3')
     only.wait()
     done = run(None, hook=functools.partial(read_parts, tmp_path))
     assert done.returncode == 0, done.output
     assert int(done.output) == len(checkpoint.open_model(tmp_path)[0].state_dict())
 
 
-@pytest.mark.parametrize('script, words', [
-    ('sample.py', ['--device=cpu', '--num_samples=2', '--max_new_tokens=20']),
-    ('sample.py', ['--device=cpu', '--num_beams=2', '--max_new_tokens=5', '--dtype=float32']),
-    ('evaluate.py', ['--device=cpu', '--limit=100']),
-    ('export.py', ['--folder={tmp_path}/hf']),
-], ids=['sample', 'beams', 'evaluate', 'export'])
-def test_scripts_that_use_a_model_on_the_cpu_leave_the_gpu_alone(trained, text_folder, tmp_path, script, words):
+@pytest.mark.parametrize(
+    'script, words',
+    [
+        ('sample.py', ['--device=cpu', '--num_samples=2', '--max_new_tokens=20']),
+        ('sample.py', ['--device=cpu', '--num_beams=2', '--max_new_tokens=5', '--dtype=float32']),
+        ('evaluate.py', ['--device=cpu', '--limit=100']),
+        ('export.py', ['--folder={tmp_path}/hf']),
+    ],
+    ids=['sample', 'beams', 'evaluate', 'export'],
+)
+def test_scripts_that_use_a_model_on_the_cpu_leave_the_gpu_alone(
+    trained, text_folder, tmp_path, script, words
+):
     out_dir = shutil.copytree(trained, tmp_path / 'out')
     words = [word.format(tmp_path=tmp_path) for word in words]
     if script == 'evaluate.py':
@@ -98,7 +109,8 @@ def test_that_a_question_would_be_noticed(ask):
     assert done.returncode == 1 and 'AskedForCuda' in done.output
 
 
-# ---- which device ----------------------------------------------------------------------------------------------------
+# ---- which device --------------------------------------------------------------------------------
+
 
 def never(*args):
     raise AssertionError("asked")
@@ -116,14 +128,16 @@ def test_a_named_device_is_the_only_one_asked_about(monkeypatch):
 
 def test_auto_goes_on_where_a_run_was(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', never)
-    assert runtime.resolve_device('auto', 'cpu') == 'cpu'       # though there may be a GPU
+    assert runtime.resolve_device('auto', 'cpu') == 'cpu'  # though there may be a GPU
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert runtime.resolve_device('auto', 'mps') == 'mps' and capsys.readouterr().out == ''
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     assert runtime.resolve_device('auto', 'cuda') == 'cpu'
-    line, = capsys.readouterr().out.splitlines()
-    assert line == "the run used device='cuda', which can't be used here: it goes on with device='cpu'"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert (
+        line == "the run used device='cuda', which can't be used here: it goes on with device='cpu'"
+    )
 
 
 def test_a_config_file_sees_the_device_and_the_setting_stays_auto(tmp_path):
@@ -138,7 +152,7 @@ def test_a_config_file_sees_the_device_and_the_setting_stays_auto(tmp_path):
     path.write_text("device = 'cpu' if device == 'mps' else device")
     assert configure(str(path))['device'] == 'cpu'
     assert configure(str(path), '--device=auto')['device'] == 'auto'
-    assert configure(resolve=never)['device'] == 'auto'     # there is no file that would see it
+    assert configure(resolve=never)['device'] == 'auto'  # there is no file that would see it
 
 
 @pytest.fixture(scope='module')
@@ -164,7 +178,7 @@ def test_a_run_of_a_cpu_that_comes_to_a_machine_with_a_gpu_goes_on_as_it_was(aut
 
 def test_a_run_of_a_gpu_that_comes_to_a_machine_without_goes_on_on_the_cpu(automatic, tmp_path):
     state = checkpoint.read_latest(automatic)
-    state['resolved'] |= dict(device='cuda', dtype='float16')       # which no CPU chooses
+    state['resolved'] |= dict(device='cuda', dtype='float16')  # which no CPU chooses
     state['config']['dtype'] = 'auto'
     (tmp_path / 'out').mkdir()
     checkpoint.save(tmp_path / 'out', 'ckpt.pt', state)

@@ -1,7 +1,10 @@
-"""A user's mistakes: one line on stderr that says what, where and what to do; exit code 2; nothing lost.
+"""A user's mistakes: one line on stderr that says what, where and what to do; exit code 2; nothing
+lost.
 
-The scripts run as a user runs them, but forked from a process that has torch loaded already (`warm`, of conftest.py).
+The scripts run as a user runs them, but forked from a process that has torch loaded already
+(`warm`, of conftest.py).
 """
+
 import gzip
 import io
 import json
@@ -21,18 +24,20 @@ import safetensors.torch
 import torch
 from conftest import ROOT, TINY, run, same
 
-import checkpoint
-import files
 import models
-import optimizer as optimizers
-import runtime
-import tokenizer
-from dataset import Dataset
+from system import device as runtime
+from system import files
+from text import tokenizer
+from text.dataset import Dataset
+from training import checkpoint
+from training import optimizer as optimizers
 
 SERVER = r"""
 import json, os, runpy, signal, sys, tempfile, time, traceback
-import checkpoint, configurator, dataset, generate, lora, metrics, mixture, model, models, numpy.ma, optimizer
-import runtime, torch
+import configurator, model, models, numpy.ma, torch
+import system.device, text.mixture, training.checkpoint, training.lora, training.metrics
+import training.optimizer
+from generation import decode as generate
 try:
     import resource
 except ImportError:
@@ -81,22 +86,47 @@ for line in sys.stdin:
 
 
 class Forked:
-    """forked('train.py', '--seed=1') -> what conftest.run gives, in a tenth of the time. There is no network.
+    """forked('train.py', '--seed=1') -> what conftest.run gives, in a tenth of the time. There is
+    no network.
 
-    After `seconds` the script gets a SIGTERM, two minutes later a SIGKILL. memory: bytes that it may take; disk: bytes of a
-    file that it may write; 0: any number. sample: whether a run of train.py ends with one, which takes most of its time.
+    After `seconds` the script gets a SIGTERM, two minutes later a SIGKILL. memory: bytes that it
+    may take; disk: bytes of a file that it may write; 0: any number. sample: whether a run of
+    train.py ends with one, which takes most of its time.
     """
 
     def __init__(self, folder):
-        environment = {**os.environ, 'PYTHONPATH': '', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1',
-                       'WANDB_MODE': 'offline', 'HF_HOME': f'{folder}/hf', 'TIKTOKEN_CACHE_DIR': f'{folder}/bpe',
-                       'HTTPS_PROXY': 'http://127.0.0.1:9', 'NANOGPT_MIRROR': ''}
-        self.server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, cwd=ROOT, env=environment)
+        environment = {
+            **os.environ,
+            'PYTHONPATH': '',
+            'OMP_NUM_THREADS': '1',
+            'HF_HUB_OFFLINE': '1',
+            'WANDB_MODE': 'offline',
+            'HF_HOME': f'{folder}/hf',
+            'TIKTOKEN_CACHE_DIR': f'{folder}/bpe',
+            'HTTPS_PROXY': 'http://127.0.0.1:9',
+            'NANOGPT_MIRROR': '',
+        }
+        self.server = subprocess.Popen(
+            [sys.executable, '-c', SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
 
-    def __call__(self, script, *words, cwd=ROOT, seconds=60, memory=0, disk=0, env=None, sample=False):
-        asked = dict(words=[str(ROOT / script), *map(str, words)], cwd=str(cwd), seconds=seconds, memory=memory, disk=disk,
-                     env=env or {}, sample=sample)
+    def __call__(
+        self, script, *words, cwd=ROOT, seconds=60, memory=0, disk=0, env=None, sample=False
+    ):
+        asked = dict(
+            words=[str(ROOT / script), *map(str, words)],
+            cwd=str(cwd),
+            seconds=seconds,
+            memory=memory,
+            disk=disk,
+            env=env or {},
+            sample=sample,
+        )
         self.server.stdin.write(json.dumps(asked) + '\n')
         self.server.stdin.flush()
         return SimpleNamespace(**json.loads(self.server.stdout.readline()))
@@ -109,7 +139,7 @@ class Forked:
 def check(done, *parts):
     """`done` ended on a user's mistake, with these parts in its one line."""
     assert done.returncode == 2, done.stdout[-500:] + done.stderr
-    line, = done.stderr.splitlines()
+    (line,) = done.stderr.splitlines()
     assert line.startswith('error: ') and len(line) < 500
     for part in parts:
         assert part in line
@@ -127,26 +157,40 @@ def changed(folder, name, content):
 @pytest.fixture
 def copy(text_folder, trained, tmp_path):
     """copy('text') or copy('run') -> a copy of the dataset, or of the run, to be damaged."""
+
     def make(what):
         return shutil.copytree({'text': text_folder, 'run': trained}[what], tmp_path / what)
+
     return make
 
 
 @pytest.fixture
 def train(warm, text_folder, tmp_path):
-    """train(*arguments) -> a tiny run of train.py; a mistake is noticed before there is an out_dir."""
+    """train(*arguments) -> a tiny run of train.py; a mistake is noticed before there is an
+    out_dir."""
+
     def go(*arguments):
-        done = warm('train.py', *TINY, '--max_iters=1', f'--dataset={text_folder}', f'--out_dir={tmp_path / "out"}',
-                    *arguments)
+        done = warm(
+            'train.py',
+            *TINY,
+            '--max_iters=1',
+            f'--dataset={text_folder}',
+            f'--out_dir={tmp_path / "out"}',
+            *arguments,
+        )
         assert done.returncode == 0 or not (tmp_path / 'out').exists(), done.stderr
         return done
+
     return go
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 SETTINGS = [
-    ('--learnin_rate=1', "command line: there is no setting 'learnin_rate'; the nearest is 'learning_rate'"),
+    (
+        '--learnin_rate=1',
+        "command line: there is no setting 'learnin_rate'; the nearest is 'learning_rate'",
+    ),
     ('--learning-rate=1', 'written --key=value, with _ in the key'),
     ('--batch_size', '--batch_size has no value; write --batch_size=VALUE'),
     ('--batch_size=4.5', 'batch_size takes a whole number, not 4.5'),
@@ -172,22 +216,39 @@ SETTINGS = [
     ('--dtype=fp16', "dtype='fp16' is unknown: take auto, float32, bfloat16 or float16"),
     ('--compile=maybe', "compile='maybe' is unknown: take True, False or auto"),
     ('--attention=flash', "attention='flash' is unknown: take auto, sdpa or plain"),
-    *[(word, word[2:].split('=')[0])
-      for word in ('--max_iters=-1', '--seed=-1', '--grad_clip=-1', '--weight_decay=-1', '--min_lr=-1', '--warmup_iters=-1',
-                   '--eval_interval=-1', '--save_minutes=-1', '--early_stop=-1', '--muon_lr=-1', '--embed_lr=-1',
-                   '--head_lr=-1', '--cooldown=-1')],
+    *[
+        (word, word[2:].split('=')[0])
+        for word in (
+            '--max_iters=-1',
+            '--seed=-1',
+            '--grad_clip=-1',
+            '--weight_decay=-1',
+            '--min_lr=-1',
+            '--warmup_iters=-1',
+            '--eval_interval=-1',
+            '--save_minutes=-1',
+            '--early_stop=-1',
+            '--muon_lr=-1',
+            '--embed_lr=-1',
+            '--head_lr=-1',
+            '--cooldown=-1',
+        )
+    ],
     ('--cooldown=1.5', 'cooldown=1.5 must be at most 1'),
     ('--learning_rate=0 --muon_lr=0.1', 'learning_rate=0 with another rate above 0'),
     ('--model=modern --n_embd=18', 'n_embd=18 is not divisible by 2 x n_head=2'),
     ('--model=modern --ngram=1', 'ngram=1: take 0, or'),
     ('--ngram=4', "there is no setting 'ngram'"),
-    ('--model=modern --muon_lr=0.1 --embed_lr=0.1 --head_lr=0.1', 'learning_rate=0.01 trains nothing here'),
+    (
+        '--model=modern --muon_lr=0.1 --embed_lr=0.1 --head_lr=0.1',
+        'learning_rate=0.01 trains nothing here',
+    ),
     ('--model=modern --bias=True', 'model=modern has no bias'),
     ('--backend=mpi', "backend='mpi' is unknown"),
     ('--compile=0', 'compile=0 is unknown'),
-    (f'--n_embd={2 ** 40}', 'a GPT of these sizes has inf GB of weights, and this machine has'),
+    (f'--n_embd={2**40}', 'a GPT of these sizes has inf GB of weights, and this machine has'),
     ('--n_embd=1000000', 'a GPT of these sizes has 48,'),
-    (f'--n_layer={10 ** 9}', 'n_layer=1000000000: take at most 10000'),
+    (f'--n_layer={10**9}', 'n_layer=1000000000: take at most 10000'),
 ]
 
 
@@ -196,13 +257,16 @@ def test_a_wrong_setting(train, word, message):
     check(train(*word.split()), message)
 
 
-@pytest.mark.parametrize('text, message', [
-    ('batch_sise = 4', "there is no setting 'batch_sise'; the nearest is 'batch_size'"),
-    ('batch_size = "4"', "batch_size takes a whole number, not '4'"),
-    ('batch_size = 4\nn_layer = = 3', ', line 2: invalid syntax'),
-    ('import os\nout_dir = os.environ["NOT_SET"]', ", line 2: KeyError: 'NOT_SET'"),
-    ('raise RuntimeError("one\\ntwo")', ', line 1: RuntimeError: one two'),
-])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('batch_sise = 4', "there is no setting 'batch_sise'; the nearest is 'batch_size'"),
+        ('batch_size = "4"', "batch_size takes a whole number, not '4'"),
+        ('batch_size = 4\nn_layer = = 3', ', line 2: invalid syntax'),
+        ('import os\nout_dir = os.environ["NOT_SET"]', ", line 2: KeyError: 'NOT_SET'"),
+        ('raise RuntimeError("one\\ntwo")', ', line 1: RuntimeError: one two'),
+    ],
+)
 def test_a_wrong_config_file_is_named(train, tmp_path, text, message):
     (tmp_path / 'my.py').write_text(text)
     check(train(tmp_path / 'my.py'), f'{tmp_path / "my.py"}', message)
@@ -220,7 +284,9 @@ def test_processes_share_the_micro_batches_evenly(warm, text_folder):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none():
     for device in ('cuda', 'cuda:1'):
-        with pytest.raises(ValueError, match=f"device='{device}' is not available here: take --device=auto"):
+        with pytest.raises(
+            ValueError, match=f"device='{device}' is not available here: take --device=auto"
+        ):
             runtime.resolve_device(device)
 
 
@@ -230,26 +296,39 @@ def test_mps_where_there_is_none():
         runtime.resolve_device('mps')
 
 
-@pytest.mark.parametrize('call, message', [
-    (lambda: runtime.resolve_device('cuda:x'), "device='cuda:x' is unknown"),
-    (lambda: runtime.resolve_device(0), 'device=0 is unknown'),
-    (lambda: runtime.resolve_dtype('float64', 'cpu'), "dtype='float64' is unknown"),
-    (lambda: runtime.resolve_dtype(16, 'cpu'), 'dtype=16 is unknown'),
-    (lambda: runtime.resolve_dtype('bfloat16', 'mps'), 'mps has no bfloat16 in hardware; take --dtype=float16'),
-    (lambda: models.build('nope'), "model='nope' is unknown"),
-    (lambda: tokenizer.load({'kind': 'bpe'}), 'its kind must be char'),
-    (lambda: tokenizer.load({'kind': 'char'}), 'its kind must be char (with chars)'),
-    (lambda: tokenizer.load('char'), 'unknown tokenizer char'),
-    (lambda: tokenizer.load({'kind': 'tiktoken', 'name': 'gpt5'}), "tiktoken has no encoding 'gpt5': take one of gpt2"),
-    (lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})), 'meta.pkl has no vocab_size'),
-    (lambda: tokenizer.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
-])
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda: runtime.resolve_device('cuda:x'), "device='cuda:x' is unknown"),
+        (lambda: runtime.resolve_device(0), 'device=0 is unknown'),
+        (lambda: runtime.resolve_dtype('float64', 'cpu'), "dtype='float64' is unknown"),
+        (lambda: runtime.resolve_dtype(16, 'cpu'), 'dtype=16 is unknown'),
+        (
+            lambda: runtime.resolve_dtype('bfloat16', 'mps'),
+            'mps has no bfloat16 in hardware; take --dtype=float16',
+        ),
+        (lambda: models.build('nope'), "model='nope' is unknown"),
+        (lambda: tokenizer.load({'kind': 'bpe'}), 'its kind must be char'),
+        (lambda: tokenizer.load({'kind': 'char'}), 'its kind must be char (with chars)'),
+        (lambda: tokenizer.load('char'), 'unknown tokenizer char'),
+        (
+            lambda: tokenizer.load({'kind': 'tiktoken', 'name': 'gpt5'}),
+            "tiktoken has no encoding 'gpt5': take one of gpt2",
+        ),
+        (
+            lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})),
+            'meta.pkl has no vocab_size',
+        ),
+        (lambda: tokenizer.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
+    ],
+)
 def test_values_that_a_module_does_not_know(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
+
 
 def ids(*values):
     return np.array(values, np.uint16).tobytes()
@@ -260,31 +339,39 @@ def meta(**change):
     return json.dumps({**whole, **change}).encode()
 
 
-@pytest.mark.parametrize('name, content, message', [
-    ('train.bin', None, 'train.bin is missing'),
-    ('val.bin', None, 'val.bin is missing'),
-    ('train.bin', b'', 'train.bin holds 0 token(s)'),
-    ('train.bin', ids(1), 'train.bin holds 1 token(s): too few'),
-    ('val.bin', ids(1), 'val.bin holds 1 token(s)'),
-    ('train.bin', ids(*range(8)), 'block_size=16 is larger than the train split'),
-    ('train.bin', ids(*range(16)), 'block_size=16 is larger than the train split'),
-    ('train.bin', ids(*range(40), 60000), 'train.bin holds the id 60000, but its vocabulary has'),
-    ('val.bin', ids(1, 60000), 'val.bin holds the id 60000'),
-    ('train.bin', ids(*range(40)), 'meta.json'),
-    ('train.bin', bytes(7201), 'train.bin is not a whole number of uint16 ids'),
-    ('meta.json', b'', 'meta.json cannot be read'),
-    ('meta.json', b'{', 'meta.json cannot be read'),
-    ('meta.json', b'\xff{}', 'meta.json cannot be read'),
-    ('meta.json', b'{}', 'meta.json cannot be read'),
-    ('meta.json', b'[]', 'meta.json cannot be read'),
-    ('meta.json', meta(dtype='int99'), 'meta.json cannot be read'),
-    ('meta.json', meta(dtype='object'), 'meta.json cannot be read'),
-    ('meta.json', meta(dtype='float32'), 'meta.json cannot be read'),
-    ('meta.json', meta(vocab_size='256'), 'meta.json cannot be read'),
-    ('meta.json', meta(tokenizer={'kind': 'bpe'}), 'meta.json'),
-    ('meta.json', meta(tokenizer='byte'), 'meta.json'),
-    ('meta.json', meta(splits=[]), 'meta.json'),
-], ids=lambda value: value if isinstance(value, str) else repr(value)[:30])
+@pytest.mark.parametrize(
+    'name, content, message',
+    [
+        ('train.bin', None, 'train.bin is missing'),
+        ('val.bin', None, 'val.bin is missing'),
+        ('train.bin', b'', 'train.bin holds 0 token(s)'),
+        ('train.bin', ids(1), 'train.bin holds 1 token(s): too few'),
+        ('val.bin', ids(1), 'val.bin holds 1 token(s)'),
+        ('train.bin', ids(*range(8)), 'block_size=16 is larger than the train split'),
+        ('train.bin', ids(*range(16)), 'block_size=16 is larger than the train split'),
+        (
+            'train.bin',
+            ids(*range(40), 60000),
+            'train.bin holds the id 60000, but its vocabulary has',
+        ),
+        ('val.bin', ids(1, 60000), 'val.bin holds the id 60000'),
+        ('train.bin', ids(*range(40)), 'meta.json'),
+        ('train.bin', bytes(7201), 'train.bin is not a whole number of uint16 ids'),
+        ('meta.json', b'', 'meta.json cannot be read'),
+        ('meta.json', b'{', 'meta.json cannot be read'),
+        ('meta.json', b'\xff{}', 'meta.json cannot be read'),
+        ('meta.json', b'{}', 'meta.json cannot be read'),
+        ('meta.json', b'[]', 'meta.json cannot be read'),
+        ('meta.json', meta(dtype='int99'), 'meta.json cannot be read'),
+        ('meta.json', meta(dtype='object'), 'meta.json cannot be read'),
+        ('meta.json', meta(dtype='float32'), 'meta.json cannot be read'),
+        ('meta.json', meta(vocab_size='256'), 'meta.json cannot be read'),
+        ('meta.json', meta(tokenizer={'kind': 'bpe'}), 'meta.json'),
+        ('meta.json', meta(tokenizer='byte'), 'meta.json'),
+        ('meta.json', meta(splits=[]), 'meta.json'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value)[:30],
+)
 def test_wrong_data(copy, name, content, message):
     folder = changed(copy('text'), name, content)
     with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
@@ -292,12 +379,15 @@ def test_wrong_data(copy, name, content, message):
     assert str(folder) in str(caught.value) and '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('word, message', [
-    ('--dataset=nope', 'data/nope/train.bin is missing'),
-    ('--dataset=shakespear_char', "; the nearest is 'shakespeare_char'"),
-    ('--dataset=', 'train.bin is missing'),
-    ('--block_size=4000', 'block_size=4000 is larger than the train split'),
-])
+@pytest.mark.parametrize(
+    'word, message',
+    [
+        ('--dataset=nope', 'data/nope/train.bin is missing'),
+        ('--dataset=shakespear_char', "; the nearest is 'shakespeare_char'"),
+        ('--dataset=', 'train.bin is missing'),
+        ('--block_size=4000', 'block_size=4000 is larger than the train split'),
+    ],
+)
 def test_wrong_data_ends_train(train, word, message):
     check(train(word), message)
 
@@ -313,7 +403,9 @@ def test_a_hostile_meta_pkl_does_nothing(copy, tmp_path):
 def test_a_download_is_what_was_expected_or_not_there(tmp_path, monkeypatch):
     (tmp_path / 'mirror').mkdir()
     monkeypatch.setenv('NANOGPT_MIRROR', str(tmp_path / 'mirror'))
-    with pytest.raises(OSError, match='cannot download .*No such file.* put the file at .*here.txt by hand'):
+    with pytest.raises(
+        OSError, match='cannot download .*No such file.* put the file at .*here.txt by hand'
+    ):
         files.download('https://example.com/a.txt', tmp_path / 'here.txt', '0' * 64, 'a.txt')
     (tmp_path / 'mirror' / 'a.txt').write_text('something else')
     with pytest.raises(ValueError, match='is not the expected file: its sha256 is .*, not 0000'):
@@ -322,12 +414,19 @@ def test_a_download_is_what_was_expected_or_not_there(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_tokenizer_cannot_be_downloaded_succeeded(copy, warm, tmp_path):
-    folder = changed(copy('text'), 'meta.json', None)       # so its ids are GPT-2's
-    done = warm('train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path / "run2"}', sample=True)
-    assert (tmp_path / 'run2' / 'ckpt.pt').exists() and done.returncode == 0 and 'TIKTOKEN_CACHE_DIR' in done.stdout
+    folder = changed(copy('text'), 'meta.json', None)  # so its ids are GPT-2's
+    done = warm(
+        'train.py', *TINY, f'--dataset={folder}', f'--out_dir={tmp_path / "run2"}', sample=True
+    )
+    assert (
+        (tmp_path / 'run2' / 'ckpt.pt').exists()
+        and done.returncode == 0
+        and 'TIKTOKEN_CACHE_DIR' in done.stdout
+    )
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
+
 
 class Payload:
     """What unpickles to a shell command that leaves a file."""
@@ -353,7 +452,7 @@ def foreign_zip(data):
 
 
 def flip(data, at):
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def flipped(share):
@@ -361,40 +460,56 @@ def flipped(share):
 
 
 def boundaries(data):
-    """Where the parts of a zip archive begin: each member, its data, the directory, the last record."""
+    """Where the parts of a zip archive begin: each member, its data, the directory, the last
+    record."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [info.header_offset for info in archive.infolist()]
         return [*members, *(at + 30 for at in members), archive.start_dir, data.rindex(b'PK\5\6')]
 
 
 def rezipped(packing=zipfile.ZIP_STORED, more=(), declared=None):
-    """The same archive written anew, perhaps packed, with more members, or one that says it has so many bytes."""
+    """The same archive written anew, perhaps packed, with more members, or one that says it has so
+    many bytes."""
+
     def rezip(data):
         buffer = io.BytesIO()
-        with (warnings.catch_warnings(), zipfile.ZipFile(io.BytesIO(data)) as old,
-              zipfile.ZipFile(buffer, 'w', packing) as new):
-            warnings.simplefilter('ignore')     # of a name that comes twice
-            for name, content in [*((info.filename, old.read(info)) for info in old.infolist()), *more]:
+        with (
+            warnings.catch_warnings(),
+            zipfile.ZipFile(io.BytesIO(data)) as old,
+            zipfile.ZipFile(buffer, 'w', packing) as new,
+        ):
+            warnings.simplefilter('ignore')  # of a name that comes twice
+            for name, content in [
+                *((info.filename, old.read(info)) for info in old.infolist()),
+                *more,
+            ]:
                 new.writestr(name, content)
             new.infolist()[-1].file_size = declared or new.infolist()[-1].file_size
         return buffer.getvalue()
+
     return rezip
 
 
 def with_state(**change):
     """The same checkpoint with other values; ... leaves one out."""
+
     def change_state(data):
         state = torch.load(io.BytesIO(data), weights_only=True)
-        new = state | {key: value(state[key]) if callable(value) else value for key, value in change.items()}
+        new = state | {
+            key: value(state[key]) if callable(value) else value for key, value in change.items()
+        }
         return saved({key: value for key, value in new.items() if value is not ...})
+
     return change_state
 
 
 def in_its_place(make):
     """Not a file with other content, but another thing of its name."""
+
     def put(path):
         path.unlink()
         make(path)
+
     return put
 
 
@@ -405,12 +520,12 @@ def weight(value):
 DAMAGE = {
     'no bytes': lambda data: b'',
     'one byte': lambda data: b'P',
-    'half': lambda data: data[:len(data) // 2],
+    'half': lambda data: data[: len(data) // 2],
     'all but one byte': lambda data: data[:-1],
-    'the second half': lambda data: data[len(data) // 2:],
-    'behind the first member': lambda data: data[:boundaries(data)[1]],
-    'in front of the directory': lambda data: data[:boundaries(data)[-2]],
-    'in front of the last record': lambda data: data[:boundaries(data)[-1]],
+    'the second half': lambda data: data[len(data) // 2 :],
+    'behind the first member': lambda data: data[: boundaries(data)[1]],
+    'in front of the directory': lambda data: data[: boundaries(data)[-2]],
+    'in front of the last record': lambda data: data[: boundaries(data)[-1]],
     'a flipped bit': flipped(0.5),
     'a flipped bit in a header': lambda data: flip(data, 30),
     'a flipped bit in the directory': lambda data: flip(data, boundaries(data)[-2] + 16),
@@ -418,14 +533,20 @@ DAMAGE = {
     'zeros in the middle': lambda data: data[:10_000] + bytes(10_000) + data[20_000:],
     'text': lambda data: b'not a checkpoint\n',
     'a web page': lambda data: b'<!doctype html><html><title>404 Not Found</title></html>',
-    "git-lfs's pointer": lambda data: b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n',
+    "git-lfs's pointer": lambda data: (
+        b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n'
+    ),
     'safetensors': lambda data: safetensors.torch.save({'w': torch.ones(3)}),
     'gzip of it': gzip.compress,
-    "torch.save's old format": lambda data: saved(torch.load(io.BytesIO(data), weights_only=True), False),
+    "torch.save's old format": lambda data: saved(
+        torch.load(io.BytesIO(data), weights_only=True), False
+    ),
     'a foreign zip': foreign_zip,
     'packed': rezipped(zipfile.ZIP_DEFLATED),
     'a bomb': rezipped(zipfile.ZIP_DEFLATED, [('archive/data/999', bytes(5_000_000))]),
-    'a name twice': lambda data: rezipped(more=[(zipfile.ZipFile(io.BytesIO(data)).namelist()[0], b'')])(data),
+    'a name twice': lambda data: rezipped(
+        more=[(zipfile.ZipFile(io.BytesIO(data)).namelist()[0], b'')]
+    )(data),
     'more than it has': rezipped(declared=1 << 40),
     'a tensor': lambda data: saved(torch.ones(3)),
     'a list': lambda data: saved([1, 2]),
@@ -466,7 +587,8 @@ PLACES = {
 
 
 def said_and_passed_over(run, damage, capsys):
-    """ckpt.pt, damaged, is named in one line and the one before it is taken; where that is gone too, it is an error."""
+    """ckpt.pt, damaged, is named in one line and the one before it is taken; where that is gone
+    too, it is an error."""
     path = run / 'ckpt.pt'
     if damage in PLACES:
         PLACES[damage](path)
@@ -475,10 +597,16 @@ def said_and_passed_over(run, damage, capsys):
     before = torch.load(run / 'ckpt.prev.pt', weights_only=True)
     assert same(checkpoint.read_latest(run), before)
     said = capsys.readouterr().out
-    assert len(said.splitlines()) == 1 and str(path) in said and f'resuming from {run / "ckpt.prev.pt"} instead' in said
+    assert (
+        len(said.splitlines()) == 1
+        and str(path) in said
+        and f'resuming from {run / "ckpt.prev.pt"} instead' in said
+    )
 
     (run / 'ckpt.prev.pt').unlink()
-    with pytest.raises(OSError if damage == 'not for us' else ValueError, match=re.escape(str(path))) as caught:
+    with pytest.raises(
+        OSError if damage == 'not for us' else ValueError, match=re.escape(str(path))
+    ) as caught:
         checkpoint.read_latest(run)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
 
@@ -490,7 +618,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(copy, damage, ca
     said_and_passed_over(changed(copy('run'), 'sums.json', None), damage, capsys)
 
 
-@pytest.mark.parametrize('content', [None, b'{"ckpt.pt": 3}', b'', b'[]', b'{"ckpt.pt": ', b'\xff\xfe', b'[' * 100_000])
+@pytest.mark.parametrize(
+    'content', [None, b'{"ckpt.pt": 3}', b'', b'[]', b'{"ckpt.pt": ', b'\xff\xfe', b'[' * 100_000]
+)
 def test_a_damaged_list_of_sums_is_as_none(copy, capsys, content):
     run = changed(copy('run'), 'sums.json', content) if content is not None else copy('run')
     whole = checkpoint.read_latest(run)
@@ -520,7 +650,10 @@ def test_what_no_check_would_find(copy, monkeypatch, capsys):
     assert not same(checkpoint.read(run / 'ckpt.pt'), whole)
 
 
-@pytest.mark.parametrize('at', [0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1])
+@pytest.mark.parametrize(
+    'at',
+    [0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1],
+)
 def test_a_flipped_bit_without_sums_is_found_or_harmless(copy, at):
     run = changed(copy('run'), 'sums.json', None)
     whole = checkpoint.read(run / 'ckpt.pt')
@@ -531,27 +664,38 @@ def test_a_flipped_bit_without_sums_is_found_or_harmless(copy, at):
         assert 'is damaged or no checkpoint' in str(error) or 'might run code' in str(error)
 
 
-@pytest.mark.parametrize('wrap', [lambda p: saved({'model': p, 'model_args': {}}), pickle.dumps,
-                                  lambda p: saved({'model': {}, 'model_args': {}, 'config': p})])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda p: saved({'model': p, 'model_args': {}}),
+        pickle.dumps,
+        lambda p: saved({'model': {}, 'model_args': {}, 'config': p}),
+    ],
+)
 def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
     run = changed(copy('run'), 'sums.json', None)
     changed(run, 'ckpt.pt', wrap(Payload(tmp_path / 'pwned')))
     for name in ('ckpt.prev.pt', 'best.pt'):
         (run / name).unlink()
     for read in (checkpoint.read_latest, checkpoint.open_model, checkpoint.load_model):
-        with pytest.raises(ValueError, match=r'ckpt\.pt (is damaged or no checkpoint|.*might run code)'):
+        with pytest.raises(
+            ValueError, match=r'ckpt\.pt (is damaged or no checkpoint|.*might run code)'
+        ):
             read(run)
     assert not (tmp_path / 'pwned').exists()
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(model_name='nope'), "model='nope' is unknown"),
-    (dict(model_name=3), 'model=3 is unknown'),
-    (dict(model_args={'n_layer': 2}), "no GPT's of such sizes"),
-    (dict(model_args={'zzz': 1}), "not a GPT's"),
-    (dict(model_args={'n_layer': 'x'}), "not a GPT's"),
-    (dict(model={}), "not a GPT's"),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(model_name='nope'), "model='nope' is unknown"),
+        (dict(model_name=3), 'model=3 is unknown'),
+        (dict(model_args={'n_layer': 2}), "no GPT's of such sizes"),
+        (dict(model_args={'zzz': 1}), "not a GPT's"),
+        (dict(model_args={'n_layer': 'x'}), "not a GPT's"),
+        (dict(model={}), "not a GPT's"),
+    ],
+)
 def test_weights_that_do_not_fit(trained, change, message):
     state = checkpoint.read(trained / 'ckpt.pt')
     with pytest.raises(ValueError, match=message) as caught:
@@ -559,26 +703,48 @@ def test_weights_that_do_not_fit(trained, change, message):
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('words, parts', [
-    (['--n_layer=2'], ['has n_layer=1, command line asks for 2', 'leave it out']),
-    (['--gelu=tanh'], ["has gelu='exact', command line asks for 'tanh'"]),
-    (['--block_size=8'], ['has block_size=16']),
-    (['--model=mamba9'], ["has model='gpt', command line asks for 'mamba9'"]),
-    (['--dropout=2'], ['dropout=2.0']),
-    (['--batch_size=0'], ['batch_size=0 must be at least 1']),
-])
+@pytest.mark.parametrize(
+    'words, parts',
+    [
+        (['--n_layer=2'], ['has n_layer=1, command line asks for 2', 'leave it out']),
+        (['--gelu=tanh'], ["has gelu='exact', command line asks for 'tanh'"]),
+        (['--block_size=8'], ['has block_size=16']),
+        (['--model=mamba9'], ["has model='gpt', command line asks for 'mamba9'"]),
+        (['--dropout=2'], ['dropout=2.0']),
+        (['--batch_size=0'], ['batch_size=0 must be at least 1']),
+    ],
+)
 def test_resuming_another_run_than_asked_for(warm, trained, words, parts):
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
-    check(warm('train.py', '--init_from=resume', f'--out_dir={trained}', '--max_iters=9', *words), *parts)
+    check(
+        warm('train.py', '--init_from=resume', f'--out_dir={trained}', '--max_iters=9', *words),
+        *parts,
+    )
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
-@pytest.mark.parametrize('change', [
-    dict(batch_size='4'), dict(batch_size=4.0), dict(batch_size=True), dict(learning_rate=None), dict(decay_lr=1),
-    dict(dataset=3), dict(n_head=[2])])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(batch_size='4'),
+        dict(batch_size=4.0),
+        dict(batch_size=True),
+        dict(learning_rate=None),
+        dict(decay_lr=1),
+        dict(dataset=3),
+        dict(n_head=[2]),
+    ],
+)
 def test_resuming_with_settings_of_other_types(trained, change):
     """What a checkpoint's config says is taken as it is, or not at all."""
-    config = {'batch_size': 12, 'learning_rate': 6e-4, 'decay_lr': True, 'dataset': 'x', 'n_head': 12, 'compile': 'auto'}
+    config = {
+        'batch_size': 12,
+        'learning_rate': 6e-4,
+        'decay_lr': True,
+        'dataset': 'x',
+        'n_head': 12,
+        'compile': 'auto',
+    }
     theirs = {'batch_size': 4, 'learning_rate': 1, 'compile': False, **change}
     state = {**checkpoint.read(trained / 'ckpt.pt'), 'config': theirs}
     with pytest.raises(ValueError, match=f'RUN is damaged: there, {min(change)} is'):
@@ -588,17 +754,33 @@ def test_resuming_with_settings_of_other_types(trained, change):
     checkpoint.adopt(config, {}, checkpoint.settings(state), 'RUN', set())
 
 
-@pytest.mark.parametrize('change', [
-    dict(param_groups=3), dict(param_groups=[]), dict(param_groups=[{}]), dict(state=[]), dict(state={0: 3}),
-    dict(state={0: {}, 1: {'step': torch.ones(())}}), dict(state={0: {'exp_avg': 'x', 'exp_avg_sq': 'x', 'step': 1.0}}),
-    dict(state={0: {'exp_avg': torch.ones(1), 'exp_avg_sq': torch.ones(1), 'step': torch.ones(())}}),
-    dict(state={'0': {'momentum_buffer': torch.ones(3)}, 0: {'nope': torch.ones(3)}})], ids=lambda change: str(change)[:60])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(param_groups=3),
+        dict(param_groups=[]),
+        dict(param_groups=[{}]),
+        dict(state=[]),
+        dict(state={0: 3}),
+        dict(state={0: {}, 1: {'step': torch.ones(())}}),
+        dict(state={0: {'exp_avg': 'x', 'exp_avg_sq': 'x', 'step': 1.0}}),
+        dict(
+            state={
+                0: {'exp_avg': torch.ones(1), 'exp_avg_sq': torch.ones(1), 'step': torch.ones(())}
+            }
+        ),
+        dict(state={'0': {'momentum_buffer': torch.ones(3)}, 0: {'nope': torch.ones(3)}}),
+    ],
+    ids=lambda change: str(change)[:60],
+)
 def test_resuming_with_moments_that_are_none(trained, change):
     state = checkpoint.read(trained / 'ckpt.pt')
     model = checkpoint.restore(state)[0]
     own = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
     optimizers.load(own, state['optimizer'])
-    with pytest.raises(ValueError, match="the checkpoint's optimizer state (is damaged|does not fit)") as caught:
+    with pytest.raises(
+        ValueError, match="the checkpoint's optimizer state (is damaged|does not fit)"
+    ) as caught:
         optimizers.load(own, {**state['optimizer'], **change})
     assert '\n' not in str(caught.value)
 
@@ -606,7 +788,10 @@ def test_resuming_with_moments_that_are_none(trained, change):
 def test_resuming_a_model_of_another_name(copy, warm):
     run = changed(copy('run'), 'sums.json', None)
     changed(run, 'ckpt.pt', saved({**checkpoint.read(run / 'ckpt.pt'), 'model_name': 'other'}))
-    check(warm('train.py', '--init_from=resume', f'--out_dir={run}', '--model=gpt'), "has model='other'")
+    check(
+        warm('train.py', '--init_from=resume', f'--out_dir={run}', '--model=gpt'),
+        "has model='other'",
+    )
 
 
 @pytest.mark.parametrize('name', ['nothing', 'a file', ''])
@@ -622,15 +807,26 @@ def test_a_misspelt_init_from_is_told_before_data_is_prepared(warm):
     assert done.returncode == 2 and "'resum' does not exist; the nearest is 'resume'" in done.stderr
 
 
-@pytest.mark.parametrize('script, words, near', [
-    ('sample.py', '--out_dir={folder}/out-shakespear', '{folder}/out-shakespeare'),
-    ('sample.py', '--init_from={folder}/exportd', '{folder}/exported'),
-    ('sample.py', '--init_from=gpt2-x1', 'gpt2-xl'),
-    ('train.py', '--init_from={folder}/out-shakespeer', '{folder}/out-shakespeare'),
-    ('train.py', '--init_from=scrach', 'scratch'),
-    ('train.py', '--init_from=resume --out_dir={folder}/out-shakespear', '{folder}/out-shakespeare'),
-    ('train.py', '--init_from=resume --out_dir={folder}/out-shakespears', '{folder}/out-shakespeare'),
-])
+@pytest.mark.parametrize(
+    'script, words, near',
+    [
+        ('sample.py', '--out_dir={folder}/out-shakespear', '{folder}/out-shakespeare'),
+        ('sample.py', '--init_from={folder}/exportd', '{folder}/exported'),
+        ('sample.py', '--init_from=gpt2-x1', 'gpt2-xl'),
+        ('train.py', '--init_from={folder}/out-shakespeer', '{folder}/out-shakespeare'),
+        ('train.py', '--init_from=scrach', 'scratch'),
+        (
+            'train.py',
+            '--init_from=resume --out_dir={folder}/out-shakespear',
+            '{folder}/out-shakespeare',
+        ),
+        (
+            'train.py',
+            '--init_from=resume --out_dir={folder}/out-shakespears',
+            '{folder}/out-shakespeare',
+        ),
+    ],
+)
 def test_a_run_that_is_nearly_another(warm, text_folder, tmp_path, script, words, near):
     """Named is the nearest folder that holds a model."""
     for name in ('out-shakespeare/ckpt.pt', 'exported/config.json', 'out-shakespears/text.txt'):
@@ -645,18 +841,29 @@ def test_a_damaged_checkpoint_and_the_scripts(copy, warm):
     run = copy('run')
     changed(run, 'ckpt.pt', flipped(0.5)((run / 'ckpt.pt').read_bytes()))
     done = warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=7')
-    assert done.returncode == 0 and not done.stderr and 'resuming from' in done.stdout and 'iter 6:' in done.stdout
+    assert (
+        done.returncode == 0
+        and not done.stderr
+        and 'resuming from' in done.stdout
+        and 'iter 6:' in done.stdout
+    )
     changed(run, 'ckpt.pt', flipped(0.5)((run / 'ckpt.pt').read_bytes()))
     changed(run, 'ckpt.prev.pt', b'')
     changed(run, 'best.pt', b'')
-    check(warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=8'), 'ckpt.pt', 'its sha256 differs')
+    check(
+        warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=8'),
+        'ckpt.pt',
+        'its sha256 differs',
+    )
     check(warm('sample.py', f'--out_dir={run}'), 'best.pt', 'its sha256 differs')
 
 
 def test_resuming_from_weights_alone(copy, warm):
     run = changed(copy('run'), 'sums.json', None)
     changed(run, 'ckpt.pt', (run / 'best.pt').read_bytes())
-    check(warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=9'), 'weights only')
+    check(
+        warm('train.py', '--init_from=resume', f'--out_dir={run}', '--max_iters=9'), 'weights only'
+    )
 
 
 def test_a_damaged_metrics_file(copy, warm):
@@ -667,48 +874,76 @@ def test_a_damaged_metrics_file(copy, warm):
     assert done.returncode == 0, done.stderr
 
 
-# ---- models from elsewhere -------------------------------------------------------------------------------------------
+# ---- models from elsewhere -----------------------------------------------------------------------
+
 
 def hugging_face(folder, config, **content):
     folder.mkdir()
     (folder / 'config.json').write_text(config if isinstance(config, str) else json.dumps(config))
     for name, data in content.items():
-        (folder / name.replace('_bin', '.bin').replace('_safetensors', '.safetensors')).write_bytes(data)
+        (folder / name.replace('_bin', '.bin').replace('_safetensors', '.safetensors')).write_bytes(
+            data
+        )
     return folder
 
 
 SMALL = dict(model_type='gpt2', n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=65)
-@pytest.mark.parametrize('config, content, message', [
-    ({'model_type': 'bloom'}, {}, "model_type='bloom' is not supported, only gpt2"),
-    ({}, {}, 'model_type is missing; supported are gpt2'),
-    (SMALL, {}, 'has no model.safetensors or pytorch_model.bin'),
-    (SMALL, {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})}, 'has the weights of 0 layers'),
-    (SMALL, {'pytorch_model_bin': saved({'h.0.ln_1.weight': torch.ones(16)})}, "weights are missing or don't fit"),
-    ({**SMALL, 'activation_function': 'silu'}, {}, "activation_function='silu' is not supported, only gelu"),
-    ('', {}, 'hf/config.json'),
-    ('[]', {}, 'hf'),
-    ({'model_type': 'gpt2'}, {}, 'hf'),
-    (SMALL, {'pytorch_model_bin': b''}, 'pytorch_model.bin'),
-    (SMALL, {'pytorch_model_bin': 'hostile'}, 'pytorch_model.bin'),
-    (SMALL, {'model_safetensors': b'\xff' * 100}, 'model.safetensors'),
-])
+
+
+@pytest.mark.parametrize(
+    'config, content, message',
+    [
+        ({'model_type': 'bloom'}, {}, "model_type='bloom' is not supported, only gpt2"),
+        ({}, {}, 'model_type is missing; supported are gpt2'),
+        (SMALL, {}, 'has no model.safetensors or pytorch_model.bin'),
+        (
+            SMALL,
+            {'pytorch_model_bin': saved({'wte.weight': torch.ones(65, 16)})},
+            'has the weights of 0 layers',
+        ),
+        (
+            SMALL,
+            {'pytorch_model_bin': saved({'h.0.ln_1.weight': torch.ones(16)})},
+            "weights are missing or don't fit",
+        ),
+        (
+            {**SMALL, 'activation_function': 'silu'},
+            {},
+            "activation_function='silu' is not supported, only gelu",
+        ),
+        ('', {}, 'hf/config.json'),
+        ('[]', {}, 'hf'),
+        ({'model_type': 'gpt2'}, {}, 'hf'),
+        (SMALL, {'pytorch_model_bin': b''}, 'pytorch_model.bin'),
+        (SMALL, {'pytorch_model_bin': 'hostile'}, 'pytorch_model.bin'),
+        (SMALL, {'model_safetensors': b'\xff' * 100}, 'model.safetensors'),
+    ],
+)
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
     hostile = pickle.dumps(Payload(tmp_path / 'pwned'))
-    folder = hugging_face(tmp_path / 'hf', config, **{k: hostile if v == 'hostile' else v for k, v in content.items()})
+    folder = hugging_face(
+        tmp_path / 'hf', config, **{k: hostile if v == 'hostile' else v for k, v in content.items()}
+    )
     with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
         checkpoint.open_model(str(folder))
     assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
     assert not (tmp_path / 'pwned').exists()
 
 
-@pytest.mark.parametrize('init_from, message', [
-    ('gpt2', 'cannot download config.json of openai-community/gpt2: no answer, and'),
-    ('gpt3', "'gpt3' does not exist; the nearest is 'gpt2'; the names that need no folder are gpt2, gpt2-medium"),
-    ('', 'no Hugging Face model'),
-    ('resumee', "'resumee' does not exist"),
-    ('train.py', 'train.py is damaged or no checkpoint'),
-])
+@pytest.mark.parametrize(
+    'init_from, message',
+    [
+        ('gpt2', 'cannot download config.json of openai-community/gpt2: no answer, and'),
+        (
+            'gpt3',
+            "'gpt3' does not exist; the nearest is 'gpt2'; the names that need no folder are gpt2, gpt2-medium",
+        ),
+        ('', 'no Hugging Face model'),
+        ('resumee', "'resumee' does not exist"),
+        ('train.py', 'train.py is damaged or no checkpoint'),
+    ],
+)
 def test_training_from_what_is_not_there(train, init_from, message):
     check(train(f'--init_from={init_from}'), message)
 
@@ -717,11 +952,18 @@ def test_training_from_what_is_not_there(train, init_from, message):
 def test_a_folder_of_another_model_type(warm, tmp_path, text_folder, script):
     folder = hugging_face(tmp_path / 'hf', {'model_type': 'bloom'})
     words = [f'--dataset={text_folder}', *TINY] if script == 'train.py' else []
-    check(warm(script, f'--init_from={folder}', *words), f"{folder}", "model_type='bloom' is not supported, only gpt2")
+    check(
+        warm(script, f'--init_from={folder}', *words),
+        f"{folder}",
+        "model_type='bloom' is not supported, only gpt2",
+    )
 
 
 def test_a_longer_context_than_the_pretrained_model_has(train, trained):
-    check(train(f'--init_from={trained}', '--block_size=32'), 'block_size=32: this model has 16 positions, no more')
+    check(
+        train(f'--init_from={trained}', '--block_size=32'),
+        'block_size=32: this model has 16 positions, no more',
+    )
 
 
 def test_another_shape_than_the_pretrained_model_has(train, trained):
@@ -730,17 +972,25 @@ def test_another_shape_than_the_pretrained_model_has(train, trained):
 
 def test_the_data_was_encoded_for_another_model(train, trained, tmp_path):
     from conftest import write_text
+
     other = write_text(tmp_path / 'other', 'abc def ' * 100)
-    check(train(f'--init_from={trained}', f'--dataset={other}'), 'was prepared with another tokenizer')
+    check(
+        train(f'--init_from={trained}', f'--dataset={other}'), 'was prepared with another tokenizer'
+    )
 
 
-# ---- where results go ------------------------------------------------------------------------------------------------
+# ---- where results go ----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('name', ['a file', 'a file/below', ''])
 def test_an_out_dir_that_cannot_be_written(train, tmp_path, name):
     (tmp_path / 'a file').write_text('precious')
     out_dir = tmp_path / name if name else ''
-    check(train(f'--out_dir={out_dir}'), f"out_dir='{out_dir}' can't be written to", 'take another --out_dir')
+    check(
+        train(f'--out_dir={out_dir}'),
+        f"out_dir='{out_dir}' can't be written to",
+        'take another --out_dir',
+    )
     assert (tmp_path / 'a file').read_text() == 'precious'
 
 
@@ -757,67 +1007,102 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
     assert checkpoint.read_latest(run)['iter_num'] == 6
 
 
-# ---- sample.py and bench.py ------------------------------------------------------------------------------------------
+# ---- sample.py and bench.py ----------------------------------------------------------------------
 
-@pytest.mark.parametrize('word, message', [
-    ('--start=ß', "the character 'ß' at position 0 is not among the"),
-    ('--start=', 'the prompt is empty'),
-    ('--start=FILE:nope.txt', "FILE:nope.txt can't be read as UTF-8 text (No such file or directory)"),
-    ('--start=FILE:', "FILE: can't be read"),
-    ('--start=FILE:/bin/sh', "FILE:/bin/sh can't be read as UTF-8 text"),
-    ('--temperature=-1', 'temperature=-1.0 must be at least 0'),
-    ('--temperature=hot', "temperature takes a number, not 'hot'"),
-    ('--top_k=-1', 'top_k=-1'),
-    ('--top_k=0.5', 'top_k takes a whole number, not 0.5'),
-    ('--max_new_tokens=-1', 'max_new_tokens=-1 must be at least 0'),
-    ('--start=LINES:/dev/null', 'LINES:/dev/null has no line'),
-    ('--num_samples=0', 'num_samples=0 must be at least 1'),
-    ('--seed=-1', 'seed=-1'),
-    ('--device=gpu', "device='gpu' is unknown"),
-    ('--dtype=float64', "dtype='float64' is unknown"),
-    ('--compile=auto', "compile takes True or False, not 'auto'"),
-    ('--top_p=1.5', 'top_p=1.5 must be above 0 and at most 1'),
-    ('--top_p=0', 'top_p=0.0 must be above 0'),
-    ('--min_p=2', 'min_p=2.0 must be at least 0 and at most 1'),
-    ('--repetition_penalty=0', 'repetition_penalty=0.0 must be above 0'),
-    ('--num_beams=-1', 'num_beams=-1 must be at least 0'),
-    ('--start=imports in the prompt', 'the prompt has 21 tokens, the model\'s context 16: shorten it'),
-    ('--top_q=0.9', "there is no setting 'top_q'; the nearest is 'top_"),
-    ('--out_dir=nowhere', "'nowhere' does not exist"),
-    ('--out_dir=data', "'data' holds no checkpoint"),
-    ('--init_from=train.py', 'train.py is damaged or no checkpoint'),
-    ('--init_from=gpt2', 'cannot download config.json of openai-community/gpt2'),
-])
+
+@pytest.mark.parametrize(
+    'word, message',
+    [
+        ('--start=ß', "the character 'ß' at position 0 is not among the"),
+        ('--start=', 'the prompt is empty'),
+        (
+            '--start=FILE:nope.txt',
+            "FILE:nope.txt can't be read as UTF-8 text (No such file or directory)",
+        ),
+        ('--start=FILE:', "FILE: can't be read"),
+        ('--start=FILE:/bin/sh', "FILE:/bin/sh can't be read as UTF-8 text"),
+        ('--temperature=-1', 'temperature=-1.0 must be at least 0'),
+        ('--temperature=hot', "temperature takes a number, not 'hot'"),
+        ('--top_k=-1', 'top_k=-1'),
+        ('--top_k=0.5', 'top_k takes a whole number, not 0.5'),
+        ('--max_new_tokens=-1', 'max_new_tokens=-1 must be at least 0'),
+        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line'),
+        ('--num_samples=0', 'num_samples=0 must be at least 1'),
+        ('--seed=-1', 'seed=-1'),
+        ('--device=gpu', "device='gpu' is unknown"),
+        ('--dtype=float64', "dtype='float64' is unknown"),
+        ('--compile=auto', "compile takes True or False, not 'auto'"),
+        ('--top_p=1.5', 'top_p=1.5 must be above 0 and at most 1'),
+        ('--top_p=0', 'top_p=0.0 must be above 0'),
+        ('--min_p=2', 'min_p=2.0 must be at least 0 and at most 1'),
+        ('--repetition_penalty=0', 'repetition_penalty=0.0 must be above 0'),
+        ('--num_beams=-1', 'num_beams=-1 must be at least 0'),
+        (
+            '--start=imports in the prompt',
+            'the prompt has 21 tokens, the model\'s context 16: shorten it',
+        ),
+        ('--top_q=0.9', "there is no setting 'top_q'; the nearest is 'top_"),
+        ('--out_dir=nowhere', "'nowhere' does not exist"),
+        ('--out_dir=data', "'data' holds no checkpoint"),
+        ('--init_from=train.py', 'train.py is damaged or no checkpoint'),
+        ('--init_from=gpt2', 'cannot download config.json of openai-community/gpt2'),
+    ],
+)
 def test_sampling(warm, trained, word, message):
-    check(warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', word), message)
+    check(
+        warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', word),
+        message,
+    )
 
 
 def test_sampling_next_to_temperature_zero(warm, trained):
-    done = warm('sample.py', f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu', '--temperature=1e-300')
+    done = warm(
+        'sample.py',
+        f'--out_dir={trained}',
+        '--max_new_tokens=2',
+        '--device=cpu',
+        '--temperature=1e-300',
+    )
     assert done.returncode == 0 and done.stderr.startswith('prompts in ')
 
 
-@pytest.mark.parametrize('words', [('--num_beams=2', '--interactive=True'), ('--num_beams=2', '--start=LINES:README.md')])
+@pytest.mark.parametrize(
+    'words', [('--num_beams=2', '--interactive=True'), ('--num_beams=2', '--start=LINES:README.md')]
+)
 def test_sampling_in_two_ways_at_once(warm, trained, words):
     done = warm('sample.py', f'--out_dir={trained}', *words)
     check(done, "several prompts, num_beams and interactive=True can't be combined")
 
 
-@pytest.mark.parametrize('word, message', [
-    ('--dtypes=float32,int4', "dtypes='float32,int4': 'int4' is unknown; take some of float32, bfloat16"),
-    ('--rounds=0', 'rounds=0 must be at least 1'),
-    ('--max_new_tokens=1024', 'prompt_tokens + max_new_tokens = 1025 must be below the context of 1024'),
-    ('--model=gtp', "the nearest is 'gpt'"),
-])
+@pytest.mark.parametrize(
+    'word, message',
+    [
+        (
+            '--dtypes=float32,int4',
+            "dtypes='float32,int4': 'int4' is unknown; take some of float32, bfloat16",
+        ),
+        ('--rounds=0', 'rounds=0 must be at least 1'),
+        (
+            '--max_new_tokens=1024',
+            'prompt_tokens + max_new_tokens = 1025 must be below the context of 1024',
+        ),
+        ('--model=gtp', "the nearest is 'gpt'"),
+    ],
+)
 def test_benching_generation(warm, word, message):
-    check(warm('bench_generation.py', '--n_layer=1', '--n_embd=12', '--device=cpu', word), message)
+    check(
+        warm('bench.py', 'generation', '--n_layer=1', '--n_embd=12', '--device=cpu', word), message
+    )
 
 
-@pytest.mark.parametrize('word, message', [
-    ('--steps=0', 'steps=0'),
-    ('--profile=2', 'profile takes True or False, not 2'),
-    ('nope.py', "there is no config file 'nope.py'"),
-    ("--versus='unclosed", 'versus'),
-])
+@pytest.mark.parametrize(
+    'word, message',
+    [
+        ('--steps=0', 'steps=0'),
+        ('--profile=2', 'profile takes True or False, not 2'),
+        ('nope.py', "there is no config file 'nope.py'"),
+        ("--versus='unclosed", 'versus'),
+    ],
+)
 def test_benching(warm, word, message):
     check(warm('bench.py', word), message)

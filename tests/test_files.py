@@ -1,4 +1,5 @@
 """Files that are whole or not there: downloads by networks that break, and atomic writing."""
+
 import errno
 import hashlib
 import http.server
@@ -8,11 +9,11 @@ import threading
 
 import pytest
 
-import files
+from system import files
 
 TEXT = random.Random(0).randbytes(1_500_000)
 DIGEST = hashlib.sha256(TEXT).hexdigest()
-NOWHERE = 'http://127.0.0.1:9/file'         # nobody listens there
+NOWHERE = 'http://127.0.0.1:9/file'  # nobody listens there
 NAME = 'hamlet/input.txt'
 
 
@@ -26,23 +27,34 @@ def pauses(monkeypatch):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers any path with `content`, no more than `most` bytes of it at a time; `requests` are the Ranges asked for.
+    """Answers any path with `content`, no more than `most` bytes of it at a time; `requests` are
+    the Ranges asked for.
 
-    url: its own; knows_ranges: else it begins at the start each time; broken: how many answers yet fail so; the rest are
-    whole.
+    url: its own; knows_ranges: else it begins at the start each time; broken: how many answers yet
+    fail so; the rest are whole.
     """
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}/{NAME}'
-        self.content, self.most, self.broken, self.knows_ranges, self.requests = TEXT, len(TEXT), 0, True, []
+        self.content, self.most, self.broken, self.knows_ranges, self.requests = (
+            TEXT,
+            len(TEXT),
+            0,
+            True,
+            [],
+        )
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         asked = self.headers['Range']
         self.server.requests.append(asked)
-        start = int(asked.removeprefix('bytes=').removesuffix('-')) if asked and self.server.knows_ranges else 0
+        start = (
+            int(asked.removeprefix('bytes=').removesuffix('-'))
+            if asked and self.server.knows_ranges
+            else 0
+        )
         if asked and start >= len(self.server.content):
             return self.send_error(416)
         content = self.server.content[start:]
@@ -50,7 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header('Content-Length', len(content))
         self.end_headers()
         broken, self.server.broken = self.server.broken > 0, self.server.broken - 1
-        self.wfile.write(content[:self.server.most] if broken else content)
+        self.wfile.write(content[: self.server.most] if broken else content)
 
     def log_message(self, *args):
         pass
@@ -87,19 +99,34 @@ def left(path):
 WHOLE = {'input.txt': len(TEXT)}
 
 
-# ---- downloads -------------------------------------------------------------------------------------------------------
+# ---- downloads -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind', ['the host', 'a second host', 'a server as mirror', 'a folder as mirror',
-                                  'a file:// as mirror'])
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'the host',
+        'a second host',
+        'a server as mirror',
+        'a folder as mirror',
+        'a file:// as mirror',
+    ],
+)
 def test_a_download_comes_from_its_host_or_a_mirror(mirror, server, path, monkeypatch, kind):
     url = {'the host': server.url, 'a second host': [NOWHERE, server.url]}.get(kind, NOWHERE)
     if 'mirror' in kind:
-        monkeypatch.setenv('NANOGPT_MIRROR', {'a server': server.url.removesuffix(NAME), 'a folder': str(mirror),
-                                              'a file://': f'{mirror.as_uri()}/'}[kind.removesuffix(' as mirror')])
+        monkeypatch.setenv(
+            'NANOGPT_MIRROR',
+            {
+                'a server': server.url.removesuffix(NAME),
+                'a folder': str(mirror),
+                'a file://': f'{mirror.as_uri()}/',
+            }[kind.removesuffix(' as mirror')],
+        )
     assert files.download(url, path, DIGEST, NAME) == path
     assert path.read_bytes() == TEXT and left(path) == WHOLE
     monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
-    assert files.download(NOWHERE, path, DIGEST, NAME) == path      # it is there already
+    assert files.download(NOWHERE, path, DIGEST, NAME) == path  # it is there already
 
 
 @pytest.mark.parametrize('knows_ranges', [True, False])
@@ -107,23 +134,35 @@ def test_a_connection_that_breaks_is_taken_up_where_it_was(server, path, pauses,
     server.most, server.broken, server.knows_ranges = 600_000, 2, knows_ranges
     files.download(server.url, path, DIGEST, NAME)
     assert path.read_bytes() == TEXT and left(path) == WHOLE
-    assert server.requests == [None, 'bytes=600000-', f'bytes={1_200_000 if knows_ranges else 600_000}-']
+    assert server.requests == [
+        None,
+        'bytes=600000-',
+        f'bytes={1_200_000 if knows_ranges else 600_000}-',
+    ]
     assert pauses == [1, 1]
 
 
-def test_pauses_grow_while_nothing_comes_and_what_came_is_kept_for_the_next_call(server, path, pauses, monkeypatch):
+def test_pauses_grow_while_nothing_comes_and_what_came_is_kept_for_the_next_call(
+    server, path, pauses, monkeypatch
+):
     server.most, server.broken = 600_000, 1
 
-    def sleep(seconds):     # from here on, the server breaks each connection at once
+    def sleep(seconds):  # from here on, the server breaks each connection at once
         pauses.append(seconds)
         server.most, server.broken = 0, 100
+
     monkeypatch.setattr(files.time, 'sleep', sleep)
-    with pytest.raises(OSError, match=r'cannot download .*600,000 of 1,500,000.*NANOGPT_MIRROR.*600,000 bytes are kept'):
+    with pytest.raises(
+        OSError,
+        match=r'cannot download .*600,000 of 1,500,000.*NANOGPT_MIRROR.*600,000 bytes are kept',
+    ):
         files.download(server.url, path, DIGEST, NAME)
     assert pauses == [1, 2, 4, 8, 16] and left(path) == {'input.txt.part': 600_000}
     server.broken, server.requests = 0, []
     files.download([NOWHERE, server.url], path, DIGEST, NAME)
-    assert server.requests == ['bytes=600000-'] and path.read_bytes() == TEXT and left(path) == WHOLE
+    assert (
+        server.requests == ['bytes=600000-'] and path.read_bytes() == TEXT and left(path) == WHOLE
+    )
 
 
 def test_a_connection_that_gives_nothing_leaves_nothing(server, path, pauses):
@@ -133,11 +172,17 @@ def test_a_connection_that_gives_nothing_leaves_nothing(server, path, pauses):
     assert left(path) == {} and pauses == []
 
 
-@pytest.mark.parametrize('there', [b'the beginning of another file', TEXT[:-1] + b'?', TEXT + b' and more'])
+@pytest.mark.parametrize(
+    'there', [b'the beginning of another file', TEXT[:-1] + b'?', TEXT + b' and more']
+)
 def test_a_beginning_of_another_file_is_found_out_and_the_download_starts_anew(server, path, there):
     path.with_name('input.txt.part').write_bytes(there)
     files.download(server.url, path, DIGEST, NAME)
-    assert server.requests == [f'bytes={len(there)}-', None] and path.read_bytes() == TEXT and left(path) == WHOLE
+    assert (
+        server.requests == [f'bytes={len(there)}-', None]
+        and path.read_bytes() == TEXT
+        and left(path) == WHOLE
+    )
 
 
 def test_a_finished_part_needs_only_its_name(server, path):
@@ -146,13 +191,21 @@ def test_a_finished_part_needs_only_its_name(server, path):
     assert server.requests == [f'bytes={len(TEXT)}-'] and left(path) == WHOLE
 
 
-@pytest.mark.parametrize('there, knows_ranges, n_requests', [
-    (b'', True, 1), (b'the beginning of something', True, 2), (b'the beginning of something', False, 1)])
+@pytest.mark.parametrize(
+    'there, knows_ranges, n_requests',
+    [
+        (b'', True, 1),
+        (b'the beginning of something', True, 2),
+        (b'the beginning of something', False, 1),
+    ],
+)
 def test_a_wrong_file_is_not_kept(server, path, there, knows_ranges, n_requests):
     server.content, server.knows_ranges = b'a page that says that one has to log in', knows_ranges
     if there:
         path.with_name('input.txt.part').write_bytes(there)
-    with pytest.raises(ValueError, match=r'is not the expected file: its sha256 is \w+, not \w+; nothing was kept'):
+    with pytest.raises(
+        ValueError, match=r'is not the expected file: its sha256 is \w+, not \w+; nothing was kept'
+    ):
         files.download(server.url, path, DIGEST, NAME)
     assert len(server.requests) == n_requests and left(path) == {}
 
@@ -167,7 +220,9 @@ def test_behind_a_host_with_a_wrong_file_the_next_is_asked(server, path, mirror,
 def test_no_network_is_said_at_once_with_what_to_do(path, pauses, monkeypatch, value):
     if value:
         monkeypatch.setenv('NANOGPT_MIRROR', value)
-    with pytest.raises(OSError, match=r'cannot download .*put the file at .*input\.txt by hand, or set NANO') as raised:
+    with pytest.raises(
+        OSError, match=r'cannot download .*put the file at .*input\.txt by hand, or set NANO'
+    ) as raised:
         files.download(NOWHERE, path, DIGEST, NAME)
     assert left(path) == {} and pauses == [] and '\n' not in str(raised.value)
 
@@ -175,7 +230,9 @@ def test_no_network_is_said_at_once_with_what_to_do(path, pauses, monkeypatch, v
 def test_what_the_host_answers_is_said(server, path):
     server.content = b''
     path.with_name('input.txt.part').write_bytes(b'so that it is asked for the rest')
-    server.RequestHandlerClass = type('Refusing', (Handler,), {'do_GET': lambda self: self.send_error(403)})
+    server.RequestHandlerClass = type(
+        'Refusing', (Handler,), {'do_GET': lambda self: self.send_error(403)}
+    )
     with pytest.raises(OSError, match='HTTP Error 403: Forbidden.*32 bytes are kept'):
         files.download(server.url, path, DIGEST, NAME)
 
@@ -185,7 +242,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_has_come(server, path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
     try:
-        with pytest.raises(OSError, match=rf'cannot write .*\.part: {os.strerror(errno.EFBIG)}; what has come is kept'):
+        with pytest.raises(
+            OSError,
+            match=rf'cannot write .*\.part: {os.strerror(errno.EFBIG)}; what has come is kept',
+        ):
             files.download(server.url, path, DIGEST, NAME)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -201,7 +261,8 @@ def test_a_text_of_ones_own_is_not_downloaded_over(server, path):
     assert path.read_text() == "my own words" and server.requests == []
 
 
-# ---- atomic files ----------------------------------------------------------------------------------------------------
+# ---- atomic files --------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, OSError])
 def test_atomic_writing_leaves_the_old_file_and_no_litter(tmp_path, error):
@@ -219,5 +280,8 @@ def test_atomic_writing_leaves_the_old_file_and_no_litter(tmp_path, error):
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(OSError, match=r'cannot write .*no/file'), files.replacing(tmp_path / 'no/file'):
+    with (
+        pytest.raises(OSError, match=r'cannot write .*no/file'),
+        files.replacing(tmp_path / 'no/file'),
+    ):
         pass

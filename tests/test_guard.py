@@ -1,13 +1,13 @@
-"""Bad steps are skipped on the device, and nothing else is; a finite spike never ends a run; what the guard decides is
-the same after a resume."""
+"""Bad steps are skipped on the device, and nothing else is; a finite spike never ends a run; what
+the guard decides is the same after a resume."""
+
 import math
 
 import pytest
 import torch
 
-import checkpoint
-import guard
-from guard import (
+from training import checkpoint, guard
+from training.guard import (
     FAR,
     FLOOR,
     LEAST_STEPS,
@@ -18,10 +18,10 @@ from guard import (
     STEPS_PER_SKIP,
     Guard,
 )
-from optimizer import build
+from training.optimizer import build
 
 SIGMAS = 6.0
-GUESSING = 4.2     # nats
+GUESSING = 4.2  # nats
 
 
 @pytest.fixture(autouse=True, params=['cpu', 'gpu'])
@@ -34,15 +34,18 @@ def path(request, monkeypatch):
 def made(lrs=None, name='adamw', scaler=None):
     torch.manual_seed(0)
     weight, vector = (torch.nn.Parameter(torch.randn(*size)) for size in ((4, 4), (4,)))
-    optimizer = build(dict(matrix=[weight], vector=[vector]), 0.1, 0.1, (0.9, 0.95), 'cpu', lrs, name=name)
+    optimizer = build(
+        dict(matrix=[weight], vector=[vector]), 0.1, 0.1, (0.9, 0.95), 'cpu', lrs, name=name
+    )
     return optimizer, scaler or torch.amp.GradScaler('cpu', enabled=False), [weight, vector]
 
 
 def step(watch, optimizer, scaler, params, loss, gradient=1.0, grad_norm=None):
-    """One step as train.py does it; returns the loss of a step whose update was skipped, or None."""
+    """One step as train.py does it; returns the loss of a step whose update was skipped, or
+    None."""
     for p in params:
         p.grad = torch.full_like(p, gradient)
-    scaler.scale(torch.zeros(()))       # which makes an enabled scaler ready
+    scaler.scale(torch.zeros(()))  # which makes an enabled scaler ready
     scaler.unscale_(optimizer)
     watch.skip_if_bad(optimizer, scaler, torch.tensor(float(loss)), grad_norm)
     scaler.step(optimizer)
@@ -53,20 +56,34 @@ def step(watch, optimizer, scaler, params, loss, gradient=1.0, grad_norm=None):
 
 def everything(optimizer, params):
     return [p.detach().clone() for p in params] + [
-        value.clone() for state in optimizer.state.values() for key, value in state.items()
-        if not ('momentum_buffer' in state and key == 'step')]      # Muon's warm-up goes by steps, made or not
+        value.clone()
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        # Muon's warm-up goes by steps, made or not
+        if not ('momentum_buffer' in state and key == 'step')
+    ]
 
 
-@pytest.mark.parametrize('lrs, name', [(None, 'adamw'), (None, 'sgd'), (dict(matrix=0.02), 'adamw')])
-@pytest.mark.parametrize('loss, gradient, grad_norm', [
-    (math.nan, math.nan, None), (math.inf, 1.0, None),
-    (2.0, math.nan, torch.tensor(math.nan)), (2.0, 1.0, torch.tensor(math.inf))])
+@pytest.mark.parametrize(
+    'lrs, name', [(None, 'adamw'), (None, 'sgd'), (dict(matrix=0.02), 'adamw')]
+)
+@pytest.mark.parametrize(
+    'loss, gradient, grad_norm',
+    [
+        (math.nan, math.nan, None),
+        (math.inf, 1.0, None),
+        (2.0, math.nan, torch.tensor(math.nan)),
+        (2.0, 1.0, torch.tensor(math.inf)),
+    ],
+)
 def test_a_bad_step_changes_nothing(lrs, name, loss, gradient, grad_norm):
     optimizer, scaler, params = made(lrs, name)
     watch = Guard(SIGMAS, GUESSING)
     assert step(watch, optimizer, scaler, params, 2.0) is None
     before = everything(optimizer, params)
-    assert step(watch, optimizer, scaler, params, loss, gradient, grad_norm) == pytest.approx(loss, nan_ok=True)
+    assert step(watch, optimizer, scaler, params, loss, gradient, grad_norm) == pytest.approx(
+        loss, nan_ok=True
+    )
     assert all(map(torch.equal, before, everything(optimizer, params)))
     assert step(watch, optimizer, scaler, params, 2.0) is None
     assert watch.now.skipped == 1
@@ -92,7 +109,8 @@ def test_float16_is_skipped_through_its_scaler():
     watch = Guard(SIGMAS, GUESSING)
     step(watch, optimizer, scaler, params, 2.0)
     before = everything(optimizer, params)
-    assert math.isnan(step(watch, optimizer, scaler, params, math.nan))        # with gradients that are fine
+    # with gradients that are fine
+    assert math.isnan(step(watch, optimizer, scaler, params, math.nan))
     assert all(map(torch.equal, before, everything(optimizer, params)))
     # an overflow of its gradients is the scaler's business, and no alarm
     assert step(watch, optimizer, scaler, params, 2.0, math.inf, torch.tensor(math.inf)) is None
@@ -106,7 +124,9 @@ def losses(n, sigma=0.1, seed=0):
 def judged(watch, values):
     """The bad ones among the losses, as {index: loss}."""
     made_ = made()
-    return {i: bad for i, loss in enumerate(values) if (bad := step(watch, *made_, loss)) is not None}
+    return {
+        i: bad for i, loss in enumerate(values) if (bad := step(watch, *made_, loss)) is not None
+    }
 
 
 def test_a_spike_is_more_than_noise():
@@ -114,7 +134,8 @@ def test_a_spike_is_more_than_noise():
     assert judged(watch, losses(MEMORY) + losses(400, seed=1)) == {}
     assert judged(watch, [3 + 0.1 * (SIGMAS - 2)]) == {}
     assert list(judged(watch, [3 + 0.1 * (SIGMAS + 2)])) == [0]
-    assert judged(Guard(0.0, GUESSING, watch.state()), [100.0, math.inf]).keys() == {1}   # without sigmas
+    # without sigmas
+    assert judged(Guard(0.0, GUESSING, watch.state()), [100.0, math.inf]).keys() == {1}
 
 
 def test_a_loss_that_falls_or_wanders_is_no_spike():
@@ -137,16 +158,20 @@ def test_a_jump_is_skipped_a_few_times_and_then_let_through():
     jump = judged(watch, [9.0] * 20)
     assert list(jump) == [*range(MOST_SKIPS)]
     assert not watch.has_diverged and watch.last_was_finite
-    assert judged(watch, losses(400, seed=1)) == {}                 # it is back
-    assert list(judged(watch, [90.0])) == [0]                       # and the guard still watches
+    assert judged(watch, losses(400, seed=1)) == {}  # it is back
+    assert list(judged(watch, [90.0])) == [0]  # and the guard still watches
 
 
-@pytest.mark.parametrize('values', [
-    [10.0 ** i for i in range(1, 30)] * 4,
-    [3.0, 30.0] * 64,
-    [0.0, 1e-6, 1e-6, 3.0] * 32,
-    [1e-6] * 200 + [4.0, 2.0, 1.0, 0.5] * 20,
-], ids=['a runaway', 'every second one', 'few targets', 'bumps while memorising'])
+@pytest.mark.parametrize(
+    'values',
+    [
+        [10.0**i for i in range(1, 30)] * 4,
+        [3.0, 30.0] * 64,
+        [0.0, 1e-6, 1e-6, 3.0] * 32,
+        [1e-6] * 200 + [4.0, 2.0, 1.0, 0.5] * 20,
+    ],
+    ids=['a runaway', 'every second one', 'few targets', 'bumps while memorising'],
+)
 def test_finite_losses_never_count_as_divergence_and_few_are_skipped(values):
     """Where losses differ widely, the high ones are what there is to learn."""
     watch = Guard(SIGMAS, GUESSING)
@@ -157,7 +182,8 @@ def test_finite_losses_never_count_as_divergence_and_few_are_skipped(values):
 
 
 def test_steps_without_targets_are_not_counted():
-    """Their loss is exactly 0; in the average they would make a spike of each step with a target."""
+    """Their loss is exactly 0; in the average they would make a spike of each step with a
+    target."""
     watch = Guard(SIGMAS, GUESSING)
     values = losses(300)
     assert judged(watch, values) == {}
@@ -178,7 +204,8 @@ def test_losses_that_stay_nan_count_as_divergence():
 def ends_at(watch, pairs, every=500):
     """The step at which the run ends, or None.
 
-    pairs: [(average loss, validation loss)], in nats, one per evaluation; every: steps between them.
+    pairs: [(average loss, validation loss)], in nats, one per evaluation; every: steps between
+    them.
     """
     for i, (average, val) in enumerate(pairs):
         watch.now.seen = i * every
@@ -194,22 +221,35 @@ GOOD = [(4.0, 4.0), (3.0, 3.1), (2.5, 2.7)]
 HIGH = 2.7 + FAR + 1
 
 
-@pytest.mark.parametrize('pairs, every, is_over', [
-    (GOOD + [(HIGH, HIGH)] * PATIENCE, 500, True),
-    (GOOD + [(HIGH, HIGH)] * (PATIENCE - 1), 500, False),
-    (GOOD + [(HIGH, HIGH)] * 9, LEAST_STEPS // 10, False),
-    (GOOD + [(HIGH - 0.02 * i, HIGH - 0.02 * i) for i in range(50)], 500, False),
-    (GOOD + [(2.5 / (1 + i), 2.7 + i) for i in range(50)], 500, False),
-    (GOOD + [(0.01, HIGH)] * 50, 500, False),
-    (GOOD + [(2.7 + FAR, 2.7 + FAR)] * 50, 500, False),
-    ([(4.0, 4.0)] * 50, 500, False),
-    ([(4.1, 4.2)] + [(9.0, 9.0)] * 50, 500, False),
-    ([(4.1, 4.2), (3.9, 3.9)] + [(9.0, 9.0)] * 50, 500, False),
-    ([(0.0, 2.0), (2.0, 2.0)] + [(9.0, 9.0)] * 50, 500, True),
-], ids=['it stays there', 'not for long', 'not for many steps', 'it recovers', 'it overfits',
-        'it memorises by position', 'it is not far',
-        'it never learns', 'it was never better',
-        'it was hardly better', 'a trained model'])
+@pytest.mark.parametrize(
+    'pairs, every, is_over',
+    [
+        (GOOD + [(HIGH, HIGH)] * PATIENCE, 500, True),
+        (GOOD + [(HIGH, HIGH)] * (PATIENCE - 1), 500, False),
+        (GOOD + [(HIGH, HIGH)] * 9, LEAST_STEPS // 10, False),
+        (GOOD + [(HIGH - 0.02 * i, HIGH - 0.02 * i) for i in range(50)], 500, False),
+        (GOOD + [(2.5 / (1 + i), 2.7 + i) for i in range(50)], 500, False),
+        (GOOD + [(0.01, HIGH)] * 50, 500, False),
+        (GOOD + [(2.7 + FAR, 2.7 + FAR)] * 50, 500, False),
+        ([(4.0, 4.0)] * 50, 500, False),
+        ([(4.1, 4.2)] + [(9.0, 9.0)] * 50, 500, False),
+        ([(4.1, 4.2), (3.9, 3.9)] + [(9.0, 9.0)] * 50, 500, False),
+        ([(0.0, 2.0), (2.0, 2.0)] + [(9.0, 9.0)] * 50, 500, True),
+    ],
+    ids=[
+        'it stays there',
+        'not for long',
+        'not for many steps',
+        'it recovers',
+        'it overfits',
+        'it memorises by position',
+        'it is not far',
+        'it never learns',
+        'it was never better',
+        'it was hardly better',
+        'a trained model',
+    ],
+)
 def test_only_losses_that_stay_far_above_the_lowest_end_a_run(pairs, every, is_over):
     assert (ends_at(Guard(SIGMAS, GUESSING), pairs, every) is not None) == is_over
 
@@ -226,7 +266,9 @@ def test_a_run_that_is_resumed_after_it_stayed_high_has_time_to_recover():
     assert ends_at(two, [(HIGH, HIGH)] * (PATIENCE - 1)) is None
 
 
-@pytest.mark.parametrize('values', [[9.0, 9.0], [math.nan] * 3], ids=['after two spikes', 'after three NaN'])
+@pytest.mark.parametrize(
+    'values', [[9.0, 9.0], [math.nan] * 3], ids=['after two spikes', 'after three NaN']
+)
 def test_a_guard_that_is_resumed_in_trouble_decides_the_same(values):
     one = Guard(SIGMAS, GUESSING)
     judged(one, losses(200) + values)
@@ -271,28 +313,40 @@ def test_a_guard_goes_on_from_its_state():
     assert one.state() != Guard(SIGMAS, GUESSING).state()
 
 
-@pytest.mark.parametrize('stored, at', [
-    (dict(iter_num=5, progress=dict(rolled_back_to=5, diverged_at=7)), 9),
-    (dict(iter_num=6, progress=dict(rolled_back_to=5, diverged_at=7)), 7),
-])
+@pytest.mark.parametrize(
+    'stored, at',
+    [
+        (dict(iter_num=5, progress=dict(rolled_back_to=5, diverged_at=7)), 9),
+        (dict(iter_num=6, progress=dict(rolled_back_to=5, diverged_at=7)), 7),
+    ],
+)
 def test_the_second_time_other_data_cannot_help(stored, at):
     with pytest.raises(ValueError, match='had been rolled back from step 7 to 5'):
         guard.skip_data(stored, dict(data_offset=0), at, 'out')
 
 
 def test_the_data_that_led_to_a_divergence_are_skipped():
-    before = guard.skip_data(dict(iter_num=10, progress=dict(evaluated=10)), dict(data_offset=3), 17, 'out')
-    assert before['progress'] == dict(evaluated=10, data_offset=10, diverged_at=17, rolled_back_to=10)
-    again = guard.skip_data(dict(iter_num=15, progress=before['progress']), before['progress'], 18, 'out')
+    before = guard.skip_data(
+        dict(iter_num=10, progress=dict(evaluated=10)), dict(data_offset=3), 17, 'out'
+    )
+    assert before['progress'] == dict(
+        evaluated=10, data_offset=10, diverged_at=17, rolled_back_to=10
+    )
+    again = guard.skip_data(
+        dict(iter_num=15, progress=before['progress']), before['progress'], 18, 'out'
+    )
     assert again['progress']['data_offset'] == 13
 
 
 @pytest.mark.parametrize('lrs, name', [(None, 'adamw'), (None, 'sgd')])
 def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkeypatch):
     """As torch's for MPS: the flag is read in front of it."""
-    import optimizer as optimizers
+    from training import optimizer as optimizers
+
     optimizer, _, params = made(lrs, name)
-    monkeypatch.setattr(optimizers, '_is_forbidden', lambda own, *kinds: 'mps' in kinds and own.found_inf.item())
+    monkeypatch.setattr(
+        optimizers, '_is_forbidden', lambda own, *kinds: 'mps' in kinds and own.found_inf.item()
+    )
     before = [p.detach().clone() for p in params]
     for flag in (1.0, 0.0):
         for p in params:
@@ -302,10 +356,19 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkey
         assert all(map(torch.equal, before, params)) == bool(flag)
 
 
-@pytest.mark.parametrize('change, is_kept', [({}, True), ({'max_iters': 9}, True), ({'dataset': 'another'}, False),
-                                             ({'batch_size': 2}, False)])
+@pytest.mark.parametrize(
+    'change, is_kept',
+    [
+        ({}, True),
+        ({'max_iters': 9}, True),
+        ({'dataset': 'another'}, False),
+        ({'batch_size': 2}, False),
+    ],
+)
 def test_other_data_begin_a_new_average(trained, change, is_kept):
     """Else a run that goes on with harder text would be taken for one that diverges."""
     state = checkpoint.read(trained / 'ckpt.pt')
-    checkpoint.adopt_run(state['config'] | change, dict.fromkeys(change, 'command line'), state, 'out')
+    checkpoint.adopt_run(
+        state['config'] | change, dict.fromkeys(change, 'command line'), state, 'out'
+    )
     assert (state['progress'].get('guard') is not None) == is_kept

@@ -1,4 +1,6 @@
-"""The contract of a language model, kept by GPT and by a second model made up here, and GPT-2's own numbers."""
+"""The contract of a language model, kept by GPT and by a second model made up here, and GPT-2's own
+numbers."""
+
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -8,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import checkpoint
-import layers
-from huggingface import OPENAI
+from interop.huggingface import OPENAI
 from model import GPT, GPTConfig, LanguageModel
 from models import architecture, build
+from models.parts import layers
+from training import checkpoint
 
 
 @dataclass
@@ -41,9 +43,24 @@ class Bag(LanguageModel):
 
 
 MODELS = {
-    'gpt': lambda **kw: build('gpt', **{**dict(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=16), **kw}),
+    'gpt': lambda **kw: build(
+        'gpt', **{**dict(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=16), **kw}
+    ),
     'gpt tanh without bias': lambda **kw: build(
-        'gpt', **{**dict(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=16, gelu='tanh', bias=False), **kw}),
+        'gpt',
+        **{
+            **dict(
+                block_size=16,
+                vocab_size=32,
+                n_layer=2,
+                n_head=2,
+                n_embd=16,
+                gelu='tanh',
+                bias=False,
+            ),
+            **kw,
+        },
+    ),
     'made up here': lambda **kw: Bag(BagConfig(**kw)),
 }
 
@@ -59,7 +76,8 @@ def batch(B=3, T=16, V=32, seed=0):
     return torch.randint(V, (B, T), generator=g), torch.randint(V, (B, T), generator=g)
 
 
-# ---- what every model does -------------------------------------------------------------------------------------------
+# ---- what every model does -----------------------------------------------------------------------
+
 
 def test_shapes(make):
     model, (idx, targets) = make().eval(), batch()
@@ -68,14 +86,19 @@ def test_shapes(make):
     last, none = model(idx)
     assert last.shape == (3, 1, 32) and none is None
     assert torch.allclose(last[:, 0], logits[:, -1], atol=1e-6)
-    assert model(idx[:, :5])[0].shape == (3, 1, 32)      # shorter than block_size
+    assert model(idx[:, :5])[0].shape == (3, 1, 32)  # shorter than block_size
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_targets_not_ignored(make):
     model, (idx, targets) = make().eval(), batch()
     targets[0, :7] = -1
     logits, loss = model(idx, targets)
-    by_hand = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)[targets >= 0].mean()
+    by_hand = (
+        -logits.log_softmax(-1)
+        .gather(-1, targets.clamp(min=0).unsqueeze(-1))
+        .squeeze(-1)[targets >= 0]
+        .mean()
+    )
     assert torch.allclose(loss, by_hand, atol=1e-6)
 
 
@@ -122,7 +145,7 @@ def test_every_parameter_has_one_role(make):
 
 def test_generate_continues_and_is_greedy_at_temperature_zero(make):
     model, (idx, _) = make().eval(), batch(T=3)
-    out = model.generate(idx, 20, temperature=0)        # beyond block_size: the context slides
+    out = model.generate(idx, 20, temperature=0)  # beyond block_size: the context slides
     assert out.shape == (3, 23) and torch.equal(out[:, :3], idx)
     expected = model(out[:, 6:22])[0][:, -1].argmax(-1)
     assert torch.equal(out[:, 22], expected)
@@ -144,10 +167,14 @@ def test_speed_figures_are_there(make):
     assert model.estimate_mfu(1e3, 1e9) == pytest.approx(model.flops_per_token(16) * 1e3 / 1e9)
 
 
-# ---- GPT -------------------------------------------------------------------------------------------------------------
+# ---- GPT -----------------------------------------------------------------------------------------
 
-SIZES = {'gpt2': (12, 12, 768, 124_439_808), 'gpt2-medium': (24, 16, 1024, 354_823_168),
-         'gpt2-large': (36, 20, 1280, 774_030_080), 'gpt2-xl': (48, 25, 1600, 1_557_611_200)}
+SIZES = {
+    'gpt2': (12, 12, 768, 124_439_808),
+    'gpt2-medium': (24, 16, 1024, 354_823_168),
+    'gpt2-large': (36, 20, 1280, 774_030_080),
+    'gpt2-xl': (48, 25, 1600, 1_557_611_200),
+}
 
 
 @pytest.mark.parametrize('name', SIZES)
@@ -156,20 +183,26 @@ def test_openai_sizes_have_the_published_shapes(name):
     n_layer, n_head, n_embd, published = SIZES[name]
     with torch.device('meta'):
         ours = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257))
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        theirs = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        )
     assert ours.num_params(non_embedding=False) == published
     transposed = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-    expected = {k: v.shape[::-1] if k.endswith(transposed) else v.shape for k, v in theirs.state_dict().items()}
+    expected = {
+        k: v.shape[::-1] if k.endswith(transposed) else v.shape
+        for k, v in theirs.state_dict().items()
+    }
     assert {k: v.shape for k, v in ours.state_dict().items()} == expected
     assert name in OPENAI
 
 
 def save_hf(folder, **config):
-    """A GPT-2 with random weights, in a folder as `transformers` saves it; returns transformers' model."""
+    """A GPT-2 with random weights, in a folder as `transformers` saves it; returns transformers'
+    model."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(1)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
-    for p in theirs.parameters():       # biases too, and large enough that every part counts
+    for p in theirs.parameters():  # biases too, and large enough that every part counts
         nn.init.normal_(p, std=0.05)
     theirs.save_pretrained(folder)
     return theirs
@@ -178,7 +211,9 @@ def save_hf(folder, **config):
 @pytest.mark.parametrize('name', SIZES)
 def test_logits_equal_those_of_transformers(name, tmp_path):
     _, n_head, n_embd, _ = SIZES[name]
-    theirs = save_hf(tmp_path, n_layer=2, n_head=n_head, n_embd=n_embd, n_positions=64, vocab_size=512)
+    theirs = save_hf(
+        tmp_path, n_layer=2, n_head=n_head, n_embd=n_embd, n_positions=64, vocab_size=512
+    )
     ours = GPT.from_pretrained(tmp_path).eval()
     assert ours.config.gelu == 'tanh'
     idx = batch(B=2, T=64, V=512)[0]
@@ -188,8 +223,15 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
 
 
 def test_exact_gelu_folder_and_shards_load_too(tmp_path):
-    theirs = save_hf(tmp_path / 'a', n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64,
-                     activation_function='gelu')
+    theirs = save_hf(
+        tmp_path / 'a',
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        n_positions=32,
+        vocab_size=64,
+        activation_function='gelu',
+    )
     theirs.save_pretrained(tmp_path / 'b', max_shard_size='50KB')
     assert len(list((tmp_path / 'b').glob('model-*.safetensors'))) > 1
     idx = batch(B=2, T=32, V=64)[0]
@@ -200,10 +242,20 @@ def test_exact_gelu_folder_and_shards_load_too(tmp_path):
             assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'model_type': 'bloom'}, r"model_type='bloom' is not supported, only gpt2 \(as --model=gpt\) and llama"),
-    ({'activation_function': 'silu'}, "activation_function='silu' is not supported, only gelu, "),
-    ({'n_layer': 3}, 'has the weights of 2 layers, and its config.json says n_layer=3')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (
+            {'model_type': 'bloom'},
+            r"model_type='bloom' is not supported, only gpt2 \(as --model=gpt\) and llama",
+        ),
+        (
+            {'activation_function': 'silu'},
+            "activation_function='silu' is not supported, only gelu, ",
+        ),
+        ({'n_layer': 3}, 'has the weights of 2 layers, and its config.json says n_layer=3'),
+    ],
+)
 def test_a_folder_that_is_not_this_gpt2_is_refused(tmp_path, change, message):
     save_hf(tmp_path, n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64)
     config = json.loads((tmp_path / 'config.json').read_text())
@@ -213,19 +265,32 @@ def test_a_folder_that_is_not_this_gpt2_is_refused(tmp_path, change, message):
 
 
 def test_new_fields_keep_what_a_gpt_was():
-    """A checkpoint from before a field loads as the same model, and a run from then can't be resumed as another."""
+    """A checkpoint from before a field loads as the same model, and a run from then can't be
+    resumed as another."""
     model, (idx, _) = MODELS['gpt']().eval(), batch()
-    args = {k: v for k, v in asdict(model.config).items() if k not in ('gelu', 'n_inner', 'tied', 'norm_eps', 'eot')}
+    args = {
+        k: v
+        for k, v in asdict(model.config).items()
+        if k not in ('gelu', 'n_inner', 'tied', 'norm_eps', 'eot')
+    }
     state = {'model': model.state_dict(), 'model_args': args, 'config': {}}
     assert torch.equal(checkpoint.restore(state)[0].eval()(idx, idx)[0], model(idx, idx)[0])
     config = {'model': 'gpt'} | asdict(model.config)
-    with pytest.raises(ValueError, match='out has n_inner=0, command line asks for 48: leave it out'):
+    with pytest.raises(
+        ValueError, match='out has n_inner=0, command line asks for 48: leave it out'
+    ):
         checkpoint.adopt_run(config | {'n_inner': 48}, {'n_inner': 'command line'}, state, 'out')
 
 
-@pytest.mark.parametrize('fields, part', [
-    (dict(gelu='swish'), "gelu='swish' is unknown: use exact, tanh, relu"), (dict(n_inner=-1), 'n_inner=-1'),
-    (dict(norm_eps=0.0), 'norm_eps=0.0'), (dict(norm_eps=math.nan), 'norm_eps=nan')])
+@pytest.mark.parametrize(
+    'fields, part',
+    [
+        (dict(gelu='swish'), "gelu='swish' is unknown: use exact, tanh, relu"),
+        (dict(n_inner=-1), 'n_inner=-1'),
+        (dict(norm_eps=0.0), 'norm_eps=0.0'),
+        (dict(norm_eps=math.nan), 'norm_eps=nan'),
+    ],
+)
 def test_fields_that_make_no_sense(fields, part):
     with pytest.raises(ValueError, match=part):
         MODELS['gpt'](**fields)
@@ -237,24 +302,39 @@ def test_an_untied_head_is_a_matrix_of_its_own():
     assert untied.state_dict().keys() == tied.state_dict().keys()
     assert untied.param_groups()['head'] == [untied.lm_head.weight]
     assert untied.num_params() == tied.num_params() + 32 * 16
-    assert untied.flops_per_token(16) == tied.flops_per_token(16)      # one of the two is only looked up
+    # one of the two is only looked up
+    assert untied.flops_per_token(16) == tied.flops_per_token(16)
 
 
 def test_state_dict_and_optimizer_groups_are_nanogpts():
     model = MODELS['gpt']()
     names = list(model.state_dict())
-    assert names[:5] == ['transformer.wte.weight', 'transformer.wpe.weight', 'transformer.h.0.ln_1.weight',
-                         'transformer.h.0.ln_1.bias', 'transformer.h.0.attn.c_attn.weight']
+    assert names[:5] == [
+        'transformer.wte.weight',
+        'transformer.wpe.weight',
+        'transformer.h.0.ln_1.weight',
+        'transformer.h.0.ln_1.bias',
+        'transformer.h.0.attn.c_attn.weight',
+    ]
     assert names[-1] == 'lm_head.weight' and model.lm_head.weight is model.transformer.wte.weight
     decay, keep = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
-    by_dimension = [p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]
-    assert [id(p) for p in decay['params']] == [id(p) for p in by_dimension[0]] and decay['weight_decay'] == 0.1
-    assert [id(p) for p in keep['params']] == [id(p) for p in by_dimension[1]] and keep['weight_decay'] == 0.0
+    by_dimension = (
+        [p for p in model.parameters() if p.dim() >= 2],
+        [p for p in model.parameters() if p.dim() < 2],
+    )
+    assert [id(p) for p in decay['params']] == [id(p) for p in by_dimension[0]] and decay[
+        'weight_decay'
+    ] == 0.1
+    assert [id(p) for p in keep['params']] == [id(p) for p in by_dimension[1]] and keep[
+        'weight_decay'
+    ] == 0.0
 
 
 def test_residual_projections_start_smaller():
     model = MODELS['gpt'](n_embd=128, n_layer=8)
-    assert model.transformer.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert model.transformer.h[0].mlp.c_proj.weight.std().item() == pytest.approx(
+        0.02 / 4, rel=0.05
+    )
     assert model.transformer.h[0].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
@@ -281,9 +361,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    'dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 def test_plain_attention_equals_sdpa(dtype, tolerance):
-    q, k, v = torch.randn(3, 2, 4, 33, 8, dtype=dtype, generator=torch.Generator().manual_seed(0)).unbind(0)
+    q, k, v = torch.randn(
+        3, 2, 4, 33, 8, dtype=dtype, generator=torch.Generator().manual_seed(0)
+    ).unbind(0)
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     assert (layers.plain_attention(q, k, v).double() - expected).abs().max() < tolerance
 

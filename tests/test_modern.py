@@ -1,4 +1,6 @@
-"""models/modern.py against its equations, written out plainly in float64, and the parts of layers.py that it is made of."""
+"""models/modern.py against its equations, written out plainly in float64, and the parts of
+layers.py that it is made of."""
+
 import json
 import math
 
@@ -6,15 +8,16 @@ import pytest
 import torch
 from conftest import TINY, run
 
-import layers
-import runtime
 from models import build
+from models.parts import layers
+from system import device as runtime
 
 SHAPE = dict(block_size=12, vocab_size=20, n_layer=3, n_head=2, n_embd=16, ngram=4, ngram_rows=50)
 
 
 def shaken(**fields):
-    """A small model in float64 whose weights are all away from their first values, which hide what they multiply."""
+    """A small model in float64 whose weights are all away from their first values, which hide what
+    they multiply."""
     torch.manual_seed(0)
     model = build('modern', **{**SHAPE, **fields}).double().eval()
     with torch.no_grad():
@@ -33,7 +36,7 @@ def layer_norm(x):
 def turned(x):
     """RoPE by complex numbers: x (T, D), dimension d paired with d + D/2."""
     T, D = x.shape
-    pairs = torch.complex(x[:, :D // 2], x[:, D // 2:])
+    pairs = torch.complex(x[:, : D // 2], x[:, D // 2 :])
     angles = torch.arange(T).double()[:, None] * 10000.0 ** (-2 * torch.arange(D // 2).double() / D)
     pairs = pairs * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([pairs.real, pairs.imag], -1)
@@ -53,11 +56,17 @@ def by_hand(model, ids):
         out = []
         for h in range(c.n_head):
             part = slice(h * D, (h + 1) * D)
-            scores = turned(layer_norm(q[:, part])) @ turned(layer_norm(k[:, part])).T / math.sqrt(D)
+            scores = (
+                turned(layer_norm(q[:, part])) @ turned(layer_norm(k[:, part])).T / math.sqrt(D)
+            )
             scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
             out.append(scores.softmax(-1) @ v[:, part])
         x = x + torch.cat(out, -1) @ of['attn.c_proj.weight'].T
-        x = x + (layer_norm(x) @ of['mlp.c_fc.weight'].T).clamp(min=0) ** 2 @ of['mlp.c_proj.weight'].T
+        x = (
+            x
+            + (layer_norm(x) @ of['mlp.c_fc.weight'].T).clamp(min=0) ** 2
+            @ of['mlp.c_proj.weight'].T
+        )
     return 15 * torch.tanh(layer_norm(x) @ w['lm_head.weight'].T / 15)
 
 
@@ -67,7 +76,7 @@ def test_logits_are_the_equations(fields):
     idx = torch.randint(20, (2, 12))
     logits, _ = model(idx, idx)
     for row, ids in zip(logits, idx):
-        assert torch.allclose(row, by_hand(model, ids), atol=1e-5)     # the angles are float32
+        assert torch.allclose(row, by_hand(model, ids), atol=1e-5)  # the angles are float32
 
 
 def test_no_position_sees_the_future():
@@ -82,7 +91,8 @@ def test_no_position_sees_the_future():
 
 
 def test_attention_sees_distances_not_places():
-    """Without n-grams, whose first ones know the start, the same text further on in the window looks the same."""
+    """Without n-grams, whose first ones know the start, the same text further on in the window
+    looks the same."""
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.double).expand(2, 1, 1, 12, 8)
     rotary = layers.rotary(12, 8).double()
     scores = layers.rotate(q, rotary) @ layers.rotate(k, rotary).mT
@@ -93,19 +103,23 @@ def test_attention_sees_distances_not_places():
 
 
 def test_ngrams_are_those_of_the_tokens_before():
-    """A row of the table depends on the last tokens alone, and on all of them; some n-grams may share a row."""
+    """A row of the table depends on the last tokens alone, and on all of them; some n-grams may
+    share a row."""
     torch.manual_seed(1)
     ngram = shaken(ngram_rows=100_003).transformer.ngram
     a, b = torch.randint(20, (2, 1, 12))
-    b[:, 5:9] = a[:, 5:9]       # the same four tokens, in another context
+    b[:, 5:9] = a[:, 5:9]  # the same four tokens, in another context
     x, y = ngram(a)[0], ngram(b)[0]
     assert torch.equal(x[8], y[8]) and not torch.allclose(x[6], y[6])
-    assert not torch.equal(x[8], ngram(torch.cat([a[:, 5:7], a[:, 8:9], a[:, 7:8]], 1))[0, 3])     # order counts
+    # order counts
+    assert not torch.equal(x[8], ngram(torch.cat([a[:, 5:7], a[:, 8:9], a[:, 7:8]], 1))[0, 3])
 
 
 def test_the_row_of_what_is_left_out_is_never_learned():
     model = build('modern', **{**SHAPE, 'ngram_dropout': 0.9}).train()
-    optimizer = model.configure_optimizers(0.1, 0.01, (0.9, 0.95), 'cpu', lrs={'matrix': 0.02, 'embedding': 0.1})
+    optimizer = model.configure_optimizers(
+        0.1, 0.01, (0.9, 0.95), 'cpu', lrs={'matrix': 0.02, 'embedding': 0.1}
+    )
     for _ in range(3):
         idx = torch.randint(20, (4, 12))
         model(idx, idx)[1].backward()
@@ -124,10 +138,16 @@ def test_dropout_leaves_out_branches_of_some_tokens_and_keeps_the_mean():
     assert torch.equal(layers.add_some(x, y, 0.0), x + y)
 
 
-@pytest.mark.parametrize('f, plain', [
-    (layers.squared_relu, lambda x: x.clamp(min=0) ** 2),
-    (lambda x: layers.rotate(x, layers.rotary(6, 8).double()), lambda x: torch.stack([turned(row) for row in x])),
-])
+@pytest.mark.parametrize(
+    'f, plain',
+    [
+        (layers.squared_relu, lambda x: x.clamp(min=0) ** 2),
+        (
+            lambda x: layers.rotate(x, layers.rotary(6, 8).double()),
+            lambda x: torch.stack([turned(row) for row in x]),
+        ),
+    ],
+)
 def test_gradients_written_by_hand(f, plain):
     torch.manual_seed(0)
     x = torch.randn(3, 6, 8, dtype=torch.double, requires_grad=True)
@@ -148,7 +168,9 @@ def test_each_number_format_with_each_attention(dtype, attention):
     finally:
         layers.use_attention('auto')
     tolerance = {'float32': 1e-5, 'bfloat16': 0.2, 'float16': 0.03}[dtype]
-    assert ((logits - expected).norm() / expected.norm()) < tolerance and logits.dtype == torch.float32
+    assert (
+        (logits - expected).norm() / expected.norm()
+    ) < tolerance and logits.dtype == torch.float32
 
 
 def test_recomputing_blocks_changes_nothing_with_masks_too():
@@ -171,35 +193,70 @@ def test_cropping_needs_no_weights():
 
 
 def test_flops_count_products_only():
-    model = build('modern', **{**SHAPE, 'ngram_rows': 10 ** 5})
+    model = build('modern', **{**SHAPE, 'ngram_rows': 10**5})
     matrices = 3 * 12 * 16 * 16 + 20 * 16
     assert model.flops_per_token(12) == 6 * matrices + 12 * 3 * 16 * 12
 
 
-@pytest.mark.parametrize('fields, part', [
-    (dict(n_embd=18, n_head=2), 'pairs'), (dict(n_embd=18, n_head=6), 'pairs'), (dict(n_layer=0), 'n_layer=0'),
-    (dict(ngram=1), 'ngram=1'), (dict(ngram=-2), 'ngram=-2'), (dict(ngram_dropout=1.0), 'ngram_dropout=1.0'),
-    (dict(dropout=-0.1), 'dropout=-0.1'), (dict(ngram_rows=0), 'ngram_rows=0'),
-])
+@pytest.mark.parametrize(
+    'fields, part',
+    [
+        (dict(n_embd=18, n_head=2), 'pairs'),
+        (dict(n_embd=18, n_head=6), 'pairs'),
+        (dict(n_layer=0), 'n_layer=0'),
+        (dict(ngram=1), 'ngram=1'),
+        (dict(ngram=-2), 'ngram=-2'),
+        (dict(ngram_dropout=1.0), 'ngram_dropout=1.0'),
+        (dict(dropout=-0.1), 'dropout=-0.1'),
+        (dict(ngram_rows=0), 'ngram_rows=0'),
+    ],
+)
 def test_fields_that_make_no_sense(fields, part):
     with pytest.raises(ValueError, match=part):
         build('modern', **{**SHAPE, **fields})
 
 
-MODERN = [*(word for word in TINY if 'learning_rate' not in word), '--min_lr=0',
-          '--model=modern', '--ngram=3', '--ngram_rows=100', '--ngram_dropout=0.3', '--muon_lr=0.02',
-          '--embed_lr=0.05', '--head_lr=0.01', '--cooldown=0.5', '--max_iters=20', '--lr_decay_iters=20',
-          '--eval_interval=10']
+MODERN = [
+    *(word for word in TINY if 'learning_rate' not in word),
+    '--min_lr=0',
+    '--model=modern',
+    '--ngram=3',
+    '--ngram_rows=100',
+    '--ngram_dropout=0.3',
+    '--muon_lr=0.02',
+    '--embed_lr=0.05',
+    '--head_lr=0.01',
+    '--cooldown=0.5',
+    '--max_iters=20',
+    '--lr_decay_iters=20',
+    '--eval_interval=10',
+]
 
 
 def test_trains_and_samples_from_the_command_line(text_folder, tmp_path):
     done = run('train.py', *MODERN, f'--dataset={text_folder}', f'--out_dir={tmp_path}')
     assert done.returncode == 0, done.stderr
-    losses = [float(line.split('val loss ')[1].split()[0]) for line in done.stdout.splitlines() if 'val loss' in line]
+    losses = [
+        float(line.split('val loss ')[1].split()[0])
+        for line in done.stdout.splitlines()
+        if 'val loss' in line
+    ]
     assert len(losses) == 3 and losses[-1] < losses[0] - 0.3
-    done = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}', '--max_iters=22', '--ngram_dropout=0.1')
+    done = run(
+        'train.py',
+        '--init_from=resume',
+        f'--out_dir={tmp_path}',
+        '--max_iters=22',
+        '--ngram_dropout=0.1',
+    )
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['ngram_dropout'] == 0.1 and config['ngram'] == 3 and config['model'] == 'modern'
-    done = run('sample.py', f'--out_dir={tmp_path}', '--device=cpu', '--num_samples=1', '--max_new_tokens=20')
+    done = run(
+        'sample.py',
+        f'--out_dir={tmp_path}',
+        '--device=cpu',
+        '--num_samples=1',
+        '--max_new_tokens=20',
+    )
     assert done.returncode == 0 and len(done.stdout) > 20, done.stderr

@@ -1,4 +1,5 @@
 """watch.py: what it tells of a network is true, and the network does not notice."""
+
 import json
 import math
 import runpy
@@ -14,12 +15,12 @@ from conftest import ROOT, TINY, run, same
 from torch import nn
 from torch.nn import functional as F
 
-import layers
 import models
-import watch
-from metrics import Metrics
 from model import LanguageModel
-from watch import Watch, look
+from models.parts import layers
+from training import watch
+from training.metrics import Metrics
+from training.watch import Watch, look
 
 GPT = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=50, dropout=0.1, bias=True)
 IDX = np.random.default_rng(0).integers(0, 50, (8, 16))
@@ -28,17 +29,33 @@ DATA = SimpleNamespace(train_batch=lambda step, micro: (IDX, IDX, 1.0))
 
 def build(name='gpt', **fields):
     torch.manual_seed(0)
-    return models.build(name, **(GPT if name == 'gpt' else dict(block_size=16, vocab_size=50)) | fields)
+    return models.build(
+        name, **(GPT if name == 'gpt' else dict(block_size=16, vocab_size=50)) | fields
+    )
 
 
-def train(model, folder, steps, on=True, start=0, grad_clip=1.0, log_interval=1, lr=1e-2, muon_lr=0.0, clipped=0):
-    """train.py's loop, in small: two micro-batches a step, what is logged goes into metrics.jsonl. Returns the Watch."""
+def train(
+    model,
+    folder,
+    steps,
+    on=True,
+    start=0,
+    grad_clip=1.0,
+    log_interval=1,
+    lr=1e-2,
+    muon_lr=0.0,
+    clipped=0,
+):
+    """train.py's loop, in small: two micro-batches a step, what is logged goes into metrics.jsonl.
+    Returns the Watch."""
     optimizer = model.configure_optimizers(0.1, lr, (0.9, 0.95), 'cpu', dict(matrix=muon_lr))
     watcher = Watch(on, model, folder, grad_clip, nullcontext(), DATA, clipped)
     for step in range(start, start + steps):
         for micro in range(2):
             torch.manual_seed(2 * step + micro)
-            (model(torch.as_tensor(IDX), torch.as_tensor(np.roll(IDX, 1 + step + micro)))[1] / 2).backward()
+            (
+                model(torch.as_tensor(IDX), torch.as_tensor(np.roll(IDX, 1 + step + micro)))[1] / 2
+            ).backward()
         watcher.before_step(step % log_interval == 0)
         norm = watcher.count(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
         optimizer.step()
@@ -54,10 +71,12 @@ def train(model, folder, steps, on=True, start=0, grad_clip=1.0, log_interval=1,
 def lines(path):
     def no_constants(word):
         raise AssertionError(f"{word} is not JSON")
+
     return [json.loads(line, parse_constant=no_constants) for line in path.read_text().splitlines()]
 
 
-# ---- activations -----------------------------------------------------------------------------------------------------
+# ---- activations ---------------------------------------------------------------------------------
+
 
 @dataclass
 class OneLayer:
@@ -75,29 +94,44 @@ class Layer(LanguageModel):
 
     def forward(self, idx, targets=None, cache=None):
         x = self.c_fc(self.wte(idx))
-        x = self.f(x) if self.is_last else self.f(x.mT).mT      # (B, T, C), or a convolution's (B, C, T)
+        # (B, T, C), or a convolution's (B, C, T)
+        x = self.f(x) if self.is_last else self.f(x.mT).mT
         self.seen = x.detach().flatten(0, 1)
-        logits = 30 * torch.tanh(self.lm_head(x) / 30)          # a cap is no layer
+        logits = 30 * torch.tanh(self.lm_head(x) / 30)  # a cap is no layer
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @pytest.mark.parametrize('is_last', [True, False])
-@pytest.mark.parametrize('f, name, planted, is_flat', [
-    (torch.relu, 'relu', -99, lambda y: y == 0), (nn.ReLU(), 'f.relu', -99, lambda y: y == 0),
-    (nn.ReLU(inplace=True), 'f.relu', -99, lambda y: y == 0), (layers.squared_relu, 'relu', -99, lambda y: y == 0),
-    (torch.tanh, 'tanh', 99, lambda y: abs(y) > 0.97), (nn.Tanh(), 'f.tanh', -99, lambda y: abs(y) > 0.97),
-    (torch.sigmoid, 'sigmoid', 99, lambda y: (y < 0.015) | (y > 0.985)),
-    (nn.GELU(), 'f.gelu', -99, lambda y: abs(y) < 1e-9), (nn.GELU('tanh'), 'f.gelu', -99, lambda y: abs(y) < 1e-9),
-    (F.silu, 'silu', -99, lambda y: abs(y) < 1e-9), (nn.SiLU(inplace=True), 'f.silu', -99, lambda y: abs(y) < 1e-9)])
+@pytest.mark.parametrize(
+    'f, name, planted, is_flat',
+    [
+        (torch.relu, 'relu', -99, lambda y: y == 0),
+        (nn.ReLU(), 'f.relu', -99, lambda y: y == 0),
+        (nn.ReLU(inplace=True), 'f.relu', -99, lambda y: y == 0),
+        (layers.squared_relu, 'relu', -99, lambda y: y == 0),
+        (torch.tanh, 'tanh', 99, lambda y: abs(y) > 0.97),
+        (nn.Tanh(), 'f.tanh', -99, lambda y: abs(y) > 0.97),
+        (torch.sigmoid, 'sigmoid', 99, lambda y: (y < 0.015) | (y > 0.985)),
+        (nn.GELU(), 'f.gelu', -99, lambda y: abs(y) < 1e-9),
+        (nn.GELU('tanh'), 'f.gelu', -99, lambda y: abs(y) < 1e-9),
+        (F.silu, 'silu', -99, lambda y: abs(y) < 1e-9),
+        (nn.SiLU(inplace=True), 'f.silu', -99, lambda y: abs(y) < 1e-9),
+    ],
+)
 def test_planted_dead_units_are_found(f, name, planted, is_flat, is_last):
     model = Layer(f, is_last)
     with torch.no_grad():
         model.c_fc.bias[[1, 5, 6]] = planted
-        model.c_fc.bias[7] = -planted       # at the other end a ReLU is not flat, a tanh is
+        model.c_fc.bias[7] = -planted  # at the other end a ReLU is not flat, a tanh is
     dead = 4 / 12 if 'tanh' in name or 'sigmoid' in name else 3 / 12
-    (found, (share, saturated, values)), = look(model, torch.as_tensor(IDX[:, :15]), nullcontext()).items()
+    ((found, (share, saturated, values)),) = look(
+        model, torch.as_tensor(IDX[:, :15]), nullcontext()
+    ).items()
     assert found == name and share.item() == pytest.approx(dead)
-    assert saturated.item() == pytest.approx(is_flat(model.seen).float().mean().item(), abs=1e-6) and saturated >= share
+    assert (
+        saturated.item() == pytest.approx(is_flat(model.seen).float().mean().item(), abs=1e-6)
+        and saturated >= share
+    )
     y = model.seen.sqrt() if f is layers.squared_relu else model.seen
     assert values.sort()[0] == pytest.approx(y.flatten().sort()[0], rel=1e-5)
 
@@ -107,19 +141,28 @@ def test_an_activation_is_called_by_the_module_that_it_is_in(tmp_path):
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.bias[:4] = -100
     train(model, tmp_path, 1)
-    line, = lines(tmp_path / 'metrics.jsonl')
+    (line,) = lines(tmp_path / 'metrics.jsonl')
     assert {k: v for k, v in line.items() if k.startswith('dead')} == {
-        'dead': 4 / 64 / 2, 'dead/h.0.mlp.gelu': 0, 'dead/h.1.mlp.gelu': 4 / 64}
+        'dead': 4 / 64 / 2,
+        'dead/h.0.mlp.gelu': 0,
+        'dead/h.1.mlp.gelu': 4 / 64,
+    }
 
 
 def test_the_steps_of_a_recurrence_are_examples_of_the_same_units():
-    def f(x):       # each unit is saturated at half of the positions
-        return torch.stack([torch.tanh(99 * x[:, t].abs().clamp(min=1) * (t % 2)) for t in range(x.size(1))], 1)
-    (name, (dead, saturated, _)), = look(Layer(f), torch.as_tensor(IDX[:, :15]), nullcontext()).items()
+    def f(x):  # each unit is saturated at half of the positions
+        return torch.stack(
+            [torch.tanh(99 * x[:, t].abs().clamp(min=1) * (t % 2)) for t in range(x.size(1))], 1
+        )
+
+    ((name, (dead, saturated, _)),) = look(
+        Layer(f), torch.as_tensor(IDX[:, :15]), nullcontext()
+    ).items()
     assert (name, dead.item(), saturated.item()) == ('tanh', 0, pytest.approx(7 / 15))
 
 
-# ---- gradients and updates -------------------------------------------------------------------------------------------
+# ---- gradients and updates -----------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('muon_lr', [0.0, 0.02])
 def test_update_ratios_and_gradient_norms_are_those_computed_by_hand(tmp_path, muon_lr):
@@ -131,15 +174,18 @@ def test_update_ratios_and_gradient_norms_are_those_computed_by_hand(tmp_path, m
     for micro in range(2):
         torch.manual_seed(micro)
         (plain(torch.as_tensor(IDX), torch.as_tensor(np.roll(IDX, 1 + micro)))[1] / 2).backward()
-    line, = lines(tmp_path / 'metrics.jsonl')
+    (line,) = lines(tmp_path / 'metrics.jsonl')
     squares = {}
     for name, p in plain.named_parameters():
         short = name.removeprefix('transformer.').removesuffix('.weight')
-        layer = '.'.join(short.split('.')[:2 if short[0] == 'h' else 1])
+        layer = '.'.join(short.split('.')[: 2 if short[0] == 'h' else 1])
         squares[layer] = squares.get(layer, 0) + p.grad.double().square().sum().item()
         old, new = (s[name].double().numpy() for s in (state, model.state_dict()))
-        ratio = np.log10((new - old).std() / old.std()) if old.std() else None      # biases and norms begin as constants
-        assert line[f'update_ratio/{short}'] == (ratio if ratio is None else pytest.approx(ratio, abs=2e-3)), name
+        # biases and norms begin as constants
+        ratio = np.log10((new - old).std() / old.std()) if old.std() else None
+        assert line[f'update_ratio/{short}'] == (
+            ratio if ratio is None else pytest.approx(ratio, abs=2e-3)
+        ), name
     for layer, square in squares.items():
         assert line[f'grad_norm/{layer}'] == pytest.approx(math.sqrt(square), rel=1e-3)
     norms = [norm for key, norm in line.items() if key.startswith('grad_norm/')]
@@ -147,19 +193,37 @@ def test_update_ratios_and_gradient_norms_are_those_computed_by_hand(tmp_path, m
 
 
 def test_clipped_steps_are_counted_between_the_logged_ones_and_after_a_resume(tmp_path):
-    norms = [3.0, 0.5, 2.0, 1.0, float('inf'), float('nan'), 1.5]       # float16's overflows are not clipped but left out
+    # float16's overflows are not clipped but left out
+    norms = [3.0, 0.5, 2.0, 1.0, float('inf'), float('nan'), 1.5]
     model = build()
     watcher = train(model, tmp_path, 0)
-    assert [watcher.count(torch.tensor(norm)).item() for norm in norms][:4] == norms[:4] and int(watcher.clipped) == 3
-    for out_dir, grad_clip, clipped in ((tmp_path / 'all', 1e-6, [1, 3, 5, 7]), (tmp_path / 'none', 1e6, [0, 0, 0, 0])):
+    assert [watcher.count(torch.tensor(norm)).item() for norm in norms][:4] == norms[:4] and int(
+        watcher.clipped
+    ) == 3
+    for out_dir, grad_clip, clipped in (
+        (tmp_path / 'all', 1e-6, [1, 3, 5, 7]),
+        (tmp_path / 'none', 1e6, [0, 0, 0, 0]),
+    ):
         out_dir.mkdir()
-        cut = train(model, out_dir, 4, grad_clip=grad_clip, log_interval=2)     # step 3 is counted, but not logged
-        train(model, out_dir, 3, grad_clip=grad_clip, log_interval=2, start=4, clipped=int(cut.clipped))
+        # step 3 is counted, but not logged
+        cut = train(model, out_dir, 4, grad_clip=grad_clip, log_interval=2)
+        train(
+            model,
+            out_dir,
+            3,
+            grad_clip=grad_clip,
+            log_interval=2,
+            start=4,
+            clipped=int(cut.clipped),
+        )
         assert [line['clipped'] for line in lines(out_dir / 'metrics.jsonl')] == clipped
-    assert not any('clipped' in watcher.history[-1] for watcher in [train(model, tmp_path, 1, grad_clip=0)])
+    assert not any(
+        'clipped' in watcher.history[-1] for watcher in [train(model, tmp_path, 1, grad_clip=0)]
+    )
 
 
-# ---- the network does not notice -------------------------------------------------------------------------------------
+# ---- the network does not notice -----------------------------------------------------------------
+
 
 @pytest.mark.parametrize('name, fields', [('gpt', {}), ('mlp', dict(batchnorm='ema'))])
 def test_weights_buffers_gradients_and_random_numbers_are_the_same(tmp_path, name, fields):
@@ -169,37 +233,54 @@ def test_weights_buffers_gradients_and_random_numbers_are_the_same(tmp_path, nam
         model._compiled_call_impl = model._call_impl
         watcher = train(model, tmp_path, 3, on)
         if on:
-            model._compiled_call_impl = lambda *_: pytest.fail("the compiled model was called for a look")
+            model._compiled_call_impl = lambda *_: pytest.fail(
+                "the compiled model was called for a look"
+            )
             look(model, watcher.idx, nullcontext())
             watcher.draw(3)
         ends.append((model.state_dict(), torch.get_rng_state(), model.training))
-    assert same(*ends) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert same(*ends) and not any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    )
 
 
-def test_a_watched_run_ends_as_any_other_and_plot_reads_its_log(trained, text_folder, tmp_path, monkeypatch, capsys):
-    done = run('train.py', *TINY, f'--dataset={text_folder}', f'--out_dir={tmp_path}/out', '--watch=True')
+def test_a_watched_run_ends_as_any_other_and_plot_reads_its_log(
+    trained, text_folder, tmp_path, monkeypatch, capsys
+):
+    done = run(
+        'train.py', *TINY, f'--dataset={text_folder}', f'--out_dir={tmp_path}/out', '--watch=True'
+    )
     assert done.returncode == 0, done.stderr
-    ours, theirs = (torch.load(out_dir / 'ckpt.pt', weights_only=True) for out_dir in (tmp_path / 'out', trained))
+    ours, theirs = (
+        torch.load(out_dir / 'ckpt.pt', weights_only=True)
+        for out_dir in (tmp_path / 'out', trained)
+    )
     for key in ('model', 'optimizer', 'iter_num', 'best_val_loss', 'model_args'):
         assert same(ours[key], theirs[key]), key
     logged = lines(tmp_path / 'out' / 'metrics.jsonl')
     assert [record['iter'] for record in logged if 'update_ratio' in record] == [*range(6)]
     unwatched = lines(trained / 'metrics.jsonl')
     assert [record.get('loss') for record in logged] == [record.get('loss') for record in unwatched]
-    assert not any('update_ratio' in record for record in unwatched) and not (trained / 'health.png').exists()
+    assert (
+        not any('update_ratio' in record for record in unwatched)
+        and not (trained / 'health.png').exists()
+    )
     assert [health['iter'] for health in lines(tmp_path / 'out' / 'health.jsonl')] == [3, 6]
     assert (tmp_path / 'out' / 'health.png').exists()
-    monkeypatch.setattr(sys, 'argv', ['plot.py', str(tmp_path / 'out'), '--y=dead,update_ratio/wte'])
+    monkeypatch.setattr(
+        sys, 'argv', ['plot.py', str(tmp_path / 'out'), '--y=dead,update_ratio/wte']
+    )
     runpy.run_path(str(ROOT / 'plot.py'))
     assert (tmp_path / 'out' / 'dead-update_ratio-wte.png').exists()
     monkeypatch.setattr(sys, 'argv', ['plot.py', str(tmp_path / 'out'), '--y=missing'])
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / 'plot.py'))
     message = capsys.readouterr().err
-    assert 'update_ratio' in message and '/wte' not in message      # a hundred names are no help
+    assert 'update_ratio' in message and '/wte' not in message  # a hundred names are no help
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
+
 
 def size(path):
     """Width and height of a PNG, by its own header."""
@@ -211,23 +292,30 @@ def size(path):
 def test_the_page_goes_on_from_what_the_run_has_logged(tmp_path):
     model = build()
     train(model, tmp_path, 3).draw(3)
-    assert size(tmp_path / 'health.png') == (2000, 1300) and (tmp_path / 'health.png').stat().st_size > 50_000
+    assert (
+        size(tmp_path / 'health.png') == (2000, 1300)
+        and (tmp_path / 'health.png').stat().st_size > 50_000
+    )
     kept = lines(tmp_path / 'metrics.jsonl')
-    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in kept[:2]) + '{"iter": 2, "lo')
+    (tmp_path / 'metrics.jsonl').write_text(
+        ''.join(json.dumps(line) + '\n' for line in kept[:2]) + '{"iter": 2, "lo'
+    )
     watcher = Watch(True, model, tmp_path, 1.0, nullcontext(), DATA)
-    assert watcher.draw(2) == {}        # nothing was seen yet: the page stays
+    assert watcher.draw(2) == {}  # nothing was seen yet: the page stays
     assert [line['iter'] for line in watcher.history] == [0, 1]
     (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in kept[:2]))
     watcher = train(model, tmp_path, 2, start=2)
-    samples = watcher.draw(2)           # an earlier step than the file has: that part of the run is lost
+    samples = watcher.draw(2)  # an earlier step than the file has: that part of the run is lost
     assert [line['iter'] for line in watcher.history] == [0, 1, 2, 3]
-    health, = lines(tmp_path / 'health.jsonl')
+    (health,) = lines(tmp_path / 'health.jsonl')
     assert health.keys() - {'iter'} == samples.keys() and 'gradients/h.1.attn.c_attn' in samples
     for name, values in samples.items():
         counts, edges = np.histogram(values, 40)
         assert health[name]['counts'] == counts.tolist() and sum(counts) == len(values) > 0
         assert (health[name]['low'], health[name]['high']) == pytest.approx((edges[0], edges[-1]))
-        assert (health[name]['mean'], health[name]['std']) == pytest.approx((values.mean(), values.std()), rel=1e-3)
+        assert (health[name]['mean'], health[name]['std']) == pytest.approx(
+            (values.mean(), values.std()), rel=1e-3
+        )
 
 
 def test_many_layers_and_many_steps_fit_on_the_page(tmp_path, monkeypatch):
@@ -243,7 +331,8 @@ def test_many_layers_and_many_steps_fit_on_the_page(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('trouble', ['nan', 'zero', 'linear'])
 def test_what_there_is_no_number_for_is_null_and_the_page_is_drawn(tmp_path, trouble):
-    """Gradients that are no numbers (train.py's own check ends that run), nothing to learn from, no nonlinearity."""
+    """Gradients that are no numbers (train.py's own check ends that run), nothing to learn from, no
+    nonlinearity."""
     model = build('bigram', table='learned') if trouble == 'linear' else build(dropout=0.0)
     if trouble == 'nan':
         next(model.parameters()).data[0] = math.nan
@@ -251,7 +340,8 @@ def test_what_there_is_no_number_for_is_null_and_the_page_is_drawn(tmp_path, tro
     watcher.draw(2)
     line = lines(tmp_path / 'metrics.jsonl')[0]
     assert size(tmp_path / 'health.png') == (2000, 1300)
-    assert line['update_ratio'] is None and ('dead' in line) == (trouble != 'linear')     # a table begins with zeros
+    # a table begins with zeros
+    assert line['update_ratio'] is None and ('dead' in line) == (trouble != 'linear')
 
 
 def test_a_counted_model_has_nothing_to_watch(tmp_path, capsys):
@@ -263,9 +353,15 @@ def test_a_counted_model_has_nothing_to_watch(tmp_path, capsys):
 
 def test_histograms_go_to_the_loggers(tmp_path, monkeypatch):
     rows, values = [], np.arange(9.0)
-    a_run = SimpleNamespace(id='x', log=lambda values, step: rows.append((step, values)), finish=None)
-    wandb = SimpleNamespace(Histogram=lambda values: ('histogram', len(values)), login=lambda **_: True,
-                            init=lambda **_: a_run, errors=SimpleNamespace(Error=OSError))
+    a_run = SimpleNamespace(
+        id='x', log=lambda values, step: rows.append((step, values)), finish=None
+    )
+    wandb = SimpleNamespace(
+        Histogram=lambda values: ('histogram', len(values)),
+        login=lambda **_: True,
+        init=lambda **_: a_run,
+        errors=SimpleNamespace(Error=OSError),
+    )
     monkeypatch.setitem(sys.modules, 'wandb', wandb)
     log = Metrics(tmp_path, True, 10)
     log.start({'wandb_project': 'p', 'wandb_run_name': 'r'}, ['wandb'])
@@ -274,9 +370,10 @@ def test_histograms_go_to_the_loggers(tmp_path, monkeypatch):
     assert rows == [(5, {'iter': 5, 'gradients/wte': ('histogram', 9)})]
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     log = Metrics(tmp_path, True, 10)
     log.start({}, ['tensorboard'])
     log.histograms(5, {'gradients/wte': values})
     log.close()
-    event, = EventAccumulator(str(tmp_path / 'tensorboard')).Reload().Histograms('gradients/wte')
+    (event,) = EventAccumulator(str(tmp_path / 'tensorboard')).Reload().Histograms('gradients/wte')
     assert event.step == 5 and event.histogram_value.num == 9

@@ -1,4 +1,5 @@
 """Weights for generation, and decode.c, against the same numbers in plain torch."""
+
 import copy
 import os
 import subprocess
@@ -9,15 +10,16 @@ from conftest import run
 from torch import nn
 
 import models
-import weights
-from generate import Context
+from generation import quantize as weights
+from generation.decode import Context
 
 DTYPES = ['float32', 'bfloat16', 'int8']
 needs_compiler = pytest.mark.skipif(not weights.can_int8(), reason="there is no C compiler")
 
 
 def prepared(model, dtype):
-    """(model prepared, a model that holds the stored weights in ordinary Linears and the same kind of cache)."""
+    """(model prepared, a model that holds the stored weights in ordinary Linears and the same kind
+    of cache)."""
     theirs = copy.deepcopy(model)
     weights.prepare(model, dtype)
     for name, child in model.named_modules():
@@ -36,38 +38,59 @@ def test_a_linear_is_the_product_with_its_stored_weights(dtype, k, library):
     linear = nn.Linear(k, 31).eval()
     mine = weights.Linear(linear, weights.DTYPES[dtype], library)
     stored = mine.weight.double() * (1 if mine.scale is None else mine.scale[:, None])
-    assert (stored - linear.weight).abs().max() <= {'float32': 0, 'bfloat16': 2 ** -8, 'int8': 0.5 / 127}[dtype] * k ** -0.5
+    assert (stored - linear.weight).abs().max() <= {
+        'float32': 0,
+        'bfloat16': 2**-8,
+        'int8': 0.5 / 127,
+    }[dtype] * k**-0.5
     for B in (1, 2, 4, 7, weights.FEW, weights.FEW + 1):
         x = torch.randn(B, 1, k)
         is_exact = dtype == 'float32' or (library and B <= weights.FEW)
         with torch.inference_mode():
-            assert (mine(x) - (x.double() @ stored.T + linear.bias)).abs().max() < (1e-5 if is_exact else 0.05)
+            assert (mine(x) - (x.double() @ stored.T + linear.bias)).abs().max() < (
+                1e-5 if is_exact else 0.05
+            )
 
 
 @needs_compiler
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_what_a_row_gives_does_not_depend_on_the_others(dtype):
     library = weights._library(*weights.C_TYPES[dtype])
-    mine, x = weights.Linear(nn.Linear(100, 31), weights.DTYPES[dtype], library), torch.randn(9, 100)
+    mine, x = (
+        weights.Linear(nn.Linear(100, 31), weights.DTYPES[dtype], library),
+        torch.randn(9, 100),
+    )
     together = mine(x)
-    assert all(mine(x[i:i + 1])[0].equal(together[i]) for i in range(9)) and mine(x[:5]).equal(together[:5])
+    assert all(mine(x[i : i + 1])[0].equal(together[i]) for i in range(9)) and mine(x[:5]).equal(
+        together[:5]
+    )
 
 
 @needs_compiler
-@pytest.mark.parametrize('fields', [
-    {}, dict(gelu='tanh'), dict(gelu='relu', n_inner=40), dict(n_inner=272, norm_eps=0.1, tied=False)], ids=str)
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {},
+        dict(gelu='tanh'),
+        dict(gelu='relu', n_inner=40),
+        dict(n_inner=272, norm_eps=0.1, tied=False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_gpt2s_blocks_in_c_are_those_of_model_py(dtype, bias, fields):
     torch.manual_seed(0)
-    model = models.build('gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=48, n_head=4, bias=bias, **fields).eval()
+    model = models.build(
+        'gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=48, n_head=4, bias=bias, **fields
+    ).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     model, theirs = prepared(model, dtype)
     assert isinstance(model.transformer.h[0], weights.Blocks)
     rows = [torch.randint(101, (n,)).tolist() for n in (5, 9, 2, 7, 5)]
     mine, theirs = Context(model, rows, 40), Context(theirs, rows, 40)
-    for _ in range(20):     # the same cache in both, so that only a token's own way differs
+    for _ in range(20):  # the same cache in both, so that only a token's own way differs
         a, b = mine.logits(), theirs.logits()
         assert (a - b).abs().max() < (1e-5 if dtype == 'float32' else 0.03) * b.std()
         ids = torch.randint(101, (5, 1))
@@ -79,8 +102,10 @@ def test_gpt2s_blocks_in_c_are_those_of_model_py(dtype, bias, fields):
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_threads_share_the_work_and_wait_for_each_other(dtype):
     torch.manual_seed(0)
-    model = models.build('gpt', block_size=64, vocab_size=3001, n_layer=4, n_embd=256, n_head=4).eval()
-    model, theirs = prepared(model, dtype)      # large enough for decode.c to use threads
+    model = models.build(
+        'gpt', block_size=64, vocab_size=3001, n_layer=4, n_embd=256, n_head=4
+    ).eval()
+    model, theirs = prepared(model, dtype)  # large enough for decode.c to use threads
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -96,13 +121,19 @@ def test_threads_share_the_work_and_wait_for_each_other(dtype):
 
 @needs_compiler
 def test_a_cache_of_another_type_goes_the_other_way():
-    model = models.build('gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=64, n_head=4).eval()
+    model = models.build(
+        'gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=64, n_head=4
+    ).eval()
     weights.prepare(model, 'bfloat16')
-    idx, own, other = torch.randint(101, (1, 9)), model.init_cache(1, 9), model.init_cache(1, 9, dtype=torch.float32)
+    idx, own, other = (
+        torch.randint(101, (1, 9)),
+        model.init_cache(1, 9),
+        model.init_cache(1, 9, dtype=torch.float32),
+    )
     assert own.kept[0][0].dtype == torch.bfloat16
     with torch.inference_mode():
         for t in range(9):
-            a, b = (model(idx[:, t:t + 1], cache=cache)[0] for cache in (own, other))
+            a, b = (model(idx[:, t : t + 1], cache=cache)[0] for cache in (own, other))
             assert (a - b).abs().max() < 0.02 * b.std()
 
 
@@ -133,13 +164,20 @@ def test_without_a_compiler_torch_does_it_and_int8_is_refused(monkeypatch):
 
 @needs_compiler
 def test_decode_c_is_compiled_once_and_kept(trained, tmp_path):
-    words = ('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu', '--dtype=int8')
+    words = (
+        'sample.py',
+        f'--out_dir={trained}',
+        '--num_samples=1',
+        '--max_new_tokens=5',
+        '--device=cpu',
+        '--dtype=int8',
+    )
     first = run(*words, env={'XDG_CACHE_HOME': str(tmp_path)})
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / 'nanogpt').iterdir()}
     assert first.returncode == 0 and len(kept) == 1
     again = run(*words, env={'XDG_CACHE_HOME': str(tmp_path), 'PATH': '/nowhere'})
     assert again.stdout == first.stdout and {path: path.stat().st_mtime_ns for path in kept} == kept
-    next(iter(kept)).write_bytes(b'')       # as a crash may leave it
+    next(iter(kept)).write_bytes(b'')  # as a crash may leave it
     mended = run(*words, env={'XDG_CACHE_HOME': str(tmp_path)})
     assert mended.stdout == first.stdout and next(iter(kept)).stat().st_size
     none = run(*words, env={'XDG_CACHE_HOME': str(tmp_path / 'other'), 'PATH': '/nowhere'})
@@ -149,7 +187,19 @@ def test_decode_c_is_compiled_once_and_kept(trained, tmp_path):
 @needs_compiler
 def test_decode_c_compiles_without_a_warning(tmp_path):
     for weight, cache in weights.C_TYPES.values():
-        command = ['cc', '-Wall', '-Wextra', '-Werror', '-O1', f'-DWEIGHT={weight}', f'-DCACHE={cache}', '-fopenmp', '-c',
-                   str(weights.Path(weights.__file__).with_name('decode.c')), '-o', str(tmp_path / 'decode.o')]
+        command = [
+            'cc',
+            '-Wall',
+            '-Wextra',
+            '-Werror',
+            '-O1',
+            f'-DWEIGHT={weight}',
+            f'-DCACHE={cache}',
+            '-fopenmp',
+            '-c',
+            str(weights.Path(weights.__file__).with_name('decode.c')),
+            '-o',
+            str(tmp_path / 'decode.o'),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
         assert done.returncode == 0, done.stderr

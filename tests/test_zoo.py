@@ -1,7 +1,10 @@
-"""What every architecture has to hold, whatever it is made of: each file of models/ and gpt, in its variants.
+"""What every architecture has to hold, whatever it is made of: each file of models/ and gpt, in its
+variants.
 
-A model's `exemptions` say which of these properties it does not have, and why; it must then really not have them.
+A model's `exemptions` say which of these properties it does not have, and why; it must then really
+not have them.
 """
+
 import contextlib
 import copy
 import math
@@ -42,12 +45,15 @@ def unless_exempt(model, what):
         yield
         return
     assert len(model.exemptions[what]) > 10
-    with pytest.raises(AssertionError):     # if nothing is raised, the exemption is out of date
+    with pytest.raises(AssertionError):  # if nothing is raised, the exemption is out of date
         yield
 
 
 def test_every_architecture_is_here_and_exempt_from_known_properties_only(_prepared):
-    assert {name.partition('-')[0] for name in ZOO} == {'gpt', *(p.stem for p in Path(ROOT, 'models').glob('[a-z]*.py'))}
+    assert {name.partition('-')[0] for name in ZOO} == {
+        'gpt',
+        *(p.stem for p in Path(ROOT, 'models').glob('[a-z]*.py')),
+    }
     assert all(new(name).exemptions.keys() <= PROPERTIES for name in ZOO)
 
 
@@ -55,9 +61,13 @@ def test_shapes_and_loss_are_the_contracts(model):
     idx, targets = batch()
     logits, loss = model(idx, targets)
     assert logits.shape == (4, T, V) and loss.shape == ()
-    assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), abs=1e-5)
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), abs=1e-5
+    )
     last, none = model(idx)
-    assert last.shape == (4, 1, V) and none is None and torch.allclose(last, logits[:, -1:], atol=1e-9)
+    assert (
+        last.shape == (4, 1, V) and none is None and torch.allclose(last, logits[:, -1:], atol=1e-9)
+    )
     assert model(idx[:, :1])[0].shape == (4, 1, V)
     logits, loss = model.train()(idx, targets)
     assert loss.shape == () and (logits is None or logits.shape == (4, T, V))
@@ -79,12 +89,17 @@ def test_ignored_targets_and_what_stands_beside_them_change_nothing(model):
     idx, targets = batch()
     targets[:2, 5:], targets[3, 0] = -1, -1
     logits, loss = model(idx, targets)
-    assert loss.item() == pytest.approx(F.cross_entropy(logits[targets >= 0], targets[targets >= 0]).item(), abs=1e-5)
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(logits[targets >= 0], targets[targets >= 0]).item(), abs=1e-5
+    )
     padded = idx.clone()
-    padded[:2, 6:] = 0          # the padding of short texts
+    padded[:2, 6:] = 0  # the padding of short texts
     with unless_exempt(model, 'padding'):
         for is_training in (False, True):
-            losses = [copy.deepcopy(model).train(is_training)(ids, targets)[1].item() for ids in (idx, padded)]
+            losses = [
+                copy.deepcopy(model).train(is_training)(ids, targets)[1].item()
+                for ids in (idx, padded)
+            ]
             assert losses[0] == pytest.approx(losses[1], abs=1e-9)
 
 
@@ -97,7 +112,7 @@ def test_the_initial_loss_is_that_of_guessing(name):
 
 def test_learns_one_batch_by_heart(name):
     model, idx = new(name), (torch.arange(T) * 3 + torch.arange(4)[:, None]) % V
-    targets = (idx + 3) % V         # one answer to each token: even a bigram can know it
+    targets = (idx + 3) % V  # one answer to each token: even a bigram can know it
     with unless_exempt(model, 'learns'):
         optimizer = model.configure_optimizers(0.0, 0.05, (0.9, 0.95), 'cpu')
         assert optimizer
@@ -132,7 +147,8 @@ def test_every_parameter_learns(name):
         model(*batch())[1].backward()
     assert all(p.grad is not None for p in model.parameters())
     moved = sum(bool(p.grad.any()) for p in model.parameters())
-    assert moved >= len(list(model.parameters())) / 2      # the others begin behind projections of zeros
+    # the others begin behind projections of zeros
+    assert moved >= len(list(model.parameters())) / 2
 
 
 def test_a_saved_state_is_the_whole_model(name, model, tmp_path):
@@ -169,7 +185,10 @@ def test_gradients_of_micro_batches_add_up(model):
         for part in (slice(3), slice(3, 4)):
             share = (targets[part] >= 0).sum() / (targets >= 0).sum()
             (model(idx[part], targets[part])[1] * share.double()).backward()
-        assert all(torch.allclose(a, p.grad, atol=1e-7, rtol=1e-5) for a, p in zip(whole, model.parameters()))
+        assert all(
+            torch.allclose(a, p.grad, atol=1e-7, rtol=1e-5)
+            for a, p in zip(whole, model.parameters())
+        )
 
 
 def test_a_cache_changes_nothing(model):
@@ -179,7 +198,9 @@ def test_a_cache_changes_nothing(model):
         cache, at = model.init_cache(2, T, dtype=torch.float64), 0
         for n in (5, 1, 1, 4, 1, 4):
             at += n
-            assert torch.allclose(model(idx[:, at - n:at], cache=cache)[0][:, 0], expected[:, at - 1], atol=1e-9)
+            assert torch.allclose(
+                model(idx[:, at - n : at], cache=cache)[0][:, 0], expected[:, at - 1], atol=1e-9
+            )
 
 
 def test_flops(name):
@@ -197,4 +218,5 @@ def test_without_any_target_loss_and_gradients_are_zero(name):
     if not model.fit:
         loss.backward()
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())    # statistics of batch norm
+    # statistics of batch norm
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())

@@ -2,13 +2,15 @@
 
     python data/openwebtext/prepare.py --num_proc=8
 
-Reads 24.2 GB of parquet from the Hugging Face Hub, 80 files with 8,013,769 documents, each gone when it is read, and needs
-20 GB beside this file; a run that was stopped goes on where it was. After each document comes <|endoftext|>. One document
-in 2,000 validates, chosen by its sha256, so that copies of a document stay on one side. The result: about 9.0 billion
-tokens to train on (18 GB) and 4.5 million to validate on (9 MB), the same for any --num_proc.
-Licence: the collection is CC0; the texts belong to their authors. Revision: below. NANOGPT_MIRROR may be a URL that serves
-the Hub's paths, or a folder with openwebtext/plain_text/train-*.parquet, all of which are then taken.
+Reads 24.2 GB of parquet from the Hugging Face Hub, 80 files with 8,013,769 documents, each gone
+when it is read, and needs 20 GB beside this file; a run that was stopped goes on where it was.
+After each document comes <|endoftext|>. One document in 2,000 validates, chosen by its sha256, so
+that copies of a document stay on one side. The result: about 9.0 billion tokens to train on (18 GB)
+and 4.5 million to validate on (9 MB), the same for any --num_proc. Licence: the collection is CC0;
+the texts belong to their authors. Revision: below. NANOGPT_MIRROR may be a URL that serves the
+Hub's paths, or a folder with openwebtext/plain_text/train-*.parquet, all of which are then taken.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -16,26 +18,33 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
-    begin_script()      # before the imports, which take a second
+    begin_script()  # before the imports, which take a second
 
-import bins
-import hub
-import sources
-from mistakes import fail, user_errors
-from tokenizer import TiktokenTokenizer
+from system import hub
+from system.errors import fail, user_errors
+from text import bins, sources
+from text.tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 24_193
 HUB = 'Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c:plain_text'
 
 if __name__ == '__main__':
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.error = fail
-    options.add_argument('--num_proc', type=int, help="processes that encode; default: one per core")
+    options.add_argument(
+        '--num_proc', type=int, help="processes that encode; default: one per core"
+    )
     num_proc = options.parse_args().num_proc
     with user_errors():
         mirror = hub.mirror_folder('openwebtext')
-        source = sources.open([mirror / 'plain_text' / 'train-*.parquet' if mirror else HUB], folder=HERE)
-        bins.prepare(HERE, source, TiktokenTokenizer('gpt2'), ('0.9995', '0.0005'), num_proc=num_proc)
+        source = sources.open(
+            [mirror / 'plain_text' / 'train-*.parquet' if mirror else HUB], folder=HERE
+        )
+        bins.prepare(
+            HERE, source, TiktokenTokenizer('gpt2'), ('0.9995', '0.0005'), num_proc=num_proc
+        )

@@ -1,14 +1,17 @@
-"""The Python source of this environment by GPT-2's byte-pair encoding: real text in plenty, on every machine already.
+"""The Python source of this environment by GPT-2's byte-pair encoding: real text in plenty, on
+every machine already.
 
     python data/python/prepare.py --vocab_size=8192
 
-All .py files of the running interpreter's standard library and of the packages installed beside it that are UTF-8 and
-at most 1 MB (larger ones are generated tables), each content once. Beside torch and transformers that is some 200 MB in
-12,000 files, encoded in a minute or two, each under its own package's licence; only GPT-2's vocabulary is downloaded.
-Whole files go to a split, one in a hundred to validation, by the sha256 of the seed and their content, in the order of
-their names, <|endoftext|> after each. Near copies, such as vendored packages, may lie on both sides. The corpus is this
-environment's: losses compare where its sha256, which is printed, is the same.
+All .py files of the running interpreter's standard library and of the packages installed beside it
+that are UTF-8 and at most 1 MB (larger ones are generated tables), each content once. Beside torch
+and transformers that is some 200 MB in 12,000 files, encoded in a minute or two, each under its own
+package's licence; only GPT-2's vocabulary is downloaded. Whole files go to a split, one in a
+hundred to validation, by the sha256 of the seed and their content, in the order of their names,
+<|endoftext|> after each. Near copies, such as vendored packages, may lie on both sides. The corpus
+is this environment's: losses compare where its sha256, which is printed, is the same.
 """
+
 import argparse
 import hashlib
 import sys
@@ -18,35 +21,47 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
-    begin_script()      # before the imports, which take a second
+    begin_script()  # before the imports, which take a second
 
-from bins import prepare
-from mistakes import fail, user_errors
-from tokenizer import TiktokenTokenizer
+from system.errors import fail, user_errors
+from text.bins import prepare
+from text.tokenizer import TiktokenTokenizer
 
 DOWNLOAD_MB = 1.5
 SEED = 1337
-LARGEST = 1_000_000     # bytes
-NOT_THIS_ENVIRONMENTS = {'site-packages', 'dist-packages'}      # inside a root; its own packages are a root themselves
+LARGEST = 1_000_000  # bytes
+# inside a root; its own packages are a root themselves
+NOT_THIS_ENVIRONMENTS = {'site-packages', 'dist-packages'}
 
 
 def text_of(path):
     """A file's text, or nothing where it is none for the corpus."""
     try:
-        return path.read_bytes().decode().replace('\r\n', '\n') if path.stat().st_size <= LARGEST else ''
+        return (
+            path.read_bytes().decode().replace('\r\n', '\n')
+            if path.stat().st_size <= LARGEST
+            else ''
+        )
     except UnicodeDecodeError:
         return ''
 
 
 def sources(roots):
-    """{sha256 of its text: path} of the corpus's files, in the order of the roots and of their names."""
+    """{sha256 of its text: path} of the corpus's files, in the order of the roots and of their
+    names."""
     found = {}
     for root in roots:
-        for name, path in sorted((path.relative_to(root).as_posix(), path) for path in root.rglob('*.py')):
-            if path.is_file() and not path.is_symlink() and not NOT_THIS_ENVIRONMENTS & set(name.split('/')):
+        for name, path in sorted(
+            (path.relative_to(root).as_posix(), path) for path in root.rglob('*.py')
+        ):
+            if (
+                path.is_file()
+                and not path.is_symlink()
+                and not NOT_THIS_ENVIRONMENTS & set(name.split('/'))
+            ):
                 text = text_of(path).encode()
                 if text:
                     found.setdefault(hashlib.sha256(text).digest(), path)
@@ -58,11 +73,14 @@ class Files:
 
     def __init__(self, roots):
         found = sources(roots)
-        self.paths, self.fingerprint = list(found.values()), hashlib.sha256(b''.join(found)).hexdigest()
+        self.paths, self.fingerprint = (
+            list(found.values()),
+            hashlib.sha256(b''.join(found)).hexdigest(),
+        )
         self.size = sum(path.stat().st_size for path in self.paths)
 
     def pieces(self):
-        return (self.paths[i:i + 50] for i in range(0, len(self.paths), 50))
+        return (self.paths[i : i + 50] for i in range(0, len(self.paths), 50))
 
     def read(self, paths):
         for text in map(text_of, paths):
@@ -71,13 +89,26 @@ class Files:
 
 
 if __name__ == '__main__':
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.error = fail
-    options.add_argument('--vocab_size', type=int, help="only so many of GPT-2's 50,257 entries; default: all")
-    options.add_argument('--num_proc', type=int, help="processes that encode; default: one per core")
+    options.add_argument(
+        '--vocab_size', type=int, help="only so many of GPT-2's 50,257 entries; default: all"
+    )
+    options.add_argument(
+        '--num_proc', type=int, help="processes that encode; default: one per core"
+    )
     options = options.parse_args()
     with user_errors():
         tokenizer = TiktokenTokenizer('gpt2', options.vocab_size)
-        files = Files(dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ('stdlib', 'purelib', 'platlib')))
-        print(f"{len(files.paths):,} files, sha256 {files.fingerprint}; encoding them takes a minute or two", flush=True)
+        files = Files(
+            dict.fromkeys(
+                Path(sysconfig.get_path(key)).resolve() for key in ('stdlib', 'purelib', 'platlib')
+            )
+        )
+        print(
+            f"{len(files.paths):,} files, sha256 {files.fingerprint}; encoding them takes a minute or two",
+            flush=True,
+        )
         prepare(HERE, files, tokenizer, num_proc=options.num_proc)

@@ -1,11 +1,14 @@
-"""The Python standard library's source by characters: on every machine already, so nothing is downloaded.
+"""The Python standard library's source by characters: on every machine already, so nothing is
+downloaded.
 
     python data/stdlib_char/prepare.py
 
-All .py files of the running interpreter's own library that are pure ASCII, its tests left out: some 15 MB, under the
-PSF licence. Whole files go to a split, one in ten to validation, by the sha256 of the seed and their name; in each split
-they stand in the order of their names. The corpus is this Python version's: its sha256 is printed.
+All .py files of the running interpreter's own library that are pure ASCII, its tests left out:
+some 15 MB, under the PSF licence. Whole files go to a split, one in ten to validation, by the
+sha256 of the seed and their name; in each split they stand in the order of their names. The corpus
+is this Python version's: its sha256 is printed.
 """
+
 import argparse
 import hashlib
 import sys
@@ -15,18 +18,27 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mistakes import begin_script
+from system.errors import begin_script
 
 if __name__ == '__main__':
-    begin_script()      # before the imports, which take a second
+    begin_script()  # before the imports, which take a second
 
-from bins import write_bins
-from mistakes import fail, user_errors
-from tokenizer import CharTokenizer
+from system.errors import fail, user_errors
+from text.bins import write_bins
+from text.tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0
 SEED = 1337
-LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'lib2to3', 'ensurepip'}
+LEFT_OUT = {
+    'test',
+    'tests',
+    'idle_test',
+    'site-packages',
+    'dist-packages',
+    '__pycache__',
+    'lib2to3',
+    'ensurepip',
+}
 
 
 def sources(root):
@@ -34,7 +46,12 @@ def sources(root):
     for path in sorted(root.rglob('*.py'), key=lambda p: p.relative_to(root).as_posix()):
         name = path.relative_to(root).as_posix()
         content = path.read_bytes()
-        if not LEFT_OUT & set(name.split('/')) and not path.is_symlink() and content and content.isascii():
+        if (
+            not LEFT_OUT & set(name.split('/'))
+            and not path.is_symlink()
+            and content
+            and content.isascii()
+        ):
             yield name, content.decode().replace('\r\n', '\n')
 
 
@@ -43,13 +60,22 @@ def in_val(name):
 
 
 if __name__ == '__main__':
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.error = fail
     options.parse_args()
     with user_errors():
         corpus = list(sources(Path(sysconfig.get_path('stdlib'))))
         text = ''.join(text for _, text in corpus)
-        print(f"{len(corpus):,} files, {len(text):,} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()}")
-        write_bins(HERE, CharTokenizer.of(text), {
-            'train': (text for name, text in corpus if not in_val(name)),
-            'val': (text for name, text in corpus if in_val(name))})
+        print(
+            f"{len(corpus):,} files, {len(text):,} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+        )
+        write_bins(
+            HERE,
+            CharTokenizer.of(text),
+            {
+                'train': (text for name, text in corpus if not in_val(name)),
+                'val': (text for name, text in corpus if in_val(name)),
+            },
+        )

@@ -1,13 +1,14 @@
 """A small model of every architecture and variant, for tests that all of them have to pass."""
+
 import torch
 
 import models
 
-V, T = 23, 16       # vocabulary and block_size of all models here
+V, T = 23, 16  # vocabulary and block_size of all models here
 GPT_LIKE = dict(n_layer=2, n_head=2, n_embd=16)
 MLP = dict(context=3, n_embd=8, n_hidden=16)
 TREE = dict(form='hierarchical', n_layer=2, n_embd=6, n_hidden=10)
-ZOO = {     # NAME or NAME-variant: its Config fields
+ZOO = {  # NAME or NAME-variant: its Config fields
     'gpt': GPT_LIKE,
     'gpt-apart': GPT_LIKE | dict(eot=5),
     'gpt-narrow-relu-untied': GPT_LIKE | dict(n_inner=40, gelu='relu', tied=False, norm_eps=1e-3),
@@ -15,11 +16,19 @@ ZOO = {     # NAME or NAME-variant: its Config fields
     'transformerpp': GPT_LIKE,
     'transformerpp-untied': GPT_LIKE | dict(tied=False),
     'transformerpp-gqa': GPT_LIKE | dict(attention_kind='gqa'),
-    'transformerpp-llama3': GPT_LIKE | dict(attention_kind='gqa', head_dim=12, attention_bias=True, mlp_bias=True,
-                                            rope_scaling='llama3', rope_factor=4.0, rope_original=8),
+    'transformerpp-llama3': GPT_LIKE
+    | dict(
+        attention_kind='gqa',
+        head_dim=12,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_scaling='llama3',
+        rope_factor=4.0,
+        rope_original=8,
+    ),
     'transformerpp-differential-heads': GPT_LIKE | dict(attention_kind='differential', head_dim=12),
-    'transformerpp-mla-heads': GPT_LIKE | dict(attention_kind='mla', head_dim=12, rope_scaling='linear',
-                                               rope_factor=2.0),
+    'transformerpp-mla-heads': GPT_LIKE
+    | dict(attention_kind='mla', head_dim=12, rope_scaling='linear', rope_factor=2.0),
     'modern-gated-heads': GPT_LIKE | dict(attention_kind='gated', head_dim=12),
     'transformerpp-banded': GPT_LIKE | dict(attention_kind='banded', window=4),
     'transformerpp-differential': GPT_LIKE | dict(attention_kind='differential'),
@@ -61,7 +70,8 @@ def batch(B=4, seed=1):
 
 
 def prepared(name):
-    """A model in float64 and eval mode with no weight at its initial value, fitted and calibrated as train.py does."""
+    """A model in float64 and eval mode with no weight at its initial value, fitted and calibrated
+    as train.py does."""
     model = new(name)
     batches = []
     for seed in (2, 3):

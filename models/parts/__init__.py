@@ -1,0 +1,1 @@
+"""What architectures share: norms, rotary embeddings, attention and its kernels, the KV cache."""
