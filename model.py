@@ -33,7 +33,7 @@ class LanguageModel(nn.Module):
     fit = None  # counted models: fit(batches of (idx, targets)) replaces the optimizer's steps
     exemptions = {}  # {shared property of tests/test_zoo.py: why it does not hold here}
     cache_dtype = None  # of init_cache, where it is not the weights' own; set by weights.prepare
-    tokenizer = None  # set by checkpoint.load_model: what the ids stand for
+    tokenizer = None  # set by pretrained.load_model: what the ids stand for
     # recompute blocks in the backward pass: less memory, a third more time
     gradient_checkpointing = False
 
@@ -132,9 +132,9 @@ class LanguageModel(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens): idx continued, one sampled token after the
         other."""
-        from generation import decode
+        from generation import decode, sampling
 
-        return decode.continue_ids(self, idx, max_new_tokens, decode.Sampling(temperature, top_k))
+        return decode.generate(self, idx, max_new_tokens, sampling.Sampling(temperature, top_k))
 
 
 @dataclass
@@ -325,7 +325,7 @@ class GPT(LanguageModel):
 
         own, fields, weights = huggingface.read(name)
         if own != 'gpt':
-            raise ValueError(f"{name} holds no GPT-2 but a {own}: checkpoint.load_model opens it")
+            raise ValueError(f"{name} holds no GPT-2 but a {own}: pretrained.load_model opens it")
         model = cls(cls.Config(**fields | overrides))
-        huggingface.fill(model, weights, name)
+        huggingface.load_weights(model, weights, name)
         return model

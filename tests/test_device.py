@@ -14,7 +14,7 @@ from forked import both, forbid_cuda, ranks, run, train
 
 import configurator
 from system.device import resolve_device, resolve_dtype, seed_everything
-from training import checkpoint, fsdp
+from training import checkpoint, fsdp, pretrained
 
 NO_DEVICE = [word for word in TINY if not word.startswith('--device')]
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_in_parts_is_read_without_cuda(text_folder, tmp_path):
     only.wait()
     done = run(None, hook=functools.partial(read_parts, tmp_path))
     assert done.returncode == 0, done.output
-    assert int(done.output) == len(checkpoint.open_model(tmp_path)[0].state_dict())
+    assert int(done.output) == len(pretrained.open_model(tmp_path)[0].state_dict())
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from system import files
 from system.device import resolve_device, resolve_dtype
 from text import tokenizer
 from text.dataset import Dataset
-from training import checkpoint
+from training import checkpoint, pretrained, resume
 from training.optimizer import load_optimizer_state
 
 SERVER = r"""
@@ -37,7 +37,7 @@ import json, os, runpy, signal, sys, tempfile, time, traceback
 import configurator, model, models, numpy.ma, torch
 import system.device, text.mixture, training.checkpoint, training.lora, training.metrics
 import training.optimizer
-from generation import decode as generate
+from generation import final_sample
 try:
     import resource
 except ImportError:
@@ -58,7 +58,7 @@ for line in sys.stdin:
             sys.stdout.reconfigure(encoding=asked['env']['PYTHONIOENCODING'], errors='strict')
             sys.stderr.reconfigure(encoding=asked['env']['PYTHONIOENCODING'])
         if not asked['sample']:
-            generate.closing_sample = lambda *args: None
+            final_sample.print_final_sample = lambda *args: None
         if asked['memory']:
             used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + asked['memory'],) * 2)
@@ -677,7 +677,7 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
     changed(run, 'ckpt.pt', wrap(Payload(tmp_path / 'pwned')))
     for name in ('ckpt.prev.pt', 'best.pt'):
         (run / name).unlink()
-    for read in (checkpoint.read_latest, checkpoint.open_model, checkpoint.load_model):
+    for read in (checkpoint.read_latest, pretrained.open_model, pretrained.load_model):
         with pytest.raises(
             ValueError, match=r'ckpt\.pt (is damaged or no checkpoint|.*might run code)'
         ):
@@ -699,7 +699,7 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
 def test_weights_that_do_not_fit(trained, change, message):
     state = checkpoint.read(trained / 'ckpt.pt')
     with pytest.raises(ValueError, match=message) as caught:
-        checkpoint.restore({**state, **change})
+        pretrained.restore_model({**state, **change})
     assert '\n' not in str(caught.value)
 
 
@@ -748,10 +748,10 @@ def test_resuming_with_settings_of_other_types(trained, change):
     theirs = {'batch_size': 4, 'learning_rate': 1, 'compile': False, **change}
     state = {**checkpoint.read(trained / 'ckpt.pt'), 'config': theirs}
     with pytest.raises(ValueError, match=f'RUN is damaged: there, {min(change)} is'):
-        checkpoint.adopt(dict(config), {}, checkpoint.settings(state), 'RUN', set())
+        resume.adopt(dict(config), {}, resume.settings(state), 'RUN', set())
     for key in change:
         del theirs[key]
-    checkpoint.adopt(config, {}, checkpoint.settings(state), 'RUN', set())
+    resume.adopt(config, {}, resume.settings(state), 'RUN', set())
 
 
 @pytest.mark.parametrize(
@@ -775,7 +775,7 @@ def test_resuming_with_settings_of_other_types(trained, change):
 )
 def test_resuming_with_moments_that_are_none(trained, change):
     state = checkpoint.read(trained / 'ckpt.pt')
-    model = checkpoint.restore(state)[0]
+    model = pretrained.restore_model(state)[0]
     own = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
     load_optimizer_state(own, state['optimizer'])
     with pytest.raises(
@@ -926,7 +926,7 @@ def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
         tmp_path / 'hf', config, **{k: hostile if v == 'hostile' else v for k, v in content.items()}
     )
     with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
-        checkpoint.open_model(str(folder))
+        pretrained.open_model(str(folder))
     assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
     assert not (tmp_path / 'pwned').exists()
 
@@ -1026,7 +1026,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
         ('--top_k=-1', 'top_k=-1'),
         ('--top_k=0.5', 'top_k takes a whole number, not 0.5'),
         ('--max_new_tokens=-1', 'max_new_tokens=-1 must be at least 0'),
-        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line'),
+        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line that is not empty'),
         ('--num_samples=0', 'num_samples=0 must be at least 1'),
         ('--seed=-1', 'seed=-1'),
         ('--device=gpu', "device='gpu' is unknown"),

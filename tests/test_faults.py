@@ -940,7 +940,7 @@ def forget_offset():
 
     def forgetful(stored, progress, iter_num, out_dir):
         stored = real(stored, progress, iter_num, out_dir)
-        stored['progress'] |= dict(data_offset=progress['data_offset'])
+        stored['progress'] |= dict(data_offset=progress.data_offset)
         return stored
 
     guard.skip_data = forgetful

@@ -19,7 +19,7 @@ from system.device import (
     resolve_dtype,
     seed_everything,
 )
-from training.metrics import seconds, short
+from training.console import seconds, short
 from training.schedule import learning_rate_at
 
 

@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import errno
 import json
-import math
 import os
 import pickle
 import stat
@@ -25,13 +24,8 @@ from pathlib import Path
 
 import torch
 
-import models
-from interop import huggingface
-from models.parts import construction
 from system import files
-from text import dataset, tokenizer, tokenizer_files
-from training import guard, lora
-from training.optimizer import load_optimizer_state
+from training import guard
 
 SUMS, FRESH = 'sums.json', '.ckpt.pt.new'
 RESUMABLE = 'ckpt.pt', FRESH, 'ckpt.prev.pt'
@@ -49,44 +43,47 @@ FILES = (
     'health.png',
     'preempted',
 )
-# Where a run is, besides its step: the step of the last evaluation, evaluations since the best one,
-# times, clipped gradients, how many steps the data are ahead (guard.py), what the guard has seen.
-PROGRESS = dict(
-    evaluated=-1,
-    bad_evals=0,
-    wall_seconds=0.0,
-    train_seconds=0.0,
-    wandb_id=None,
-    clipped=0,
-    data_offset=0,
-    diverged_at=-1,
-    rolled_back_to=-1,
-    guard=None,
-)
-# What the noise in the losses depends on, which the guard measures.
-NOISE = {
-    'dataset',
-    'block_size',
-    'batch_size',
-    'gradient_accumulation_steps',
-    'document_boundaries',
-    'dropout',
-}
+
+
+# ---- what a checkpoint says of the run -----------------------------------------------------------
+
+
+def informative(default, why):
+    """A field of `Progress` without which a resumed run still has the same losses, and why that is
+    so."""
+    return dataclasses.field(default=default, metadata={'informative': why})
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is, besides its step: a checkpoint's `progress`.
+
+    A new field needs a line here, and one in train.py that sets it. It is saved with the others;
+    `_read_resumable` checks its type; a checkpoint that lacks it gives the default; and
+    tests/test_resume.py checks that a resumed run needs it, unless it is `informative`.
+    """
+
+    evaluated: int = -1  # step of the last evaluation
+    bad_evals: int = 0  # evaluations since the one with the best validation loss
+    wall_seconds: int | float = informative(0.0, "is a time")
+    train_seconds: int | float = informative(0.0, "is a time")
+    wandb_id: str | None = informative(None, "belongs to wandb, which the test's run does without")
+    clipped: int = 0  # steps whose gradient was longer than grad_clip, counted by train.py --watch
+    data_offset: int = 0  # steps that the data are ahead of the run, see guard.skip_data
+    diverged_at: int = -1  # step at which the run diverged last
+    rolled_back_to: int = -1  # step of the checkpoint from which it continued then
+    guard: dict | list | None = None  # guard.Guard's state; a list in checkpoints of old
+
+    @classmethod
+    def load(cls, saved):
+        """The Progress of a checkpoint's `progress`; fields that it lacks have their defaults."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in names})
+
+
+# What device, dtype, compile and threads were in the run, where its settings said 'auto'.
+RESOLVED_TYPES = {'device': str, 'dtype': str, 'compile': bool | str, 'threads': int}
 NUMBER = int, float
-PROGRESS_KINDS = dict(
-    evaluated=int,
-    bad_evals=int,
-    wall_seconds=NUMBER,
-    train_seconds=NUMBER,
-    clipped=int,
-    data_offset=int,
-    diverged_at=int,
-    rolled_back_to=int,
-    wandb_id=(str, types.NoneType),
-    guard=(dict, list, types.NoneType),
-)
-RESOLVED = dict(device='cpu', dtype='float32', compile=False, threads=1)
-RESOLVED_KINDS = dict(device=str, dtype=str, compile=(bool, str), threads=int)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -171,6 +168,13 @@ def make_out_dir(out_dir, init_from='resume'):
         raise OSError(
             f"out_dir={out_dir!r} can't be written to ({reason}); take another --out_dir"
         ) from None
+
+
+def mark_preempted(out_dir, iter_num):
+    """Leave the file `preempted` in out_dir, which tells whoever started the run that a signal
+    ended it."""
+    with files.replacing(Path(out_dir) / 'preempted') as file:
+        file.write(f"saved at step {iter_num}\n".encode())
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -273,6 +277,13 @@ def _has(state, types):
     )
 
 
+def _has_types(values, types):
+    """Whether `values` is a dict in which each of these keys that it has is of its type."""
+    return isinstance(values, dict) and all(
+        isinstance(values[key], kind) for key, kind in types.items() if key in values
+    )
+
+
 def _read_resumable(path):
     """Like `read`, of a state that a run can go on from."""
     state = read(path)
@@ -291,16 +302,13 @@ def _read_resumable(path):
         raise ValueError(
             f"{path} has weights only, not the state of a run: start from it with --init_from={path}"
         )
-    parts = {'progress': PROGRESS, 'resolved': {}, **state}
+    progress = state.get('progress', {})
+    resolved = state.get('resolved', {})
+    progress_types = {field.name: field.type for field in dataclasses.fields(Progress)}
     if not (
-        all(
-            _has(parts[key], {}) and _has(known | parts[key], kinds)
-            for key, known, kinds in (
-                ('progress', PROGRESS, PROGRESS_KINDS),
-                ('resolved', RESOLVED, RESOLVED_KINDS),
-            )
-        )
-        and guard.is_sound(parts['progress'].get('guard'))
+        _has_types(progress, progress_types)
+        and _has_types(resolved, RESOLVED_TYPES)
+        and guard.is_sound(progress.get('guard'))
         and getattr(state['best_val_loss'], 'numel', int)() in (0, 1)
     ):
         raise ValueError(
@@ -311,47 +319,18 @@ def _read_resumable(path):
     return state
 
 
-def begin(init_from, out_dir):
-    """(what a run starts from, the state that it resumes or None) of the setting init_from. Raises
-    OSError, ValueError.
-
-    auto: resume, if out_dir has a checkpoint that verifies, else from scratch; auto:SOURCE: else
-    from SOURCE. One that cannot be read, as when a disk is away for a while, is an OSError: the run
-    in it is not over.
-    """
-    start, _, otherwise = init_from.partition(':')
-    if start == 'auto':
-        try:
-            return 'resume', read_latest(out_dir)
-        except FileNotFoundError:
-            return otherwise or 'scratch', None
-        except ValueError as error:
-            print(f"{error}; starting afresh", flush=True)
-            return otherwise or 'scratch', None
-    if init_from == 'resume':
-        return init_from, read_latest(out_dir)
-    # A misspelt name is told before any data is prepared.
-    if (
-        init_from != 'scratch'
-        and init_from not in huggingface.OPENAI
-        and not os.path.lexists(init_from)
-    ):
-        raise _no_model(Path(init_from))
-    return init_from, None
-
-
 def read_latest(out_dir):
     """The newest state in out_dir that verifies, saying what was passed over. Raises
     FileNotFoundError, ValueError."""
     candidates = [p for name in RESUMABLE if os.path.lexists(p := Path(out_dir, name))]
     if not candidates:
-        near = _nearest_run(out_dir)
+        near = nearest_run(out_dir)
         hint = f"; the nearest is {near!r}" if near else ''
         raise FileNotFoundError(f"out_dir={str(out_dir)!r} has no ckpt.pt to resume from{hint}")
-    return _first_good(candidates, 'resuming from', _read_resumable)
+    return first_good(candidates, 'resuming from', _read_resumable)
 
 
-def _nearest_run(folder, names=()):
+def nearest_run(folder, names=()):
     """The folder with a model beside `folder`, or the one of `names`, whose name is nearly the
     same.
 
@@ -368,7 +347,7 @@ def _nearest_run(folder, names=()):
     return near[0] if near[0] in names else str(folder.parent / near[0])
 
 
-def _first_good(paths, doing, read=read):
+def first_good(paths, doing, read=read):
     problems = []
     for path in paths:
         try:
@@ -381,295 +360,3 @@ def _first_good(paths, doing, read=read):
             return state
     kind = OSError if any(type(error) is OSError for error in problems) else ValueError
     raise kind('; '.join(map(str, problems)))
-
-
-def settings(state):
-    """The settings that a run goes on with: its config, without what belongs to the machine or the
-    place it ran at."""
-    config = {
-        k: v for k, v in state['config'].items() if k not in ('out_dir', 'init_from', 'model')
-    }
-    # nanoGPT's: it kept wishes, and computed in float32 where there was no CUDA
-    if 'model_name' not in state:
-        config.pop('compile', None)
-        if not str(config.get('device')).startswith('cuda'):
-            config.pop('dtype', None)
-    return config
-
-
-def adopt(config, given, kept, whose, free):
-    """Take the settings `kept`, which a trained model brings, into `config`, unless given; returns
-    what changed.
-
-    given: {key: where it was set}. Raises ValueError where others are asked for, `free` ones
-    excepted.
-    """
-    for key in given.keys() & kept.keys() - free:
-        if config[key] != kept[key]:
-            raise ValueError(
-                f"{whose} has {key}={kept[key]!r}, {given[key]} asks for {config[key]!r}: leave it out"
-            )
-    changes = {k: v for k, v in kept.items() if k in config and k not in given}
-    for key, value in changes.items():
-        own = type(config[key])
-        kinds = (
-            (str, bool, *NUMBER) if config[key] == 'auto' else NUMBER if own is float else (own,)
-        )
-        if type(value) not in kinds:
-            raise ValueError(f"{whose} is damaged: there, {key} is {str(value)[:40]!r}")
-    config.update(changes)
-    return changes
-
-
-def adopt_run(config, given, state, out_dir):
-    """`adopt` what the run in out_dir, of which `state` is, had: of its model all, of its settings
-    what isn't given."""
-    if any(config[key] != state['config'].get(key, config[key]) for key in NOISE & given.keys()):
-        # what it has seen tells nothing about these losses
-        state.get('progress', {}).pop('guard', None)
-    name = state.get('model_name', 'gpt')
-    changes = adopt(config, given, {'model': name}, out_dir, models.FREE)
-    fields = dataclasses.fields(models.architecture(name).Config)
-    args = {field.name: field.default for field in fields}  # of fields newer than the run
-    changes |= adopt(config, given, args | state['model_args'], out_dir, models.FREE)
-    return changes | adopt(config, given, settings(state), out_dir, config.keys())
-
-
-def model_config(values):
-    """The Config class of the model that train.py's settings are about: that of the run in a folder
-    that they start from.
-
-    Raises ValueError where they ask for what it does not have.
-    """
-    name, init_from = values['model'], values['init_from']
-    folder = (
-        values['out_dir']
-        if init_from == 'resume' or init_from.split(':')[0] == 'auto'
-        else init_from
-    )
-    # what is wrong is said later
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        if folder == init_from or any(os.path.lexists(Path(folder, file)) for file in RESUMABLE):
-            name = json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))['model']
-    Config = models.architecture(name).Config
-    for key in ('bias', 'dropout'):
-        if values.get(key) and key not in {field.name for field in dataclasses.fields(Config)}:
-            raise ValueError(f"model={name} has no {key}: leave out {key}={values[key]}")
-    return Config
-
-
-def take_up(state, model, optimizer, scaler):
-    """Put a checkpoint's weights and moments in their places; returns (iter_num, best_val_loss,
-    progress).
-
-    Of no state it is where a run begins. Raises ValueError where they are of something else.
-    """
-    if not state:
-        return 0, math.inf, dict(PROGRESS)
-    if hasattr(model, 'set_requires_gradient_sync'):
-        from training import fsdp
-
-        fsdp.load_state(state, model, optimizer)
-    else:
-        model.load_state_dict(_weights(state))
-        if optimizer:
-            load_optimizer_state(optimizer, state['optimizer'])
-    scaler.load_state_dict(state.get('scaler') or scaler.state_dict())
-    return (
-        int(state['iter_num']),
-        float(state['best_val_loss']),
-        PROGRESS | state.get('progress', {}),
-    )
-
-
-def _weights(state):
-    """The weights in a checkpoint by the model's own names. What lies in parts beside it comes into
-    `state`, all of it."""
-    if shards := state.pop('shards', None):
-        from training import fsdp
-
-        state.update(fsdp.read_whole_state(shards['out_dir'], shards))
-    weights = {k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()}
-    # nanoGPT's; on old torch versions it kept its causal mask among the weights
-    if 'model_name' not in state:
-        weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
-    return weights
-
-
-def restore(state, settings=None, in_parts=False):
-    """(model, tokenizer description or None) of a checkpoint's content, on the CPU. nanoGPT's
-    checkpoints work too. Of a run with lora_rank it is the model as it trains; the model's
-    `template` is the chat template of the run's data.
-
-    settings: train.py's; of them it takes the Config fields that may change (models.FREE), such as
-    dropout. in_parts: leave weights that lie in parts beside the checkpoint to `take_up`.
-    """
-    Model = models.architecture(state.get('model_name', 'gpt'))
-    is_apart = in_parts and 'shards' in state
-    weights = {} if is_apart else _weights(state)
-    free = _free(Model.Config, settings)
-    if 'batchnorm' in free and bool(free['batchnorm']) != bool(state['model_args']['batchnorm']):
-        raise ValueError(
-            f"batchnorm={free['batchnorm']!r}: the run has {state['model_args']['batchnorm']!r}, and with or "
-            "without it are different weights: leave it out"
-        )
-    try:
-        most = (
-            None if is_apart else (1 << 20) + 8 * sum(weight.numel() for weight in weights.values())
-        )
-        model = construction.construct(Model, Model.Config(**state['model_args'] | free), most)
-        lora.add(model, state['config'].get('lora_rank', 0) if is_apart else lora.rank_of(weights))
-        if not is_apart:
-            model.load_state_dict(weights)
-    except (TypeError, RuntimeError, AttributeError, ArithmeticError, LookupError) as error:
-        raise ValueError(
-            f"the checkpoint's weights and model_args are not a {Model.__name__}'s: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from None
-    description = state.get('tokenizer')
-    if not description and 'model_name' not in state:
-        config = state.get('config')
-        folder = dataset.ROOT / str(config.get('dataset', '') if isinstance(config, dict) else '')
-        description, vocab_size = dataset.read_meta(folder)[:2]
-        if vocab_size > model.config.vocab_size:  # the folder is gone, and the model not GPT-2's
-            description = None
-    model.template = state.get('template')
-    return model, description
-
-
-def check_tokenizer(model, trained_on, data, whose):
-    """Raises ValueError where the dataset `data` has other ids than `model`, by the tokenizer
-    `trained_on`, learned.
-
-    Of a model whose tokenizer is not known only the size of the vocabulary can be compared, and a
-    line says so.
-    """
-    entries = model.config.vocab_size
-    if data.vocab_size > entries or (data.tokenizer and trained_on not in (None, data.tokenizer)):
-        raise ValueError(
-            f"{data.folder} was prepared with another tokenizer ({data.vocab_size} entries) than the model of "
-            f"{whose}"
-        )
-    if trained_on or not data.tokenizer:
-        return
-    if entries not in (data.vocab_size, padded_vocab_size(data.vocab_size)):
-        raise ValueError(
-            f"{data.folder} has a tokenizer of {data.vocab_size} entries, the model of {whose} has "
-            f"{entries} and does not say which tokenizer they belong to: use the dataset that it was "
-            "trained on"
-        )
-    if os.environ.get('RANK', '0') == '0':
-        print(
-            f"{whose} does not say which tokenizer its {entries} ids belong to; assuming those of "
-            f"{data.folder}",
-            flush=True,
-        )
-
-
-def padded_vocab_size(vocab_size):
-    """How many entries a new model has for a vocabulary: from 1000 on a multiple of 64, for
-    speed."""
-    if vocab_size < 1000:
-        return vocab_size
-    return 64 * math.ceil(vocab_size / 64)
-
-
-def _free(Config, settings):
-    return {
-        f.name: settings[f.name]
-        for f in dataclasses.fields(Config)
-        if f.name in models.FREE & (settings or {}).keys()
-    }
-
-
-def open_model(source, settings=None):
-    """(model, tokenizer description or None) from an out_dir, a checkpoint, a Hugging Face folder
-    or .safetensors file, or an OpenAI name. What a run learned by LoRA is merged into its weights.
-
-    From an out_dir: the best weights, or the latest where its run had always_save_checkpoint.
-    Raises ValueError, OSError.
-    """
-    path = Path(source)
-    is_weights = path.suffix == '.safetensors'
-    if path.is_file() and not is_weights:
-        return _merged(read(path), settings)
-    names = [name for name in _preference(path) if os.path.lexists(path / name)]
-    if names:
-        return _merged(_first_good([path / name for name in names], 'taking'), settings)
-    if (path / 'metrics.jsonl').exists():
-        raise FileNotFoundError(f"{source!r} holds a run that has saved no checkpoint yet")
-    folder = path.parent if is_weights else path
-    if not (folder / 'config.json').exists() and source not in huggingface.OPENAI:
-        raise _no_model(folder)
-    name, fields, weights = huggingface.read(source)
-    Model = models.architecture(name)
-    most = (1 << 20) + 8 * sum(weight.numel() for weight in weights.values() if weight is not None)
-    model = construction.construct(
-        Model, Model.Config(**fields | _free(Model.Config, settings)), most
-    )
-    huggingface.fill(model, weights, source)
-    return model, tokenizer_files.from_files(folder) or (
-        dict(tokenizer.GPT2) if model.config.vocab_size == 50257 else None
-    )
-
-
-def _no_model(folder):
-    """The error for a source of weights that is neither a folder with a model nor a known name."""
-    names = huggingface.OPENAI
-    what = "does not exist"
-    if folder.is_dir():
-        what = "holds no checkpoint (best.pt, ckpt.pt) and no Hugging Face model"
-    near = _nearest_run(folder, [*names, 'scratch', 'resume', 'auto'])
-    if near:
-        what += f"; the nearest is {near!r}"
-    return FileNotFoundError(
-        f"{str(folder)!r} {what}; the names that need no folder are {', '.join(names)}, and for "
-        "train.py scratch, resume, auto"
-    )
-
-
-def _merged(state, settings):
-    model, description = restore(state, settings)
-    return lora.merge(model), description
-
-
-def _preference(folder):
-    try:
-        latest = json.loads((folder / 'config.json').read_text(encoding='utf-8'))[
-            'always_save_checkpoint'
-        ]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        latest = False
-    return (
-        ('ckpt.pt', 'ckpt.prev.pt', 'best.pt') if latest else ('best.pt', 'ckpt.pt', 'ckpt.prev.pt')
-    )
-
-
-def dataset_of(out_dir):
-    """What the run in out_dir was trained on. Raises ValueError where its config.json does not
-    say."""
-    try:
-        return json.loads(Path(out_dir, 'config.json').read_text(encoding='utf-8'))['dataset']
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(
-            f"{out_dir}/config.json does not say what the run was trained on: give --dataset, a folder in "
-            "data/ or a text file"
-        ) from None
-
-
-def no_tokenizer(source, model):
-    """What to say where text is asked of a model whose source has no tokenizer."""
-    return (
-        f"{source} does not say which tokenizer its {model.config.vocab_size} ids belong to, so it "
-        "can't read or write text: a run gets its tokenizer from the dataset's meta.json (tokenizer) "
-        "or meta.pkl (itos, one character per id)"
-    )
-
-
-def load_model(source, device='cpu'):
-    """The model of `open_model` in eval mode on `device`, with its `tokenizer` where the source
-    says which."""
-    model, description = open_model(source)
-    if description:
-        model.tokenizer = tokenizer.load(description)
-    return model.to(device).eval()

@@ -284,6 +284,6 @@ def skip_data(stored, progress, iter_num, out_dir):
             f"{earlier['diverged_at']} to {earlier['rolled_back_to']} already and had continued with "
             f"other data; {out_dir}/ckpt.pt has the state of step {step}: {ADVICE}"
         )
-    offset = progress['data_offset'] + iter_num - step
+    offset = progress.data_offset + iter_num - step
     changes = dict(data_offset=offset, diverged_at=iter_num, rolled_back_to=step)
     return stored | dict(progress=earlier | changes)
