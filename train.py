@@ -116,7 +116,7 @@ with user_errors():
     init_from, stored = resume.begin(init_from, out_dir)
     config['init_from'] = init_from
     if stored:
-        globals().update(resume.adopt_run(config, given, stored, out_dir))
+        globals().update(resume.adopt_run_settings(config, given, stored, out_dir))
 check_settings(config, distributed.WORLD_SIZE)
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ with (
         model, trained_on = pretrained.open_model(init_from, {key: config[key] for key in given})
         kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
         globals().update(
-            resume.adopt(config, given, kept, init_from, models.FREE | {'block_size'})
+            resume.adopt_settings(config, given, kept, init_from, models.FREE | {'block_size'})
             | {'model': model}
         )
         if block_size != model.config.block_size:

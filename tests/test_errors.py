@@ -634,7 +634,7 @@ def test_a_checkpoint_cut_at_any_boundary_is_damaged(copy):
     assert len(boundaries(data)) > 20
     for at in boundaries(data):
         changed(run, 'ckpt.pt', data[:at])
-        with pytest.raises(ValueError, match='is damaged or no checkpoint'):
+        with pytest.raises(ValueError, match='is damaged or not a checkpoint'):
             checkpoint.read(run / 'ckpt.pt')
 
 
@@ -661,7 +661,7 @@ def test_a_flipped_bit_without_sums_is_found_or_harmless(copy, at):
     try:
         assert same(checkpoint.read(run / 'ckpt.pt'), whole)
     except ValueError as error:
-        assert 'is damaged or no checkpoint' in str(error) or 'might run code' in str(error)
+        assert 'is damaged or not a checkpoint' in str(error) or 'might run code' in str(error)
 
 
 @pytest.mark.parametrize(
@@ -679,7 +679,7 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
         (run / name).unlink()
     for read in (checkpoint.read_latest, pretrained.open_model, pretrained.load_model):
         with pytest.raises(
-            ValueError, match=r'ckpt\.pt (is damaged or no checkpoint|.*might run code)'
+            ValueError, match=r'ckpt\.pt (is damaged or not a checkpoint|.*might run code)'
         ):
             read(run)
     assert not (tmp_path / 'pwned').exists()
@@ -691,9 +691,9 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
         (dict(model_name='nope'), "model='nope' is unknown"),
         (dict(model_name=3), 'model=3 is unknown'),
         (dict(model_args={'n_layer': 2}), "no GPT's of such sizes"),
-        (dict(model_args={'zzz': 1}), "not a GPT's"),
-        (dict(model_args={'n_layer': 'x'}), "not a GPT's"),
-        (dict(model={}), "not a GPT's"),
+        (dict(model_args={'zzz': 1}), "not those of a GPT"),
+        (dict(model_args={'n_layer': 'x'}), "not those of a GPT"),
+        (dict(model={}), "not those of a GPT"),
     ],
 )
 def test_weights_that_do_not_fit(trained, change, message):
@@ -706,10 +706,10 @@ def test_weights_that_do_not_fit(trained, change, message):
 @pytest.mark.parametrize(
     'words, parts',
     [
-        (['--n_layer=2'], ['has n_layer=1, command line asks for 2', 'leave it out']),
-        (['--gelu=tanh'], ["has gelu='exact', command line asks for 'tanh'"]),
+        (['--n_layer=2'], ['has n_layer=1, not 2 (command line)', 'remove this setting']),
+        (['--gelu=tanh'], ["has gelu='exact', not 'tanh' (command line)"]),
         (['--block_size=8'], ['has block_size=16']),
-        (['--model=mamba9'], ["has model='gpt', command line asks for 'mamba9'"]),
+        (['--model=mamba9'], ["has model='gpt', not 'mamba9' (command line)"]),
         (['--dropout=2'], ['dropout=2.0']),
         (['--batch_size=0'], ['batch_size=0 must be at least 1']),
     ],
@@ -747,11 +747,11 @@ def test_resuming_with_settings_of_other_types(trained, change):
     }
     theirs = {'batch_size': 4, 'learning_rate': 1, 'compile': False, **change}
     state = {**checkpoint.read(trained / 'ckpt.pt'), 'config': theirs}
-    with pytest.raises(ValueError, match=f'RUN is damaged: there, {min(change)} is'):
-        resume.adopt(dict(config), {}, resume.settings(state), 'RUN', set())
+    with pytest.raises(ValueError, match=f'RUN is damaged: its {min(change)} is'):
+        resume.adopt_settings(dict(config), {}, resume.run_settings(state), 'RUN', set())
     for key in change:
         del theirs[key]
-    resume.adopt(config, {}, resume.settings(state), 'RUN', set())
+    resume.adopt_settings(config, {}, resume.run_settings(state), 'RUN', set())
 
 
 @pytest.mark.parametrize(
@@ -941,7 +941,7 @@ def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
         ),
         ('', 'no Hugging Face model'),
         ('resumee', "'resumee' does not exist"),
-        ('train.py', 'train.py is damaged or no checkpoint'),
+        ('train.py', 'train.py is damaged or not a checkpoint'),
     ],
 )
 def test_training_from_what_is_not_there(train, init_from, message):
@@ -989,7 +989,7 @@ def test_an_out_dir_that_cannot_be_written(train, tmp_path, name):
     check(
         train(f'--out_dir={out_dir}'),
         f"out_dir='{out_dir}' can't be written to",
-        'take another --out_dir',
+        'choose another --out_dir',
     )
     assert (tmp_path / 'a file').read_text() == 'precious'
 
@@ -1044,7 +1044,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
         ('--top_q=0.9', "there is no setting 'top_q'; the nearest is 'top_"),
         ('--out_dir=nowhere', "'nowhere' does not exist"),
         ('--out_dir=data', "'data' holds no checkpoint"),
-        ('--init_from=train.py', 'train.py is damaged or no checkpoint'),
+        ('--init_from=train.py', 'train.py is damaged or not a checkpoint'),
         ('--init_from=gpt2', 'cannot download config.json of openai-community/gpt2'),
     ],
 )

@@ -369,5 +369,7 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkey
 def test_other_data_begin_a_new_average(trained, change, is_kept):
     """Else a run that goes on with harder text would be taken for one that diverges."""
     state = checkpoint.read(trained / 'ckpt.pt')
-    resume.adopt_run(state['config'] | change, dict.fromkeys(change, 'command line'), state, 'out')
+    resume.adopt_run_settings(
+        state['config'] | change, dict.fromkeys(change, 'command line'), state, 'out'
+    )
     assert (state['progress'].get('guard') is not None) == is_kept

@@ -966,7 +966,8 @@ def test_json_that_no_reader_takes(text, tmp_path, trained):
         lambda: pretrained.dataset_of(tmp_path)
     )
     assert (
-        checkpoint._read_sums(tmp_path) == {} and pretrained._preference(tmp_path)[0] == 'best.pt'
+        checkpoint._read_sums(tmp_path) == {}
+        and pretrained._preferred_checkpoints(tmp_path)[0] == 'best.pt'
     )
     assert (
         resume.model_config(dict(model='gpt', init_from='resume', out_dir=str(tmp_path)))

@@ -70,7 +70,7 @@ def test_a_missing_package_is_said_and_the_run_goes_on(tmp_path, monkeypatch, ca
         capsys.readouterr().out.splitlines(), ('tensorboard', 'wandb'), strict=True
     ):
         assert line.startswith(
-            f'{package} is not installed (pip install {package}): going on without it'
+            f'{package} is not installed (pip install {package}): continuing without it'
         )
     log.log({'iter': 0, 'loss': 2.0})
     log.close()
@@ -228,7 +228,9 @@ def test_no_login_and_a_wandb_that_does_not_start_are_said(start, capsys, tmp_pa
     wandb.init = lambda **_: (_ for _ in ()).throw(wandb.errors.Error('the disk\nis full'))
     log = start(wandb)
     log.log({'iter': 0, 'loss': 2.0})
-    assert 'wandb does not start (the disk is full): going on without it' in capsys.readouterr().out
+    assert (
+        'wandb does not start (the disk is full): continuing without it' in capsys.readouterr().out
+    )
     assert log.wandb_id is None and len(records(tmp_path)) == 1
 
 

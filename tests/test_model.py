@@ -277,9 +277,11 @@ def test_new_fields_keep_what_a_gpt_was():
     assert torch.equal(pretrained.restore_model(state)[0].eval()(idx, idx)[0], model(idx, idx)[0])
     config = {'model': 'gpt'} | asdict(model.config)
     with pytest.raises(
-        ValueError, match='out has n_inner=0, command line asks for 48: leave it out'
+        ValueError, match=r'out has n_inner=0, not 48 \(command line\): remove this setting'
     ):
-        resume.adopt_run(config | {'n_inner': 48}, {'n_inner': 'command line'}, state, 'out')
+        resume.adopt_run_settings(
+            config | {'n_inner': 48}, {'n_inner': 'command line'}, state, 'out'
+        )
 
 
 @pytest.mark.parametrize(

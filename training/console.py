@@ -40,21 +40,26 @@ class Console:
             print(text, flush=True)
 
     def step(self, record, steps_left):
-        """Show that one step is done; `record` is its line of the log, or None."""
-        text = ''
-        if self.is_on and record:
-            mfu = f", mfu {record['mfu']:.1%}" if record['mfu'] else ''
+        """Show that one step is done; `record` is its line of the log, or None.
+
+        record: with loss, lr, grad_norm, ms, tokens_per_second and mfu.
+        """
+        if not self.is_on:
+            return
+        if record:
             text = (
                 f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, "
                 f"grad norm {record['grad_norm']:.3f}, {record['ms']:.1f} ms, "
-                f"{short(record['tokens_per_second'])} tokens/s{mfu}"
+                f"{short(record['tokens_per_second'])} tokens/s"
             )
+            if record['mfu']:
+                text += f", mfu {record['mfu']:.1%}"
             if self.bar is None:
                 seconds_left = steps_left * record['ms'] / 1e3
                 self.print(f"iter {record['iter']}: {text}, {seconds(seconds_left)} left")
-        if self.bar is not None:
-            if text:
+            else:
                 self.bar.set_postfix_str(text, refresh=False)
+        if self.bar is not None:
             self.bar.update()
 
     def evaluation(self, record):
@@ -75,106 +80,140 @@ class Console:
     def rewind(self, iter_num, progress):
         """Print that the run has diverged and continues from the checkpoint of step iter_num."""
         self.print(
-            f"diverged before step {progress.diverged_at}: back to the checkpoint of step {iter_num}; "
-            f"the data continue {progress.data_offset} steps ahead"
+            f"diverged before step {progress.diverged_at}: back to the checkpoint of step "
+            f"{iter_num}; the data continue {progress.data_offset} steps ahead"
         )
         if self.bar is not None:
             self.bar.reset(self.bar.total)
             self.bar.update(iter_num)
 
     def stopped(self, out_dir, iter_num):
-        """Print how a run that a signal has stopped is continued."""
+        """Print how to continue a run that a signal has stopped."""
         command = f"python train.py --init_from=resume --out_dir={out_dir}"
         if os.environ.get('WORLD_SIZE', '1') != '1':
             command = "the same command with --init_from=auto"
-        self.print(f"saved at step {iter_num}; to go on: {command}")
+        self.print(f"saved at step {iter_num}; to continue: {command}")
 
     def close(self):
         if self.bar is not None:
             self.bar.close()
 
 
+# ---- before and beside the training loop ---------------------------------------------------------
+
+
 def progress_bar(items, what):
-    """`items`, with a bar on a terminal that is gone when they are done."""
-    return tqdm(
-        items,
-        what,
-        leave=False,
-        dynamic_ncols=True,
-        disable=None if os.environ.get('RANK', '0') == '0' else True,
-    )
+    """Iterate over `items` with a bar on a terminal, which disappears at the end; rank 0 only."""
+    is_off = None  # unless this is a terminal
+    if os.environ.get('RANK', '0') != '0':
+        is_off = True
+    return tqdm(items, what, leave=False, dynamic_ncols=True, disable=is_off)
 
 
 def plan(config, model, data, tokens_per_step, max_iters, iter_num, machine):
-    """What a run with the settings `config` will do, as lines. machine: (type of device, dtype,
-    threads)."""
-    c, windows = config, f"{config['batch_size']} x {config['block_size']}"
-    if c['eval_only']:
-        todo = f"evaluation: of each split {c['eval_iters']} x {windows} tokens, or all where that is less"
-    elif model.fit:
-        todo = f"one pass, which counts: {tokens_per_step:,} tokens"
-    else:
-        places = c['gradient_accumulation_steps'] * c['batch_size'] * c['block_size']
-        padded = '' if tokens_per_step == places else f"{places:,} places, of which about "
-        todo = (
-            f"steps: {max(0, max_iters - iter_num):,} of {c['gradient_accumulation_steps']} x {windows} = "
-            f"{padded}{tokens_per_step:,} tokens, {data.epochs(max_iters * tokens_per_step)} in all"
+    """What a run with the settings `config` will do: its model, data, steps and machine, a line
+    each.
+
+    machine: (type of the device, dtype, threads).
+    """
+    n_params = f"{short(model.num_params())} parameters"
+    if config.get('lora_rank'):
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        n_params += f", {short(n_trained)} of them trained (lora_rank={config['lora_rank']})"
+
+    n_tokens = f"{data.tokens['train']:,} tokens to train on"
+    n_learned = data.meta.get('splits', {}).get('train', {}).get('learned')  # chats mask some
+    if n_learned:
+        n_tokens += f" ({n_learned:,} of them learned)"
+
+    batch = f"{config['batch_size']} x {config['block_size']}"
+    if config['eval_only']:
+        steps = (
+            f"evaluation: of each split {config['eval_iters']} x {batch} tokens, "
+            "or all where that is less"
         )
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    part = (
-        f", {short(n_trained)} of them trained (lora_rank={c['lora_rank']})"
-        if c.get('lora_rank')
-        else ''
-    )
-    learned = data.meta.get('splits', {}).get('train', {}).get('learned')
-    learned = f" ({learned:,} of them learned)" if learned else ''
+    elif model.fit:
+        steps = f"one pass, which counts: {tokens_per_step:,} tokens"
+    else:
+        steps = _steps(config, batch, tokens_per_step, max(0, max_iters - iter_num))
+        steps += f", {data.epochs(max_iters * tokens_per_step)} in all"
+
+    device_type, dtype, threads = machine
+    n_processes = os.environ.get('WORLD_SIZE', 1)
     return '\n'.join(
         [
-            f"model: {c['model']}, {short(model.num_params())} parameters{part}, from {c['init_from']}",
-            f"data: {c['dataset']}, {data.tokens['train']:,} tokens to train on{learned}, {data.tokens['val']:,} to "
-            "validate on",
-            todo,
-            "machine: {} x {}, {}, {} threads".format(os.environ.get('WORLD_SIZE', 1), *machine),
+            f"model: {config['model']}, {n_params}, from {config['init_from']}",
+            f"data: {config['dataset']}, {n_tokens}, {data.tokens['val']:,} to validate on",
+            steps,
+            f"machine: {n_processes} x {device_type}, {dtype}, {threads} threads",
         ]
     )
 
 
+def _steps(config, batch, tokens_per_step, n_steps):
+    """How many steps there are, and of how many tokens each."""
+    n_micros = config['gradient_accumulation_steps']
+    places = n_micros * config['batch_size'] * config['block_size']
+    size = f"{tokens_per_step:,} tokens"
+    if tokens_per_step != places:  # windows are padded
+        size = f"{places:,} places, of which about {size}"
+    return f"steps: {n_steps:,} of {n_micros} x {batch} = {size}"
+
+
 def evaluation_table(name, model, losses, data):
-    """The losses of `model` on `data` as aligned lines, beside the published figures where those
-    are of such data."""
-    known = (
-        PUBLISHED
-        if (data.folder.name, data.vocab_size, data.block_size) == ('openwebtext', 50257, 1024)
-        else {}
-    )
-    found = {f'{split} loss': f"{loss:.4f}" for split, loss in losses.items()}
-    if bpb := data.bits_per_byte('val', losses['val']):
-        found['bits per byte'] = f"{bpb:.4f}"
-    rows = [['model', 'parameters', *found, *(['published: train', 'val'] if known else [])]]
-    for row in {**known, name: None}:
-        n, *figures = known.get(row, (0, '-', '-') if known else (0,))
-        cells = (
-            [short(model.num_params()), *found.values()]
-            if row == name
-            else [short(n), *'-' * len(found)]
-        )
-        rows.append([row, *cells, *map(str, figures)])
+    """The losses {split: nats per token} of `model`, called `name`, on `data` as an aligned table.
+
+    On OpenWebText with GPT-2's tokenizer and context the published figures stand beside them.
+    """
+    published = {}
+    if (data.folder.name, data.vocab_size, data.block_size) == ('openwebtext', 50257, 1024):
+        published = PUBLISHED
+    measured = {f'{split} loss': f"{loss:.4f}" for split, loss in losses.items()}
+    val_bpb = data.bits_per_byte('val', losses['val'])
+    if val_bpb:
+        measured['bits per byte'] = f"{val_bpb:.4f}"
+
+    header = ['model', 'parameters', *measured]
+    if published:
+        header += ['published: train', 'val']
+    rows = [header]
+    names = list(published)
+    if name not in names:
+        names.append(name)
+    for row_name in names:
+        n_params, *figures = published.get(row_name, (None, '-', '-'))
+        if row_name == name:
+            row = [name, short(model.num_params()), *measured.values()]
+        else:
+            row = [row_name, short(n_params), *['-'] * len(measured)]
+        if published:
+            row += [str(figure) for figure in figures]
+        rows.append(row)
+    return _aligned(rows)
+
+
+def _aligned(rows):
+    """Rows of strings as text, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join(
-        '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append('  '.join(cells))
+    return '\n'.join(lines)
+
+
+# ---- numbers for people --------------------------------------------------------------------------
 
 
 def seconds(t):
-    """A duration for people: 41 s, 3:25 min, 7:03 h."""
+    """A duration in seconds for people: 41 s, 3:25 min, 7:03 h."""
     t = round(t)
-    return (
-        f"{t} s"
-        if t < 60
-        else f"{t // 60}:{t % 60:02} min"
-        if t < 3600
-        else f"{t // 3600}:{t % 3600 // 60:02} h"
-    )
+    if t < 60:
+        return f"{t} s"
+    if t < 3600:
+        return f"{t // 60}:{t % 60:02} min"
+    return f"{t // 3600}:{t % 3600 // 60:02} h"
 
 
 def short(n):

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, and the loggers that it is also sent to: TensorBoard, wandb."""
+"""The log of a run, metrics.jsonl, and the loggers that get its records too: TensorBoard, wandb."""
 
 import difflib
 import json
@@ -14,11 +14,10 @@ from system.device import synchronize
 
 
 class Metrics:
-    """The log of one run in `out_dir`; with `is_on` false, as on all processes but one, it does
-    nothing.
+    """The log of the run in `out_dir`; with `is_on` false, as on all ranks but one, nothing.
 
-    start_iter, done_eval: of a resumed run, whose earlier lines of metrics.jsonl are kept up to
-    there.
+    start_iter, done_eval: the step from which a resumed run continues, and that of its last
+    evaluation; its lines of metrics.jsonl up to there are kept, the others removed.
     """
 
     def __init__(self, out_dir, is_on, start_iter=0, done_eval=-1):
@@ -30,10 +29,10 @@ class Metrics:
             self._keep_until(start_iter, done_eval)
 
     def start(self, config, loggers, wandb_id=None):
-        """Write config.json, and open `loggers`, names of LOGGERS; print which can't be opened.
+        """Write config.json, and open `loggers`, names in LOGGERS; print which can't be opened.
 
-        A logger that has nothing of this run yet gets what metrics.jsonl has. wandb_id: of a
-        resumed run.
+        A logger that is new to a resumed run gets the run's earlier records. wandb_id: the run's id
+        at wandb if it is resumed, else None.
         """
         if not self.is_on:
             return
@@ -44,14 +43,14 @@ class Metrics:
                 logger = LOGGERS[name](config, self.path.parent, self.start_iter, wandb_id)
             except ImportError:
                 print(
-                    f"{name} is not installed (pip install {name}): going on without it; "
+                    f"{name} is not installed (pip install {name}): continuing without it; "
                     "metrics.jsonl has everything",
                     flush=True,
                 )
                 continue
             except RuntimeError as error:
                 reason = ' '.join(str(error).split())[:120]
-                print(f"{name} does not start ({reason}): going on without it", flush=True)
+                print(f"{name} does not start ({reason}): continuing without it", flush=True)
                 continue
             for record in map(json.loads, self._lines()):
                 if record['iter'] >= logger.first_step:
@@ -67,8 +66,10 @@ class Metrics:
         return None
 
     def log(self, record):
-        """Add one line to metrics.jsonl, and the record to the loggers; numbers that are not finite
-        become null."""
+        """Add `record`, with its step as 'iter', to metrics.jsonl and the loggers.
+
+        NaN and infinity become null, as JSON has neither. Raises OSError.
+        """
         if not self.is_on:
             return
         record = {
@@ -84,15 +85,17 @@ class Metrics:
             logger.log(record)
 
     def histograms(self, step, samples):
-        """Show the loggers how the values of {name: array} are distributed."""
+        """Send the loggers the `samples` {name: array of values} of step `step`, as histograms."""
         if not samples:
             return
         for logger in self.loggers:
             logger.log({'iter': step} | samples)
 
     def rewind(self, iter_num, progress):
-        """Remove what was logged since step iter_num, from which the run continues after it
-        diverged."""
+        """Remove the records since step iter_num, to which a run that diverged was rolled back.
+
+        A record of the step before says so, of the run's Progress `progress`.
+        """
         if not self.is_on:
             return
         self._keep_until(iter_num, progress.evaluated)
@@ -114,32 +117,34 @@ class Metrics:
         return self.path.read_text(encoding='utf-8', errors='replace').splitlines()
 
     def _keep_until(self, start_iter, done_eval):
+        """Remove the lines of later steps and evaluations."""
         kept = [line for line in self._lines() if _is_before(line, start_iter, done_eval)]
         with files.replacing(self.path) as file:
             file.writelines(line.encode() + b'\n' for line in kept)
 
 
 def _is_before(line, start_iter, done_eval):
-    """Whether a line of metrics.jsonl tells of what a run that resumes at start_iter has behind
-    it."""
+    """Whether a line of metrics.jsonl is of a step before start_iter, or an evaluation up to
+    done_eval."""
     try:
         record = json.loads(line)
-        return record['iter'] <= done_eval if 'val_loss' in record else record['iter'] < start_iter
+        if 'val_loss' in record:
+            return record['iter'] <= done_eval
+        return record['iter'] < start_iter
     except (ValueError, KeyError, TypeError, RecursionError):
         return False  # the half line of a run that was killed
 
 
 # ---- loggers -------------------------------------------------------------------------------------
 #
-# Each is a class with an entry in LOGGERS; the name there is that of its package. It is made of the
-# run's settings, its out_dir, the step that the run starts or resumes from, and the id that wandb
-# knows a resumed run by; ImportError: its package is missing; RuntimeError: it does not start.
-# `first_step`: the logger has the records of earlier steps already.
+# A logger is a class with these methods, and an entry in LOGGERS under the name of its package. Its
+# arguments are the run's settings, its out_dir as a Path, the step from which the run starts or
+# resumes, and a resumed run's id at wandb. `first_step` is the first step whose records it does not
+# have yet. It raises ImportError where its package is missing, RuntimeError where it can't start.
 
 
 class TensorBoard:
-    """Event files in out_dir/tensorboard; when a run is resumed, what they have of later steps is
-    hidden."""
+    """Event files in out_dir/tensorboard; a resumed run hides what they have of later steps."""
 
     def __init__(self, config, out_dir, start_iter, wandb_id):
         from torch.utils.tensorboard import SummaryWriter
@@ -156,14 +161,14 @@ class TensorBoard:
                 self.writer.add_histogram(key, value, record['iter'])
             else:
                 self.writer.add_scalar(key, value, record['iter'])
-        self.writer.flush()  # a run that is killed loses no point
+        self.writer.flush()  # a run that is killed loses nothing
 
     def close(self):
         self.writer.close()
 
 
 class Wandb:
-    """Weights & Biases; without a login offline, which a line says."""
+    """A run at Weights & Biases; without a login it is kept offline, and a line says so."""
 
     def __init__(self, config, out_dir, start_iter, wandb_id):
         import wandb
@@ -172,7 +177,7 @@ class Wandb:
         if 'WANDB_MODE' not in os.environ and not _has_login(wandb):
             mode = 'offline'
             print(
-                "wandb has no login (`wandb login` makes one): going on offline; "
+                "wandb has no login (`wandb login` sets one up): continuing offline; "
                 "`wandb sync` sends the run later",
                 flush=True,
             )
@@ -216,9 +221,9 @@ def _has_login(wandb):
 
 
 def logger_names(log_to, wandb_log=False):
-    """The names in `log_to`, which commas separate, and wandb if nanoGPT's setting wants it. Raises
-    ValueError."""
-    names = {name.strip() for name in log_to.split(',') if name.strip()}
+    """The names in `log_to`, separated by commas, sorted; with wandb_log, nanoGPT's setting, also
+    wandb. Raises ValueError."""
+    names = [name.strip() for name in log_to.split(',') if name.strip()]
     for name in names:
         if name not in LOGGERS:
             (near,) = difflib.get_close_matches(name.lower(), LOGGERS, n=1, cutoff=0)
@@ -227,32 +232,39 @@ def logger_names(log_to, wandb_log=False):
                 "(metrics.jsonl is always written)"
             )
     if wandb_log:
-        names.add('wandb')
-    return sorted(names)
+        names.append('wandb')
+    return sorted(set(names))
 
 
 # ---- time ----------------------------------------------------------------------------------------
 
 
 class Stopwatch:
-    """The time that steps take, without what happens between `pause` and `go_on`; `total` is in
-    seconds."""
+    """Measures the time that steps take, without what happens between `pause` and `go_on`."""
 
     def __init__(self, device, total=0.0):
-        self.device, self.total, self.steps, self.since = device, total, 0, time.perf_counter()
+        self.device = device
+        self.total = total  # seconds of training, those of a resumed run included
+        self.steps = 0  # since the last lap
+        self.since = time.perf_counter()
 
     def step(self):
+        """Count a step."""
         self.steps += 1
 
     def lap(self):
-        """Seconds per step since the last lap; waits until the device is done with them."""
+        """Seconds per step since the last lap; waits until the device has finished them."""
         synchronize(self.device)
-        now, steps = time.perf_counter(), max(1, self.steps)
-        took, self.since, self.steps = now - self.since, now, 0
+        now = time.perf_counter()
+        took = now - self.since
+        steps = max(1, self.steps)
+        self.since = now
+        self.steps = 0
         self.total += took
         return took / steps
 
     pause = lap
 
     def go_on(self):
+        """Start measuring again after `pause`."""
         self.since = time.perf_counter()
