@@ -6,7 +6,7 @@ import io
 import re
 import sys
 
-from text import textfiles
+from text.sources import formats
 
 MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'  # <|im_end|>, [|endofturn|]: how special tokens are spelled
 
@@ -19,7 +19,7 @@ def read(text):
     if not text.startswith(('FILE:', 'LINES:')):
         return [_decoded(text, "the prompt", sys.getfilesystemencoding())]
     try:
-        content = textfiles.read_text(text.partition(':')[2], as_text=True)
+        content = formats.read_text(text.partition(':')[2], as_text=True)
         content = io.StringIO(content, newline=None).read()  # CR LF becomes LF
     except (OSError, ValueError) as error:
         raise ValueError(
