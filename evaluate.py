@@ -39,7 +39,7 @@ from system.checks import check_at_least
 from system.device import autocast, memory_errors, resolve_device, resolve_dtype, to_device
 from system.errors import fail, user_errors
 from text import evaluation_tasks
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -66,7 +66,7 @@ def make_tasks(names, tokenizer, block_size):
     if 'bpb' in names or 'perplexity' in names:
         source = dataset
         if not source:
-            source = checkpoint.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare'
+            source = pretrained.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare'
         text = evaluation_tasks.load_text(source, split, tokenizer, max_tokens=limit * block_size)
     made = {}
     for name in names:
@@ -168,9 +168,9 @@ with user_errors():
             )
 
     source = out_dir if init_from == 'resume' else init_from
-    model = checkpoint.load_model(source, device)
+    model = pretrained.load_model(source, device)
     if model.tokenizer is None:
-        fail(checkpoint.no_tokenizer(source, model))
+        fail(pretrained.no_tokenizer(source, model))
     block_size = model.config.block_size
     if stride == 'auto':
         stride = max(1, block_size // 2)

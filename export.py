@@ -27,7 +27,7 @@ from interop import huggingface
 from system import files
 from system.device import DTYPES
 from system.errors import fail, user_errors
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -112,7 +112,7 @@ with user_errors():
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         fail(f"folder={folder!r} exists and is not empty: choose another")
 
-    model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from)
+    model = pretrained.load_model(out_dir if init_from == 'resume' else init_from)
     contents, weights = huggingface.to_files(model, models.name_of(model), dtype)
     write_folder(path, contents, weights)
     report_losses(model)

@@ -33,7 +33,7 @@ class LanguageModel(nn.Module):
     fit = None  # counted models: fit(batches of (idx, targets)) replaces the optimizer's steps
     exemptions = {}  # {shared property of tests/test_zoo.py: why it does not hold here}
     cache_dtype = None  # of init_cache, where it is not the weights' own; set by weights.prepare
-    tokenizer = None  # set by checkpoint.load_model: what the ids stand for
+    tokenizer = None  # set by pretrained.load_model: what the ids stand for
     # recompute blocks in the backward pass: less memory, a third more time
     gradient_checkpointing = False
 
@@ -325,7 +325,7 @@ class GPT(LanguageModel):
 
         own, fields, weights = huggingface.read(name)
         if own != 'gpt':
-            raise ValueError(f"{name} holds no GPT-2 but a {own}: checkpoint.load_model opens it")
+            raise ValueError(f"{name} holds no GPT-2 but a {own}: pretrained.load_model opens it")
         model = cls(cls.Config(**fields | overrides))
         huggingface.load_weights(model, weights, name)
         return model

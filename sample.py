@@ -28,7 +28,7 @@ from system.device import memory_errors, resolve_device, resolve_dtype, tune_for
 from system.errors import fail, user_errors
 from text import prompts
 from text.chat import Dialogue, Template
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -180,9 +180,9 @@ with user_errors():
         fail("several prompts, num_beams and interactive=True can't be combined: choose one")
 
     source = out_dir if init_from == 'resume' else init_from
-    model = checkpoint.load_model(source, device)
+    model = pretrained.load_model(source, device)
     if model.tokenizer is None:
-        fail(checkpoint.no_tokenizer(source, model))
+        fail(pretrained.no_tokenizer(source, model))
     encode = model.tokenizer.encode
 
     # A sample ends at a text of `stops`, or at an id of `stop_ids`: a special token, whose text

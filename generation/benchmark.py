@@ -40,7 +40,7 @@ from system.device import (
     tune_for_speed,
 )
 from system.errors import fail, user_errors
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = ''  # as in sample.py; '': random weights of `model`, whose fields are settings too
@@ -68,7 +68,7 @@ def config_class(values):
 def build_model(config):
     """The model to measure in float32, in eval mode, by the settings."""
     if init_from:
-        return checkpoint.load_model(init_from, device)
+        return pretrained.load_model(init_from, device)
     names = {field.name for field in dataclasses.fields(config_class(config))}
     fields = {name: config[name] for name in names & config.keys()}
     return models.build(model, vocab_size=50257, **fields).to(device).eval()

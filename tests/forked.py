@@ -46,8 +46,10 @@ PRELOAD = [
     'text.mixture',
     'training.checkpoint',
     'training.lora',
+    'training.console',
     'training.metrics',
     'training.optimizer',
+    'training.resume',
     'training.watch',
 ]
 TqdmDefaultWriteLock.mp_lock = None  # a semaphore that a killed process would leave behind

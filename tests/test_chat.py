@@ -20,7 +20,7 @@ from text import chat
 from text.chat import Dialogue, Template
 from text.dataset import Dataset
 from text.tokenizer import ByteTokenizer, TiktokenTokenizer
-from training import checkpoint
+from training import checkpoint, pretrained
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
 CHATML = {
@@ -286,7 +286,7 @@ def test_a_conversation_knows_what_was_said(sample):
 
 
 def test_an_answer_ends_at_the_end_of_text(parrot):
-    model, talk = checkpoint.load_model(parrot), Dialogue(Template(), ByteTokenizer(), room=150)
+    model, talk = pretrained.load_model(parrot), Dialogue(Template(), ByteTokenizer(), room=150)
     context = decode.Context(model, [talk.ask('Hi')], 200)
     news = list(decode.stream_text(context, 50, Sampling(temperature=0), stop_ids=[ord('!')]))
     assert ''.join(new for (new,) in news) == 'Hello' and len(news) == 6

@@ -34,9 +34,13 @@ import models
 from interop import huggingface
 from model import GPTConfig
 from models.parts import construction
-from text import dataset, mixture, sources, textfiles, tokenizer, tokenizer_files, vocabulary
+from text import dataset, mixture, sources, tokenizer, tokenizer_files, vocabulary
 from text.shards import Shards, read_meta
-from training import checkpoint, metrics
+from text.sources import cutting
+from text.sources.compression import opened
+from text.sources.formats import JsonLines, source_file
+from text.sources.hub_dataset import is_wanted
+from training import checkpoint, metrics, pretrained, resume
 
 # bytes that a script may take beside what torch has; with more asked for, it has to say so
 MEMORY = 1 << 30
@@ -712,8 +716,8 @@ def test_no_file_runs_code(payload, tmp_path, text_folder):
         lambda: read_meta(tmp_path),
         lambda: tokenizer.describe_meta_pkl(content),
         lambda: checkpoint.read_latest(tmp_path),
-        lambda: checkpoint.load_model(tmp_path),
-        lambda: checkpoint.open_model(str(tmp_path / 'ckpt.pt')),
+        lambda: pretrained.load_model(tmp_path),
+        lambda: pretrained.open_model(str(tmp_path / 'ckpt.pt')),
         lambda: huggingface.read(str(tmp_path)),
         lambda: checkpoint.read(tmp_path / 'best.pt'),
     ):
@@ -869,7 +873,7 @@ def test_only_what_lies_in_data_prepares_itself(tmp_path, monkeypatch, name):
     ],
 )
 def test_names_in_a_listing_of_the_hub(name, is_taken):
-    assert bool(textfiles._is_wanted(name, '')) is is_taken
+    assert is_wanted(name) is is_taken
 
 
 @pytest.mark.parametrize(
@@ -894,7 +898,7 @@ def test_names_in_an_index_of_weights(tmp_path, name):
         json.dumps({'weight_map': {'w': name}})
     )
     with pytest.raises(ValueError, match='index.json is damaged or not plain weights'):
-        checkpoint.open_model(str(tmp_path / 'hf'))
+        pretrained.open_model(str(tmp_path / 'hf'))
 
 
 @pytest.mark.parametrize(
@@ -963,17 +967,18 @@ def test_json_that_no_reader_takes(text, tmp_path, trained):
         lambda: tokenizer.load({'kind': 'huggingface', 'json': text})
     )
     assert 'does not say what the run was trained on' in said(
-        lambda: checkpoint.dataset_of(tmp_path)
+        lambda: pretrained.dataset_of(tmp_path)
     )
     assert (
-        checkpoint._read_sums(tmp_path) == {} and checkpoint._preference(tmp_path)[0] == 'best.pt'
+        checkpoint._read_sums(tmp_path) == {}
+        and pretrained._preferred_checkpoints(tmp_path)[0] == 'best.pt'
     )
     assert (
-        checkpoint.model_config(dict(model='gpt', init_from='resume', out_dir=str(tmp_path)))
+        resume.model_config(dict(model='gpt', init_from='resume', out_dir=str(tmp_path)))
         is GPTConfig
     )
     assert not metrics._is_before(text, 9, 9)
-    assert 'not JSON' in said(lambda: sources._parsed(b'{"text": ' + text.encode()))
+    assert 'not JSON' in said(lambda: JsonLines.parse(b'{"text": ' + text.encode()))
 
 
 @pytest.mark.parametrize(
@@ -1028,7 +1033,7 @@ def test_a_config_json_of_hugging_faces_with_other_numbers(base, change, tmp_pat
         {'model.norm.weight': torch.ones(16), 'wte.weight': torch.ones(65, 16)},
         tmp_path / 'model.safetensors',
     )
-    said(lambda: checkpoint.open_model(str(tmp_path)))
+    said(lambda: pretrained.open_model(str(tmp_path)))
 
 
 def header(size=None, **entries):
@@ -1064,7 +1069,7 @@ def header(size=None, **entries):
 def test_safetensors_with_a_false_header(content, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(SMALL))
     (tmp_path / 'model.safetensors').write_bytes(content)
-    assert 'model.safetensors' in said(lambda: checkpoint.open_model(str(tmp_path)))
+    assert 'model.safetensors' in said(lambda: pretrained.open_model(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -1086,7 +1091,7 @@ def test_safetensors_with_a_false_header(content, tmp_path):
 def test_weights_of_hugging_faces_that_are_others(base, stored, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(base))
     torch.save(stored, tmp_path / 'pytorch_model.bin')
-    said(lambda: checkpoint.open_model(str(tmp_path)))
+    said(lambda: pretrained.open_model(str(tmp_path)))
 
 
 def packed(kind, content, times):
@@ -1103,16 +1108,15 @@ def packed(kind, content, times):
 def test_a_bomb_is_read_in_pieces(kind, name, tmp_path, monkeypatch):
     """A small file that unpacks to 300 MB on one line is never whole in memory; as a row it is
     refused."""
-    monkeypatch.setattr(sources, 'MOST', 1 << 24)
+    monkeypatch.setattr(cutting, 'LONGEST_ROW', 1 << 24)
     path = tmp_path / f'{name}.{kind}'
     path.write_bytes(packed(kind, b'x' * (1 << 20), 300))
     assert path.stat().st_size < 400_000
-    file = textfiles._file(path.name, path, None)
+    file = source_file(path.name, path)
     tracemalloc.start()
-    with textfiles.reading(file) as (_, stream):
-        chunks = sources._cut(
-            file, stream, stream.read(sources.PIECE + 1), sources.DIVISIONS['line'], None
-        )
+    with opened(file) as (_, stream):
+        head = stream.read(cutting.PIECE + 1)
+        chunks = cutting.cut(file, stream, head, cutting.DIVISIONS['line'])
         if name == 'bomb.jsonl':
             assert 'is a row of more than 16,777,216 bytes' in said(lambda: list(chunks))
         else:

@@ -285,7 +285,8 @@ def test_a_sample_that_cannot_be_printed_is_said_to_be_replaced(text_folder, tmp
     )
     assert (done.returncode, done.stderr) == (
         0,
-        "? stands for text that standard output can't show, as it is ascii; PYTHONIOENCODING=utf-8 prints it\n",
+        "? stands for characters that standard output can't encode, as it is ascii; "
+        "to print them, set PYTHONIOENCODING=utf-8\n",
     )
     assert '/??????: ' in done.stdout
 
@@ -308,7 +309,7 @@ def test_what_an_encoding_lacks_is_printed_as_a_question_mark(encoding, text, pr
         0,
         [printed],
     )
-    assert ('? stands for text' in done.stderr.decode()) == ('?' in printed)
+    assert ('? stands for characters' in done.stderr.decode()) == ('?' in printed)
 
 
 def test_the_plain_locale_prints_everything_or_question_marks():

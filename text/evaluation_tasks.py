@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from system import files
-from text import textfiles
 from text.dataset import ROOT
 from text.mixture import open_one
+from text.sources import formats
 
 # (URL, sha256): the sums are those that the dataset_infos.json of the Hugging Face datasets record.
 DOWNLOADS = {
@@ -99,7 +99,7 @@ def load_text(name, split, tokenizer, max_tokens):
 
 def _encode_file(path, tokenizer):
     """(ids, documents) of a text file; documents are divided by end-of-text tokens."""
-    text = textfiles.read_text(path)
+    text = formats.read_text(path)
     try:
         ids = np.array(tokenizer.encode(text), np.int64)
     except ValueError as error:
@@ -296,7 +296,7 @@ def read_examples(task, path, limit, read):
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: it is not JSON ({error.msg})") from None
         except UnicodeDecodeError as error:
-            reason = textfiles.not_utf8(error.start)
+            reason = formats.not_utf8(error.start)
             raise ValueError(f"{path}, line {number}: it {reason}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
