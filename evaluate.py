@@ -110,7 +110,8 @@ def score(model, rows, name):
         x, y = to_device(device, idx, targets)
         logits, _ = model(x, y)  # (B, T, V)
         is_scored = y >= 0
-        logits = logits[is_scored].float()  # (N, V)
+        logits = logits[is_scored]  # (N, V); the others are freed before the copy to float32
+        logits = logits.float()
         y = y[is_scored]  # (N,)
         nats = F.cross_entropy(logits, y, reduction='none').cpu()
         is_missed = (logits.argmax(-1) != y).cpu()

@@ -243,8 +243,8 @@ class GPT2:
 
 
 class Llama:
-    """models/transformerpp.py as LlamaForCausalLM: queries, keys and values have matrices of their
-    own there."""
+    """models/transformerpp.py as LlamaForCausalLM, in which queries, keys and values have a matrix
+    each."""
 
     model_type = 'llama'
     architecture = 'LlamaForCausalLM'

@@ -46,8 +46,11 @@ class Task:
 
 @dataclass
 class Text:
-    """A text as ids, with its size. cuts: where documents meet, places in ids between which
-    predictions are made; without a separator, both ends."""
+    """A text as ids, with its size.
+
+    cuts: places in ids; what lies between two of them is scored as one piece. These are the
+    separators between documents or, if the data has none, both ends of the text.
+    """
 
     ids: np.ndarray
     n_bytes: int
