@@ -25,7 +25,7 @@ from generation import decode as generate
 from models.parts.layers import use_attention
 from system import device as runtime
 from system.device import user_errors
-from text.mixture import open_dataset, prepare_if_small
+from text.dataset_option import open_dataset, prepare_if_small
 from training import checkpoint, lora
 from training import distributed as processes
 from training import guard as guards

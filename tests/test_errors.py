@@ -27,7 +27,7 @@ from conftest import ROOT, TINY, run, same
 import models
 from system import device as runtime
 from system import files
-from text import tokenizer
+from text import meta_pkl, tokenizer
 from text.dataset import Dataset
 from training import checkpoint
 from training import optimizer as optimizers
@@ -316,10 +316,10 @@ def test_mps_where_there_is_none():
             "tiktoken has no encoding 'gpt5': take one of gpt2",
         ),
         (
-            lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})),
+            lambda: meta_pkl.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})),
             'meta.pkl has no vocab_size',
         ),
-        (lambda: tokenizer.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
+        (lambda: meta_pkl.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
     ],
 )
 def test_values_that_a_module_does_not_know(call, message):

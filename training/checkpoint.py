@@ -28,7 +28,8 @@ import torch
 import models
 from interop import huggingface
 from system import files
-from text import dataset, tokenizer, tokenizer_files
+from text import folders, tokenizer, tokenizer_files
+from text.meta import read_meta
 from training import guard, lora
 from training import optimizer as optimizers
 
@@ -528,8 +529,10 @@ def restore(state, settings=None, in_parts=False):
     description = state.get('tokenizer')
     if not description and 'model_name' not in state:
         config = state.get('config')
-        folder = dataset.ROOT / str(config.get('dataset', '') if isinstance(config, dict) else '')
-        description, vocab_size = dataset.read_meta(folder)[:2]
+        folder = folders.DATA_FOLDER / str(
+            config.get('dataset', '') if isinstance(config, dict) else ''
+        )
+        description, vocab_size = read_meta(folder)[:2]
         if vocab_size > model.config.vocab_size:  # the folder is gone, and the model not GPT-2's
             description = None
     model.template = state.get('template')
