@@ -313,7 +313,7 @@ def test_mps_where_there_is_none():
         (lambda: tokenizer.load('char'), 'unknown tokenizer char'),
         (
             lambda: tokenizer.load({'kind': 'tiktoken', 'name': 'gpt5'}),
-            "tiktoken has no encoding 'gpt5': take one of gpt2",
+            "tiktoken has no encoding 'gpt5': use one of gpt2",
         ),
         (
             lambda: meta_pkl.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})),
