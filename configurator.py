@@ -17,16 +17,17 @@ count that are settings and have a plain value.
 import ast
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 import re
 import sys
 import types
+import typing
 import warnings
 from pathlib import Path, PurePath
 
-import configfile
-import confighelp
+from system import config_file
 
 PLAIN = (bool, int, float, str)
 LIST = re.compile(r"""\s*[\[(]\s*['"]""")  # how a list of texts begins on the command line
@@ -108,7 +109,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     for path in files:
         if os.path.realpath(path) == os.path.realpath(settings.get('__file__', '')):
             raise ValueError(f"command line: {path} is the script, not a config file")
-        result = configfile.run(path, {**settings, **values})
+        result = config_file.run(path, {**settings, **values})
         for key, value in result.values.items():
             is_tool = isinstance(value, types.ModuleType) or callable(value)
             if key.startswith('_') or (is_tool and key not in defaults):
@@ -129,7 +130,7 @@ def configure(settings, argv, resolve_device=None, config_class=None):
             if field.name != 'vocab_size' and field.name not in defaults:
                 defaults[field.name] = values[field.name] = field.default
     if wants_help:
-        confighelp.print_help(settings, defaults, Config)
+        print_help(settings, defaults, Config)
         sys.exit(0)
     for key, value, where, is_own in unknown:
         if key in defaults:
@@ -142,6 +143,24 @@ def configure(settings, argv, resolve_device=None, config_class=None):
     return values, given
 
 
+def print_help(settings, defaults, Config=None):
+    """Print a script's docstring, and each setting with its default and the comment on its line.
+
+    The comments are read from the source of the script and of the model's Config.
+    """
+    source = ''
+    if Config:
+        for base in Config.__mro__[:-1]:
+            source += inspect.getsource(base)
+    source += Path(settings['__file__']).read_text(encoding='utf-8')
+    comments = dict(re.findall(r'^ *(\w+)(?:: [^=\n]+)? = .*?  # (.*)$', source, re.MULTILINE))
+    print(settings.get('__doc__') or '')
+    print("Settings, as --key=value:")
+    for key, value in defaults.items():
+        setting = f"{key}={value!r}"
+        print(f"  --{setting:38} {comments.get(key, '')}")
+
+
 def divided(value, separator):
     """The texts of a setting of Texts: those of a list as they are; a single text is divided at the
     separator."""
@@ -150,10 +169,18 @@ def divided(value, separator):
     return [text.strip() for text in value.split(separator) if text.strip()]
 
 
+class CommandLine(typing.NamedTuple):
+    """The words of a command line."""
+
+    files: list  # config files, in order
+    settings: dict  # {key: text}
+    wants_help: bool
+
+
 def parse(argv):
-    """Config files in order, {key: text} and whether help is wanted, out of command-line words."""
+    """The CommandLine that the words are. Where a setting is repeated, the last one counts."""
     files, wishes, wants_help = _parse(argv)
-    return files, {key: words[-1] for key, words in wishes.items()}, wants_help
+    return CommandLine(files, {key: words[-1] for key, words in wishes.items()}, wants_help)
 
 
 def _parse(argv):
@@ -189,7 +216,7 @@ def _nearest_file(word):
     None."""
     folder, name = os.path.split(word)
     files = {}  # by their names; the first folder counts
-    for place in (folder, 'config', configfile.ROOT / 'config'):
+    for place in (folder, 'config', config_file.ROOT / 'config'):
         if os.path.isdir(place):
             for path in Path(place).glob('*.py'):
                 files.setdefault(path.stem, path)

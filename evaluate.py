@@ -35,13 +35,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import configure
-from system import device as runtime
 from system import files
-from system.device import fail, user_errors
+from system.checks import check_at_least
+from system.device import autocast, memory_errors, resolve_device, resolve_dtype, to_device
+from system.errors import fail, user_errors
 from text import textfiles
 from text.dataset_option import open_unmixed
 from text.folders import DATA_FOLDER
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -81,7 +82,7 @@ DOWNLOADS = {
 def read_text():
     """(ids, bytes, words, cuts): cuts are the text's ends and the ids between its documents.
     ValueError, OSError."""
-    name = dataset or (checkpoint.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare')
+    name = dataset or (pretrained.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare')
     if Path(name).is_file():
         text = textfiles.read_text(name)
         try:
@@ -292,7 +293,7 @@ def score(rows, name):
         for row, (ids, n) in enumerate(batch):
             idx[row, : len(ids) - 1] = ids[:-1]
             targets[row, len(ids) - 1 - n : len(ids) - 1] = ids[-n:]
-        x, y = runtime.to_device(device, idx, targets)
+        x, y = to_device(device, idx, targets)
         logits, y = model(x, y)[0][y >= 0].float(), y[y >= 0]  # (N, V), (N,)
         nats = F.cross_entropy(logits, y, reduction='none').cpu()
         missed = (logits.argmax(-1) != y).cpu()
@@ -303,11 +304,11 @@ def score(rows, name):
 
 
 with user_errors():
-    config, _ = configure(globals(), sys.argv[1:], runtime.resolve_device)
-    device = config['device'] = runtime.resolve_device(device)
-    dtype = config['dtype'] = runtime.resolve_dtype(dtype, device)
-    runtime.check_at_least(0, config, 'limit')
-    runtime.check_at_least(1, config, 'batch_size')
+    config, _ = configure(globals(), sys.argv[1:], resolve_device)
+    device = config['device'] = resolve_device(device)
+    dtype = config['dtype'] = resolve_dtype(dtype, device)
+    check_at_least(0, config, 'limit')
+    check_at_least(1, config, 'batch_size')
     if not Path(out).parent.is_dir():
         fail(f"out={out}: there is no folder {Path(out).parent}")
     for name in (names := [name.strip() for name in tasks.split(',')]):
@@ -317,9 +318,9 @@ with user_errors():
                 f"there is no task {name!r}; the nearest is {near!r} (there are: {', '.join(TASKS)})"
             )
     source = out_dir if init_from == 'resume' else init_from
-    model = checkpoint.load_model(source, device)
+    model = pretrained.load_model(source, device)
     if model.tokenizer is None:
-        fail(checkpoint.no_tokenizer(source, model))
+        fail(pretrained.no_tokenizer(source, model))
     T, own, eot = model.config.block_size, model.tokenizer, model.tokenizer.eot
     stride = config['stride'] = max(1, T // 2) if stride == 'auto' else stride
     if stride not in range(1, T + 1):
@@ -328,9 +329,9 @@ with user_errors():
     todo = {name: TASKS[name]() for name in names}
     results = {}
     with (
-        runtime.memory_errors("take a smaller --batch_size, or another --device"),
+        memory_errors("take a smaller --batch_size, or another --device"),
         torch.inference_mode(),
-        runtime.autocast(device, dtype),
+        autocast(device, dtype),
         np.errstate(over='ignore'),
     ):
         for name, (rows, figures) in todo.items():

@@ -23,10 +23,10 @@ import safetensors.torch
 import models
 from configurator import configure
 from interop import huggingface
-from system import device as runtime
 from system import files
-from system.device import fail, user_errors
-from training import checkpoint
+from system.device import DTYPES
+from system.errors import fail, user_errors
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -52,15 +52,15 @@ def as_settings(words):
 
 with user_errors():
     configure(globals(), as_settings(sys.argv[1:]))
-    if dtype not in runtime.DTYPES:
-        fail(f"dtype={dtype!r} is unknown: take {', '.join(runtime.DTYPES)}")
+    if dtype not in DTYPES:
+        fail(f"dtype={dtype!r} is unknown: take {', '.join(DTYPES)}")
     path = Path(folder)
     if not folder:
         fail("the folder to write is missing: python export.py RUN FOLDER")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         fail(f"folder={folder!r} is there and not empty: take another")
-    model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from)
-    content, weights = huggingface.content(model, models.name_of(model), dtype)
+    model = pretrained.load_model(out_dir if init_from == 'resume' else init_from)
+    content, weights = huggingface.to_files(model, models.name_of(model), dtype)
     fresh = path.with_name(f'.{path.name}.tmp')  # whole or not there
     try:
         shutil.rmtree(fresh, ignore_errors=True)

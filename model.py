@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.parts import layers
+from models.parts import kernels, kv_cache, layers
 from models.parts.layers import LayerNorm
 
 
@@ -33,7 +33,7 @@ class LanguageModel(nn.Module):
     fit = None  # counted models: fit(batches of (idx, targets)) replaces the optimizer's steps
     exemptions = {}  # {shared property of tests/test_zoo.py: why it does not hold here}
     cache_dtype = None  # of init_cache, where it is not the weights' own; set by weights.prepare
-    tokenizer = None  # set by checkpoint.load_model: what the ids stand for
+    tokenizer = None  # set by pretrained.load_model: what the ids stand for
     # recompute blocks in the backward pass: less memory, a third more time
     gradient_checkpointing = False
 
@@ -95,18 +95,26 @@ class LanguageModel(nn.Module):
             )
         self.config.eot = eot
 
+    def set_attention(self, kernel):
+        """Compute attention by `kernel`: 'auto' (the fastest), 'sdpa' or 'plain'. Raises
+        ValueError."""
+        kernels.check_attention(kernel)
+        for module in self.modules():
+            if hasattr(module, 'attention_kernel'):
+                module.attention_kernel = kernel
+
     def configure_optimizers(
         self, weight_decay, learning_rate, betas, device_type, lrs=None, **options
     ):
-        """The optimizer over `param_groups`: AdamW, or another by optimizer.build's options; None
+        """The optimizer over `param_groups`: AdamW, or another by build_optimizer's options; None
         without parameters."""
         width = getattr(self.config, 'n_embd', 768)
         for name, p in self.named_parameters():
             if name.endswith('c_attn.weight'):
                 p.n_matrices = 3  # q, k and v, one above the other
-        from training import optimizer
+        from training.optimizer import build_optimizer
 
-        return optimizer.build(
+        return build_optimizer(
             self.param_groups(),
             weight_decay,
             learning_rate,
@@ -124,9 +132,9 @@ class LanguageModel(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens): idx continued, one sampled token after the
         other."""
-        from generation import decode
+        from generation import decode, sampling
 
-        return decode.continue_ids(self, idx, max_new_tokens, decode.Sampling(temperature, top_k))
+        return decode.generate(self, idx, max_new_tokens, sampling.Sampling(temperature, top_k))
 
 
 @dataclass
@@ -177,6 +185,8 @@ ACTIVATIONS = {'exact': nn.GELU, 'tanh': functools.partial(nn.GELU, 'tanh'), 're
 
 
 class CausalSelfAttention(nn.Module):
+    attention_kernel = 'auto'  # one of kernels.ATTENTION; set by LanguageModel.set_attention
+
     def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -186,9 +196,14 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, past=None):
         B, T, C = x.shape
-        q, k, v = layers.split_heads(self.c_attn(x), self.n_head)  # (B, H, T, D) each
+        q, k, v = kernels.split_heads(
+            self.c_attn(x), self.n_head, self.attention_kernel
+        )  # (B, H, T, D) each
         dropout = self.dropout if self.training else 0.0
-        y = past.attend(q, k, v, dropout) if past else layers.causal_attention(q, k, v, dropout)
+        if past is None:
+            y = kernels.causal_attention(q, k, v, dropout, kernel=self.attention_kernel)
+        else:
+            y = past.attend(q, k, v, dropout, kernel=self.attention_kernel)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -214,8 +229,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, past=None):
-        x = layers.add(x, self.attn(self.ln_1(x), past))
-        return layers.add(x, self.mlp(self.ln_2(x)))
+        x = layers.residual_add(x, self.attn(self.ln_1(x), past))
+        return layers.residual_add(x, self.mlp(self.ln_2(x)))
 
 
 class GPT(LanguageModel):
@@ -252,7 +267,7 @@ class GPT(LanguageModel):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        cache = cache or layers.packed(self.config.eot)
+        cache = cache or kv_cache.packed_documents(self.config.eot)
         x = (
             self.transformer.wte(idx)
             + self.transformer.wpe.weight[cache.extend(idx) if cache else slice(T)]
@@ -267,12 +282,12 @@ class GPT(LanguageModel):
         logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        return logits, layers.cross_entropy(logits, targets)
+        return logits, kernels.cross_entropy(logits, targets)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shape = self.config.n_head, self.config.n_embd // self.config.n_head
         shapes = [[shape, shape]] * self.config.n_layer
-        return layers.KVCache(
+        return kv_cache.KVCache(
             batch, length, shapes, device, dtype or self.cache_dtype, self.config.eot
         )
 
@@ -310,7 +325,7 @@ class GPT(LanguageModel):
 
         own, fields, weights = huggingface.read(name)
         if own != 'gpt':
-            raise ValueError(f"{name} holds no GPT-2 but a {own}: checkpoint.load_model opens it")
+            raise ValueError(f"{name} holds no GPT-2 but a {own}: pretrained.load_model opens it")
         model = cls(cls.Config(**fields | overrides))
-        huggingface.fill(model, weights, name)
+        huggingface.load_weights(model, weights, name)
         return model

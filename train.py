@@ -21,16 +21,33 @@ import torch
 
 import models
 from configurator import configure
-from generation import decode as generate
-from models.parts.layers import use_attention
-from system import device as runtime
-from system.device import user_errors
+from generation import final_sample
+from models.parts import kernels
+from system.compilation import compile_model, resolve_compile
+from system.device import (
+    autocast,
+    library_versions,
+    make_profiler,
+    memory_errors,
+    peak_flops,
+    peak_memory,
+    resolve_device,
+    resolve_dtype,
+    seed_everything,
+    set_threads,
+    to_device,
+    tune_for_speed,
+    use_deterministic_algorithms,
+)
+from system.errors import user_errors
 from text.dataset_option import open_dataset, prepare_if_small
-from training import checkpoint, lora
-from training import distributed as processes
+from training import checkpoint, distributed, lora, pretrained, resume
 from training import guard as guards
-from training import optimizer as optimizers
-from training.metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
+from training.console import Console, evaluation_table, plan, progress_bar
+from training.metrics import Metrics, Stopwatch, logger_names
+from training.schedule import learning_rate_at
+from training.settings import check_settings, out_of_memory_advice
+from training.stop import StopRequest
 from training.watch import Watch
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText --------------------------------------
@@ -95,52 +112,50 @@ profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or
 # --------------------------------------------------------------------------------------------------
 
 with user_errors():
-    config, given = configure(
-        globals(), sys.argv[1:], runtime.resolve_device, checkpoint.model_config
-    )
-    init_from, stored = checkpoint.begin(init_from, out_dir)
+    config, given = configure(globals(), sys.argv[1:], resolve_device, resume.model_config)
+    init_from, stored = resume.begin(init_from, out_dir)
     config['init_from'] = init_from
     if stored:
-        globals().update(checkpoint.adopt_run(config, given, stored, out_dir))
-runtime.check_ranges(config, processes.WORLD_SIZE)
+        globals().update(resume.adopt_run_settings(config, given, stored, out_dir))
+check_settings(config, distributed.WORLD_SIZE)
 
 # ---- the machine ---------------------------------------------------------------------------------
-with processes.lost_peers(), user_errors():
-    runtime.be_deterministic(deterministic)
+with distributed.exit_on_lost_peer(), user_errors():
+    use_deterministic_algorithms(deterministic)
     recorded = stored.get('resolved', {}) if stored else {}  # what 'auto' meant before
-    device = runtime.resolve_device(device, recorded.get('device'))
-    device = processes.start(backend, device, parallel)
+    device = resolve_device(device, recorded.get('device'))
+    device = distributed.init(backend, device, parallel)
     device_type = device.split(':')[0]
     before = recorded if recorded.get('device') == device_type else {}
-    dtype = runtime.resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
-    compile = runtime.resolve_compile(
+    dtype = resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
+    compile = resolve_compile(
         before.get('compile', compile) if compile == 'auto' else compile, device
     )
-    use_attention(attention)
-    processes.check_shared(out_dir, stored['iter_num'] if stored else 0)
-    wanted = loggers(log_to, wandb_log)
-threads = runtime.set_threads(before.get('threads'))
-runtime.be_fast()
-ctx = runtime.autocast(device, dtype)
+    kernels.check_attention(attention)
+    distributed.check_same_checkpoint(out_dir, stored['iter_num'] if stored else 0)
+    wanted = logger_names(log_to, wandb_log)
+threads = set_threads(before.get('threads'))
+tune_for_speed()
+ctx = autocast(device, dtype)
 
 # ---- data, model, optimizer ----------------------------------------------------------------------
 with (
-    processes.lost_peers(),
+    distributed.exit_on_lost_peer(),
     user_errors(),
-    runtime.memory_errors("take a smaller model, or a larger machine"),
+    memory_errors("take a smaller model, or a larger machine"),
 ):
-    with processes.master_first():
+    with distributed.master_first():
         prepare_if_small(dataset)
-    runtime.seed_everything(seed, 1, device=device)
+    seed_everything(seed, 1, device=device)
     if stored:
-        model, trained_on = checkpoint.restore(
-            stored, config, processes.IS_LAUNCHED and parallel == 'fsdp'
+        model, trained_on = pretrained.restore_model(
+            stored, config, distributed.IS_LAUNCHED and parallel == 'fsdp'
         )
     elif init_from != 'scratch':
-        model, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
+        model, trained_on = pretrained.open_model(init_from, {key: config[key] for key in given})
         kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
         globals().update(
-            checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'})
+            resume.adopt_settings(config, given, kept, init_from, models.FREE | {'block_size'})
             | {'model': model}
         )
         if block_size != model.config.block_size:
@@ -148,7 +163,7 @@ with (
     data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
     data.check_evaluations(eval_iters)  # now, and not after hours of training
     if init_from == 'scratch':
-        vocab_size = checkpoint.padded_vocab_size(data.vocab_size)
+        vocab_size = resume.padded_vocab_size(data.vocab_size)
         fields = {
             f.name for f in dataclasses.fields(models.architecture(model).Config)
         } & config.keys()
@@ -156,14 +171,15 @@ with (
             models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}),
             data.tokenizer,
         )
-    checkpoint.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
+    resume.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
     if document_boundaries or 'document_boundaries' in given:  # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
+    model.set_attention(attention)
     model.gradient_checkpointing = gradient_checkpointing
     wrapped, micros = (
-        processes.wrap(model, device, parallel),
-        processes.share(gradient_accumulation_steps),
+        distributed.wrap_model(model, device, parallel),
+        distributed.rank_range(gradient_accumulation_steps),
     )
     optimizer = model.configure_optimizers(
         weight_decay,
@@ -172,27 +188,26 @@ with (
         device_type,
         dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
         bfloat16=dtype == 'bfloat16',
-        is_asked=given.get('learning_rate') == 'command line',
+        is_lr_given=given.get('learning_rate') == 'command line',
         name=optimizer,
         max_norm=max_norm,
-        lr_schedule=lr_schedule,
     )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
+    iter_num, best_val_loss, progress = resume.load_training_state(stored, model, optimizer, scaler)
 guessing = math.log(model.config.vocab_size)
-guard, stop = guards.Guard(spike_sigmas, guessing, progress['guard']), None
-_start -= progress['wall_seconds']
+guard, stop = guards.Guard(spike_sigmas, guessing, progress.guard), None
+_start -= progress.wall_seconds
 del stored  # its tensors are in the model and the optimizer now
 
 
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
-    idx, targets, share = data.train_batch(step + progress['data_offset'], micro)
-    runtime.seed_everything(seed, step + 1, micro + 1, device=device)
+    idx, targets, share = data.train_batch(step + progress.data_offset, micro)
+    seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
-        _, loss = wrapped(*runtime.to_device(device, idx, targets))
+        _, loss = wrapped(*to_device(device, idx, targets))
     # averaged over processes: now it is the sum
-    scaler.scale(loss * share * processes.WORLD_SIZE).backward()
+    scaler.scale(loss * share * distributed.WORLD_SIZE).backward()
     return loss.detach() * share
 
 
@@ -203,26 +218,35 @@ def evaluate(split, limit=None):
     model.eval()
     losses, n = [], data.eval_batches(split, limit)
     for i in progress_bar(
-        range(processes.RANK, n + -n % processes.WORLD_SIZE, processes.WORLD_SIZE), f'{split} loss'
+        range(distributed.RANK, n + -n % distributed.WORLD_SIZE, distributed.WORLD_SIZE),
+        f'{split} loss',
     ):
         # as many for each: FSDP's meet in them
         idx, targets, valid = data.eval_batch(split, min(i, n - 1), limit)
         with ctx:
-            losses.append(
-                (model(*runtime.to_device(device, idx, targets))[1], valid if i < n else 0)
-            )
-        if stop and processes.anyone(bool(stop.signal)):
+            losses.append((model(*to_device(device, idx, targets))[1], valid if i < n else 0))
+        if stop and distributed.any_rank(bool(stop.signal)):
             break
     model.train()
-    loss, tokens = processes.total(
+    loss, tokens = distributed.sum_over_ranks(
         [sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)]
     )
     return loss / tokens if tokens else math.nan
 
 
+def report_skipped_update(step):
+    """Print and log the update of `step` if the guard finds now that it was skipped."""
+    skipped = guard.last_skipped()
+    if skipped:
+        n_skipped = guard.now.skipped
+        console.skipped_update(step, skipped.loss, skipped.reason, n_skipped)
+        metrics.log(dict(iter=step, bad_loss=skipped.loss, skipped=n_skipped))
+
+
 def state():
     """What a resumed run and sample.py need, besides the tensors."""
-    counts = dict(
+    now = dataclasses.replace(
+        progress,
         wall_seconds=time.perf_counter() - _start,
         train_seconds=clock.total,
         wandb_id=metrics.wandb_id,
@@ -236,8 +260,8 @@ def state():
         config=config,
         iter_num=iter_num,
         best_val_loss=best_val_loss,
-        progress=progress | counts,
-        versions=runtime.versions(),
+        progress=dataclasses.asdict(now),
+        versions=library_versions(),
         template=data.meta.get('template'),
         tokenizer=data.tokenizer,
         resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
@@ -247,8 +271,10 @@ def state():
 def save(name):
     """Write out_dir/ckpt.pt, from which the run can go on, or best.pt, the weights alone."""
     global saved_at
-    tensors = processes.tensors(model, optimizer if name == 'ckpt.pt' else None, out_dir, iter_num)
-    if processes.IS_MASTER:
+    tensors = distributed.checkpoint_tensors(
+        model, optimizer if name == 'ckpt.pt' else None, out_dir, iter_num
+    )
+    if distributed.IS_MASTER:
         checkpoint.save(out_dir, name, state() | tensors)
     saved_at = time.monotonic()
 
@@ -260,11 +286,11 @@ def roll_back():
     weights are saved first, unless they are NaN or infinite.
     """
     global iter_num, progress, guard
-    stored = checkpoint.begin('auto', out_dir)[1]
+    stored = resume.begin('auto', out_dir)[1]
     # all have read it before the master saves
-    processes.check_shared(out_dir, stored and stored['iter_num'])
+    distributed.check_same_checkpoint(out_dir, stored and stored['iter_num'])
     if not stored:
-        if processes.anyone(not guards.all_finite(model.parameters())):
+        if distributed.any_rank(not guards.all_finite(model.parameters())):
             raise ValueError(
                 f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights "
                 f"are NaN, so nothing is saved: {guards.ADVICE}"
@@ -278,51 +304,53 @@ def roll_back():
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
     optimizer.zero_grad(set_to_none=True)
     # best.pt is still the best
-    iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)
-    guard = guards.Guard(spike_sigmas, guessing, progress['guard'])
+    iter_num, _, progress = resume.load_training_state(stored, model, optimizer, scaler)
+    guard = guards.Guard(spike_sigmas, guessing, progress.guard)
     metrics.rewind(iter_num, progress)
+    console.rewind(iter_num, progress)
     save('ckpt.pt')
     clock.go_on()
 
 
 # ---- what will be done ---------------------------------------------------------------------------
 tokens_per_step = gradient_accumulation_steps * data.batch_tokens
-peak = runtime.peak_flops(device, dtype)
+peak = peak_flops(device, dtype)
 if model.fit:
     max_iters, tokens_per_step = 1, data.epoch_tokens  # one pass, which counts
-processes.say(
+distributed.print0(
     plan(config, model, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads))
 )
-advice = runtime.memory_advice(batch_size, gradient_accumulation_steps)
-is_over = progress['evaluated'] == iter_num and (
-    iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals']
+advice = out_of_memory_advice(batch_size, gradient_accumulation_steps)
+is_over = progress.evaluated == iter_num and (
+    iter_num >= max_iters > 0 or 0 < early_stop <= progress.bad_evals
 )
 if eval_only or is_over:
-    with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
+    with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
         losses = {split: evaluate(split, eval_iters) for split in ('train', 'val') if eval_only}
     name = f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from
-    processes.say(
+    distributed.print0(
         evaluation_table(name, model, losses, data)
         if eval_only
         else f"{name}: this run is at its end"
         + ("" if model.fit else "; to go on, give a larger --max_iters (or --early_stop)")
     )
     del wrapped
-    processes.stop()
+    distributed.shutdown()
     sys.exit()
-with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
+with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
     # held while this runs
-    lock = processes.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)
+    lock = distributed.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)
     if compile and not model.fit:
-        processes.exchange_gradients(wrapped, False)
-        compile = runtime.compile_model(
+        distributed.set_gradient_sync(wrapped, False)
+        compile = compile_model(
             model,
-            lambda: micro_step(0, micros[0]),
-            compile,
-            config['compile'] is True,
-            device,
-            len(micros) * (max_iters - iter_num),
-            processes,
+            distributed.parts_to_compile(model),
+            mode=compile,
+            is_required=config['compile'] is True,
+            try_step=lambda: micro_step(0, micros[0]),
+            steps=len(micros) * (max_iters - iter_num),
+            device=device,
+            any_rank=distributed.any_rank,
         )
     facts = dict(
         n_params=model.num_params(),
@@ -331,29 +359,30 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
         dtype=dtype,
         threads=threads,
         compile=compile,
-        processes=processes.WORLD_SIZE,
+        processes=distributed.WORLD_SIZE,
         flops_per_token=model.flops_per_token(block_size),
     )
-    metrics = Metrics(out_dir, processes.IS_MASTER, max_iters, iter_num, progress['evaluated'])
-    metrics.start(config | {'resolved': facts}, wanted, progress['wandb_id'])
+    metrics = Metrics(out_dir, distributed.IS_MASTER, iter_num, progress.evaluated)
+    metrics.start(config | {'resolved': facts}, wanted, progress.wandb_id)
+    console = Console(distributed.IS_MASTER, max_iters, iter_num)
     watcher = Watch(
-        watch and processes.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress['clipped']
+        watch and distributed.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress.clipped
     )
 
 # ---- the loop ------------------------------------------------------------------------------------
-stop = runtime.StopRequest()
-with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
-    clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
-    profiler = runtime.profiler(profile and processes.IS_MASTER and f'{out_dir}/profile', device)
+stop = StopRequest()
+with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
+    clock, saved_at = Stopwatch(device, progress.train_seconds), time.monotonic()
+    profiler = make_profiler(profile and distributed.IS_MASTER and f'{out_dir}/profile', device)
     while True:  # evaluate, and save
-        is_stopped, is_late = processes.anyone(
-            bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at
+        is_stopped, is_late = distributed.any_rank_each(
+            [bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at]
         )
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
-        is_due = (is_last or is_round) and progress['evaluated'] != iter_num and not is_stopped
+        is_due = (is_last or is_round) and progress.evaluated != iter_num and not is_stopped
         if is_pause := is_due or is_stopped or is_late:
             clock.pause()
-            metrics.skipped(iter_num - 1, guard)
+            report_skipped_update(iter_num - 1)
             # a NaN may be the first of many
             is_stopped = is_stopped and (is_last or guard.last_was_finite)
             with ctx:
@@ -366,18 +395,28 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             is_best = losses['val'] < best_val_loss  # over the same windows each time
             best, bad_evals = (
                 min(best_val_loss, losses['val']),
-                0 if is_best else progress['bad_evals'] + 1,
+                0 if is_best else progress.bad_evals + 1,
             )
             is_last = is_last or 0 < early_stop <= bad_evals
             losses['val'] = evaluate('val') if is_last else losses['val']
             # it may have been cut off: the run that goes on evaluates again
-            if processes.anyone(bool(stop.signal)):
+            if distributed.any_rank(bool(stop.signal)):
                 clock.go_on()
                 continue
-            best_val_loss, progress = best, progress | dict(evaluated=iter_num, bad_evals=bad_evals)
-            metrics.evaluation(
-                iter_num, tokens_per_step, losses, data, clock.total, time.perf_counter() - _start
+            best_val_loss = best
+            progress.evaluated = iter_num
+            progress.bad_evals = bad_evals
+            evaluation = dict(
+                iter=iter_num,
+                tokens=iter_num * tokens_per_step,
+                train_loss=losses['train'],
+                val_loss=losses['val'],
+                val_bpb=data.bits_per_byte('val', losses['val']),
+                train_seconds=clock.total,
+                wall_seconds=time.perf_counter() - _start,
             )
+            console.evaluation(evaluation)
+            metrics.log(evaluation)
             metrics.histograms(iter_num, watcher.draw(iter_num))
             guard.evaluated(iter_num, losses['val'])
             is_last = is_last and not guard.has_diverged
@@ -394,7 +433,9 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
                 f"the best weights: {guards.ADVICE}"
             )
         if is_stopped:
-            metrics.stopped(out_dir, iter_num)
+            console.stopped(out_dir, iter_num)
+            if distributed.IS_MASTER:
+                checkpoint.mark_preempted(out_dir, iter_num)
         if is_stopped or is_last:
             break
         if model.fit:
@@ -403,32 +444,32 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
             continue
 
         # one step
-        lr = optimizers.schedule(
+        lr = learning_rate_at(
             iter_num,
-            learning_rate,
-            min_lr,
-            warmup_iters,
-            lr_decay_iters,
-            decay_lr,
-            cooldown,
-            warmup_lr,
-            lr_schedule,
+            peak=learning_rate,
+            floor=min_lr,
+            warmup_steps=warmup_iters,
+            decay_steps=lr_decay_iters,
+            decay=decay_lr,
+            cooldown=cooldown,
+            start=warmup_lr,
+            shape=lr_schedule,
         )
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_ratio']
         loss = 0.0
         for micro in micros:
-            processes.exchange_gradients(wrapped, micro == micros[-1])
+            distributed.set_gradient_sync(wrapped, micro == micros[-1])
             loss = loss + micro_step(iter_num, micro)
-        loss, grad_norm = processes.summed(loss), None
-        metrics.skipped(iter_num - 1, guard)  # the step before
+        loss, grad_norm = distributed.all_reduce_sum(loss), None
+        report_skipped_update(iter_num - 1)  # the step before
         if guard.has_diverged:
             continue
         scaler.unscale_(optimizer)
         is_logged = iter_num % log_interval == 0
         watcher.before_step(is_logged)
         if grad_clip or is_logged:
-            grad_norm = watcher.count(processes.clip_gradients(model, grad_clip or math.inf))
+            grad_norm = watcher.count(distributed.clip_gradients(model, grad_clip or math.inf))
         guard.skip_if_bad(optimizer, scaler, loss, grad_norm)
         scaler.step(optimizer)
         scaler.update()
@@ -446,23 +487,25 @@ with processes.lost_peers(), user_errors(), runtime.memory_errors(advice):
                 grad_norm=grad_norm.item(),
                 ms=1e3 * took,
                 tokens_per_second=tokens_per_step / took,
-                peak_memory=runtime.peak_memory(device),
+                peak_memory=peak_memory(device),
                 mfu=peak
-                and model.estimate_mfu(tokens_per_step / took, peak * processes.WORLD_SIZE),
+                and model.estimate_mfu(tokens_per_step / took, peak * distributed.WORLD_SIZE),
             )
             line |= watcher.after_step(line)
-        metrics.step(line if is_logged else None, max_iters - iter_num)
+            metrics.log(line)
+        console.step(line if is_logged else None, max_iters - iter_num)
         profiler.step()
 
 # ---- the end -------------------------------------------------------------------------------------
+console.close()
 metrics.close()
 del wrapped
-processes.stop()
+distributed.shutdown()
 if is_stopped:
     sys.exit(stop.exit_code)
 stop.release()  # all is saved: Ctrl-C ends the sample
-if processes.IS_MASTER and not (processes.IS_LAUNCHED and parallel == 'fsdp'):
+if distributed.IS_MASTER and not (distributed.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
-        generate.closing_sample(
+        final_sample.print_final_sample(
             lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta
         )

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from model import LanguageModel
-from models.parts import batchnorm, layers
+from models.parts import batchnorm, kernels, kv_cache, layers
 
 
 @dataclass
@@ -105,20 +105,20 @@ class MLP(LanguageModel):
                 f"{idx.size(1)} tokens do not fit into block_size={self.config.block_size}"
             )
         V, n = self.config.vocab_size, self.config.context
-        ids = layers.with_past(idx, n - 1, cache) % (V + 1)  # -1, no token, is V
+        ids = kv_cache.with_previous_ids(idx, n - 1, cache) % (V + 1)  # -1, no token, is V
         x = self.transformer.wte(ids.unfold(1, n, 1)).flatten(2)  # (B, T, n C)
         x = self.transformer.h(x, None if targets is None else targets >= 0)
         logits = self.lm_head(x if targets is not None else x[:, -1:])  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        return logits, layers.cross_entropy(logits, targets)
+        return logits, kernels.cross_entropy(logits, targets)
 
     def calibrate(self, batches):
         batchnorm.measure_statistics(self, batches)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         return (
-            layers.KVCache(batch, length, [], device, dtype)
+            kv_cache.KVCache(batch, length, [], device, dtype)
             if self.config.batchnorm != 'batch'
             else None
         )

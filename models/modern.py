@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model import LanguageModel
-from models.parts import attention, layers
+from models.parts import attention, kernels, kv_cache, layers
 from models.parts.layers import norm
 
 
@@ -78,8 +78,8 @@ class Block(nn.Module):
 
     def forward(self, x, rotary, past=None):
         dropout = self.dropout if self.training else 0.0
-        x = layers.add_some(x, self.attn(norm(x), rotary, past), dropout)
-        return layers.add_some(x, self.mlp(norm(x)), dropout)
+        x = layers.token_drop_add(x, self.attn(norm(x), rotary, past), dropout)
+        return layers.token_drop_add(x, self.mlp(norm(x)), dropout)
 
 
 class PostNormBlock(Block):
@@ -87,8 +87,8 @@ class PostNormBlock(Block):
 
     def forward(self, x, rotary, past=None):
         dropout = self.dropout if self.training else 0.0
-        x = norm(layers.add_some(x, self.attn(x, rotary, past), dropout))
-        return norm(layers.add_some(x, self.mlp(x), dropout))
+        x = norm(layers.token_drop_add(x, self.attn(x, rotary, past), dropout))
+        return norm(layers.token_drop_add(x, self.mlp(x), dropout))
 
 
 BLOCKS = {'pre': Block, 'post': PostNormBlock}
@@ -155,14 +155,14 @@ class Modern(LanguageModel):
                 nn.init.uniform_(module.weight, -bound, bound)
         nn.init.normal_(self.transformer.wte.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
-        rotary = layers.rotary(config.block_size, config.rotary_dim)
+        rotary = layers.rotary_table(config.block_size, config.rotary_dim)
         self.register_buffer('rotary', rotary, persistent=False)  # (2, block_size, D)
 
     def forward(self, idx, targets=None, cache=None):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        cache = cache or layers.packed(self.config.eot)
+        cache = cache or kv_cache.packed_documents(self.config.eot)
         places = cache.extend(idx) if cache else slice(T)
         rotary = self.rotary[:, places]  # (2, T, D)
         rotary = rotary if rotary.dim() == 3 else rotary[:, :, None]  # (2, B, 1, T, D)
@@ -171,7 +171,7 @@ class Modern(LanguageModel):
             x = x + self.transformer.ngram(
                 idx, cache and cache.recent(self.config.ngram - 1, T), places
             )
-        x = norm(layers.compute_type(x))
+        x = norm(layers.to_autocast_dtype(x))
         rotary = rotary.type_as(x)
         for block, past in zip(
             self.transformer.h, cache.layers if cache else itertools.repeat(None)
@@ -187,11 +187,11 @@ class Modern(LanguageModel):
         logits = 15 * torch.tanh(layers.at_least_float32(logits) / 15)
         if targets is None:
             return logits, None
-        return logits, layers.cross_entropy(logits, targets)
+        return logits, kernels.cross_entropy(logits, targets)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shapes = [block.attn.cache_shapes for block in self.transformer.h]
-        return layers.KVCache(
+        return kv_cache.KVCache(
             batch, length, shapes, device, dtype or self.cache_dtype, self.config.eot
         )
 
@@ -208,4 +208,4 @@ class Modern(LanguageModel):
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
         self.config.block_size = block_size
-        self.rotary = layers.rotary(block_size, self.config.rotary_dim).to(self.rotary.device)
+        self.rotary = layers.rotary_table(block_size, self.config.rotary_dim).to(self.rotary.device)

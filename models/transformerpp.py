@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model import LanguageModel
-from models.parts import attention, layers
+from models.parts import attention, kernels, kv_cache, layers
 from models.parts.layers import RMSNorm
 
 
@@ -158,8 +158,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary, past=None):
-        x = layers.add(x, self.dropout(self.attn(self.ln_1(x), rotary, past)))
-        return layers.add(x, self.dropout(self.mlp(self.ln_2(x))))
+        x = layers.residual_add(x, self.dropout(self.attn(self.ln_1(x), rotary, past)))
+        return layers.residual_add(x, self.dropout(self.mlp(self.ln_2(x))))
 
 
 class PostNormBlock(Block):
@@ -167,8 +167,8 @@ class PostNormBlock(Block):
     end."""
 
     def forward(self, x, rotary, past=None):
-        x = self.ln_1(layers.add(x, self.dropout(self.attn(x, rotary, past))))
-        return self.ln_2(layers.add(x, self.dropout(self.mlp(x))))
+        x = self.ln_1(layers.residual_add(x, self.dropout(self.attn(x, rotary, past))))
+        return self.ln_2(layers.residual_add(x, self.dropout(self.mlp(x))))
 
 
 BLOCKS = {'pre': Block, 'post': PostNormBlock}
@@ -208,13 +208,13 @@ class Transformerpp(LanguageModel):
     def _rotary(self):
         c = self.config
         scale = functools.partial(ROPE_SCALINGS[c.rope_scaling], config=c)
-        return layers.rotary(c.block_size, c.rotary_dim, c.rope_theta, scale)
+        return layers.rotary_table(c.block_size, c.rotary_dim, c.rope_theta, scale)
 
     def forward(self, idx, targets=None, cache=None):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        cache = cache or layers.packed(self.config.eot)
+        cache = cache or kv_cache.packed_documents(self.config.eot)
         rotary = self.rotary[:, cache.extend(idx) if cache else slice(T)]  # (2, T, D)
         rotary = rotary if rotary.dim() == 3 else rotary[:, :, None]  # (2, B, 1, T, D)
         x = self.transformer.drop(self.transformer.wte(idx))  # (B, T, C)
@@ -231,11 +231,11 @@ class Transformerpp(LanguageModel):
         logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        return logits, layers.cross_entropy(logits, targets)
+        return logits, kernels.cross_entropy(logits, targets)
 
     def init_cache(self, batch, length, device=None, dtype=None):
         shapes = [block.attn.cache_shapes for block in self.transformer.h]
-        return layers.KVCache(
+        return kv_cache.KVCache(
             batch, length, shapes, device, dtype or self.cache_dtype, self.config.eot
         )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from model import LanguageModel
-from models.parts import layers, ngrams
+from models.parts import kernels, kv_cache, ngrams
 
 
 @dataclass
@@ -102,15 +102,15 @@ class Trigram(LanguageModel):
             raise ValueError(
                 f"{idx.size(1)} tokens do not fit into block_size={self.config.block_size}"
             )
-        context = layers.with_past(idx, 1, cache).unfold(1, 2, 1)  # (B, T, 2)
+        context = kv_cache.with_previous_ids(idx, 1, cache).unfold(1, 2, 1)  # (B, T, 2)
         # (B, T, V), or (B, 1, V)
         logits = self.lm_head(context if targets is not None else context[:, -1:])
         if targets is None:
             return logits, None
-        return logits, layers.cross_entropy(logits, targets)
+        return logits, kernels.cross_entropy(logits, targets)
 
     def init_cache(self, batch, length, device=None, dtype=None):
-        return layers.KVCache(batch, length, [], device, dtype)
+        return kv_cache.KVCache(batch, length, [], device, dtype)
 
     def flops_per_token(self, T):
         """6 per parameter that is multiplied with; tables are looked up."""

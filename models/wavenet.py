@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import LanguageModel
-from models.parts import batchnorm, layers
+from models.parts import batchnorm, kernels, kv_cache, layers
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Layer(nn.Module):
 
     def forward(self, x, past=None):
         z = self.gate(x, past)
-        return layers.add(x, self.dropout(self.c_proj(z))), self.dropout(self.c_skip(z))
+        return layers.residual_add(x, self.dropout(self.c_proj(z))), self.dropout(self.c_skip(z))
 
     def gate(self, x, past):
         T, reach = x.size(1), (self.kernel - 1) * self.dilation
@@ -188,7 +188,7 @@ class Hierarchical(nn.Module):
         # what is before counts as the first does
         valid = torch.cat([valid[:, :1].expand(-1, n), valid], 1)
         # -1, no token, is the last row
-        x = self.wte(layers.with_past(idx, n, cache) % self.wte.num_embeddings)
+        x = self.wte(kv_cache.with_previous_ids(idx, n, cache) % self.wte.num_embeddings)
         for level in self.h:
             x = level(x, valid)
         return x
@@ -228,7 +228,7 @@ class Wavenet(LanguageModel):
         logits = self.lm_head(x if targets is not None else x[:, -1:])  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        return logits, layers.cross_entropy(logits, targets)
+        return logits, kernels.cross_entropy(logits, targets)
 
     def calibrate(self, batches):
         batchnorm.measure_statistics(self, batches)
@@ -236,7 +236,7 @@ class Wavenet(LanguageModel):
     def init_cache(self, batch, length, device=None, dtype=None):
         if self.config.batchnorm == 'batch':
             return None
-        return layers.KVCache(
+        return kv_cache.KVCache(
             batch, length, self.transformer.shapes, device, dtype or self.cache_dtype
         )
 

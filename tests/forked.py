@@ -40,14 +40,16 @@ PRELOAD = [
     'torch.distributed.launcher.api',
     'torch._dynamo',
     'configurator',
-    'generation.decode',
+    'generation.final_sample',
     'models',
     'system.device',
     'text.mixture',
     'training.checkpoint',
     'training.lora',
+    'training.console',
     'training.metrics',
     'training.optimizer',
+    'training.resume',
     'training.watch',
 ]
 TqdmDefaultWriteLock.mp_lock = None  # a semaphore that a killed process would leave behind
@@ -148,7 +150,7 @@ def run_here(script, words, hook=None):
 
     Returns the exit code that `python SCRIPT` would have, its excepthook included.
     """
-    importlib.import_module('generation.decode').closing_sample = lambda *args: None
+    importlib.import_module('generation.final_sample').print_final_sample = lambda *args: None
     sys.argv = [script, *words]
     try:
         try:
@@ -343,7 +345,7 @@ def learned(out_dir):
     if shards := state.pop('shards', None):
         from training import fsdp
 
-        state |= fsdp.whole(shards['out_dir'], shards)
+        state |= fsdp.read_whole_state(shards['out_dir'], shards)
     kept = {k: state[k] for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss')}
     times = ('wall_seconds', 'train_seconds', 'wandb_id')
     return kept | {'progress': {k: v for k, v in state['progress'].items() if k not in times}}

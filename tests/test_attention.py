@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from generation import quantize as weights
+from generation import quantize
 from generation.decode import Context
 from models import build
 from models.parts import attention, layers
@@ -322,8 +322,8 @@ def test_mlas_absorbed_form_is_the_expanded_one(name):
 
 def test_rotation_keeps_norms_and_sees_differences_of_places():
     q, k = torch.randn(2, 1, 8, dtype=torch.double).expand(2, 24, 8)
-    rotary = layers.rotary(24, 8).double()
-    turned_q, turned_k = layers.rotate(q, rotary), layers.rotate(k, rotary)
+    rotary = layers.rotary_table(24, 8).double()
+    turned_q, turned_k = layers.apply_rotary(q, rotary), layers.apply_rotary(k, rotary)
     assert torch.allclose(turned_q.norm(dim=-1), q.norm(dim=-1), atol=1e-6)
     scores = turned_q @ turned_k.T
     assert all(scores.diagonal(-d).std() < 1e-5 for d in range(23)) and scores[0].std() > 0.1
@@ -345,14 +345,12 @@ def test_both_kernels_and_reading_on_give_the_same(name, kind):
     model, idx = shaken(kind, name), torch.randint(50, (2, 24))
     expected, gradients = {}, {}
     for kernel in ('plain', 'sdpa'):
-        layers.use_attention(kernel)
-        try:
-            model.zero_grad()
-            expected[kernel], loss = model(idx, idx)
-            loss.backward()
-            gradients[kernel] = torch.cat([p.grad.flatten() for p in model.parameters()])
-        finally:
-            layers.use_attention('auto')
+        model.set_attention(kernel)
+        model.zero_grad()
+        expected[kernel], loss = model(idx, idx)
+        loss.backward()
+        gradients[kernel] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.set_attention('auto')
     assert torch.allclose(expected['plain'], expected['sdpa'], atol=1e-10)
     assert (
         torch.allclose(gradients['plain'], gradients['sdpa'], atol=1e-10)
@@ -439,13 +437,13 @@ def test_matrices_one_above_the_other_are_told_to_muon(name, n):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 @pytest.mark.parametrize('kind', ['gqa', 'mla', 'gated', 'sinks', 'differential'])
 def test_weights_in_fewer_bits(kind, dtype):
-    if dtype == 'int8' and not weights.can_int8():
+    if dtype == 'int8' and not quantize.has_int8():
         pytest.skip("no C compiler")
     torch.manual_seed(0)
     model = build('transformerpp', **{**SHAPE, 'n_embd': 128}, attention_kind=kind).eval()
     idx = torch.randint(50, (2, 24))
     expected = model(idx)[0]
-    weights.prepare(model, dtype)
+    quantize.convert_weights(model, dtype)
     cache = model.init_cache(2, 24)
     for t in range(24):
         logits, _ = model(idx[:, t : t + 1], cache=cache)

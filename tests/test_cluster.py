@@ -132,7 +132,12 @@ def copy_project(folder, edit=None):
     """What training on several machines needs, in `folder`, files changed by {name: (from, to)}."""
     for path in [
         *ROOT.glob('*.py'),
-        *ROOT.glob('models/*.py'),
+        *ROOT.glob('models/**/*.py'),
+        *ROOT.glob('system/*.py'),
+        *ROOT.glob('text/*.py'),
+        *ROOT.glob('training/*.py'),
+        *ROOT.glob('generation/*.py'),
+        *ROOT.glob('interop/*.py'),
         *ROOT.glob('cluster/*.sh'),
         ROOT / 'config/train_gpt2.py',
     ]:
@@ -610,7 +615,7 @@ def test_two_machines_outlive(fault, node, away, timeout, text_folder, tmp_path,
     if not may_make_namespaces():
         pytest.skip("needs root and network namespaces")
     project = copy_project(
-        tmp_path / 'project', {'parallel.py': ('TIMEOUT = 600', f'TIMEOUT = {timeout}')}
+        tmp_path / 'project', {'distributed.py': ('TIMEOUT = 600', f'TIMEOUT = {timeout}')}
     )
     out_dir, log = tmp_path / 'out', tmp_path / 'log'
     arguments = [*TINY, *LONGER, f'--dataset={text_folder}']

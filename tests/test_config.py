@@ -552,7 +552,9 @@ def test_imports_go_through_several_files_and_leave_no_trace(project, file):
     (project / 'config' / 'base.py').write_text('n_layer = 9\n')
     assert of(path)['n_layer'] == 9  # read anew
     assert not [name for name in sys.modules if name.split('.')[0] == 'config']
-    assert not [finder for finder in sys.meta_path if type(finder).__module__ == 'configfile']
+    assert not [
+        finder for finder in sys.meta_path if type(finder).__module__ == 'system.config_file'
+    ]
 
 
 @pytest.mark.parametrize('where', ['elsewhere', 'repository'])

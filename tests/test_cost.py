@@ -15,8 +15,7 @@ import torch
 from conftest import ROOT
 
 from system import files
-from training import checkpoint, guard, metrics
-from training import distributed as parallel
+from training import checkpoint, distributed, guard
 
 pytestmark = pytest.mark.campaign
 
@@ -72,9 +71,9 @@ def test_looking_for_signals_and_bad_steps_costs_less_than_half_a_percent_of_a_s
     timed = Timed(
         monkeypatch,
         (guard.Guard, 'skip_if_bad'),
-        (metrics.Metrics, 'skipped'),
-        (parallel, 'anyone'),
-        (parallel, 'summed'),
+        (guard.Guard, 'last_skipped'),
+        (distributed, 'any_rank_each'),
+        (distributed, 'all_reduce_sum'),
     )
     steps = Timed(monkeypatch, (torch.Tensor, 'backward'))
     start = time.perf_counter()

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, run
 from forked import learned, losses, metrics, sha256
 from forked import train as train_without_gpu
 
-from system import device as runtime
+from system.device import DTYPES, gpu_peak_flops
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures('gpu')]
 COMPILERS = ('c++', 'g++', 'clang++')  # which compile C too
@@ -76,7 +76,7 @@ def uncompiled(request, text_folder, tmp_path_factory):
     """(settings without dtype, {dtype: out_dir}) of short runs of a model."""
     folder = tmp_path_factory.mktemp(request.param)
     settings = [*CUDA, f'--model={request.param}', '--dropout=0', f'--dataset={text_folder}']
-    out_dirs = {dtype: folder / dtype for dtype in runtime.DTYPES}
+    out_dirs = {dtype: folder / dtype for dtype in DTYPES}
     succeed(
         *(
             ['train.py', *settings, f'--dtype={dtype}', f'--out_dir={out_dir}']
@@ -93,7 +93,7 @@ def test_every_number_format_learns(uncompiled, gpu):
         loss = column(out_dir, 'loss')
         assert all(map(math.isfinite, loss)) and loss[-1] < loss[0]
         assert all(size > 0 for size in column(out_dir, 'peak_memory'))
-        if runtime.gpu_peak_flops(gpu, dtype):
+        if gpu_peak_flops(gpu, dtype):
             assert all(0 < mfu < 1 for mfu in column(out_dir, 'mfu'))
 
 
@@ -389,7 +389,7 @@ def test_a_run_of_the_gpu_is_resumed_and_used_where_there_is_none(text_folder, t
     succeed(['train.py', *no_device, f'--dataset={text_folder}', f'--out_dir={tmp_path}'])
     assert resolved(tmp_path)['device'] == 'cuda'  # as auto is the fastest
     out = train_without_gpu(tmp_path, '--init_from=resume', '--max_iters=8')
-    assert "the run used device='cuda'" in out and "it goes on with device='cpu'" in out
+    assert "the run used device='cuda'" in out and "it continues with device='cpu'" in out
     assert len(losses(tmp_path)) > 8
     done = run('sample.py', f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=5')
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from conftest import TINY, run, same
 
 from generation.decode import Context
 from models import build
-from models.parts import attention, layers
+from models.parts import attention
 from text.bins import write_bins
 from text.dataset import Documents
 from text.dataset_option import open_dataset
@@ -247,17 +247,12 @@ def packed_row():
     return idx, starts
 
 
-@pytest.fixture(params=['auto', 'plain'])
-def kernel(request):
-    layers.use_attention(request.param)
-    yield
-    layers.use_attention('auto')
-
-
+@pytest.mark.parametrize('kernel', ['auto', 'plain'])
 @pytest.mark.parametrize('name', KEEP_APART)
 def test_nothing_is_seen_of_an_earlier_document(name, kernel):
     """Not a bit; and all that is seen elsewhere, the eot itself among it."""
     model, (idx, starts) = keeping_apart(name), packed_row()
+    model.set_attention(kernel)
     before = model(idx, idx)[0][0]
     for t in range(24):
         changed = idx.clone()

@@ -24,8 +24,8 @@ from conftest import ROOT, TINY, run, same
 import models
 from system import files
 from training import fsdp, lora
-from training import optimizer as optimizers
 from training.fsdp import dcp, metadata
+from training.optimizer import load_optimizer_state, orthogonalize
 
 # 20 rows for 3 processes: 7, 7, 6
 GPT = 'gpt', dict(n_layer=2, n_head=2, n_embd=20, bias=True, dropout=0.1)
@@ -122,7 +122,7 @@ class Run:
         self.model.gradient_checkpointing = how == 'recomputed'
         lora.add(self.model, 2 if how == 'lora' else 0)
         if kind == 'fsdp':
-            assert fsdp.shard(self.model, 'cpu') is self.model
+            assert fsdp.shard_model(self.model, 'cpu') is self.model
         elif kind == 'ddp':
             self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model)
         assert models.name_of(self.model) == name
@@ -192,7 +192,11 @@ def learn(kind, model, options, steps=3, micros=2, how=''):
     }
     run.optimizer.zero_grad()
     losses = [run.step(micros) for _ in range(steps)]
-    return losses, gradients, fsdp.full(run.model) if kind == 'fsdp' else run.model.state_dict()
+    return (
+        losses,
+        gradients,
+        fsdp.full_state_dict(run.model) if kind == 'fsdp' else run.model.state_dict(),
+    )
 
 
 def close(a, b, atol=1e-5):
@@ -263,7 +267,8 @@ def test_compiled_recomputed_and_with_lora_too(together, how):
 
 
 def patched(name, value, function, *arguments):
-    """function(*arguments) while the object called `name`, as in 'training.optimizer.load', is another."""
+    """function(*arguments) while the object called `name`, as in 'training.fsdp.load_state', is
+    another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(name, value)
         return function(*arguments)
@@ -271,7 +276,7 @@ def patched(name, value, function, *arguments):
 
 def of_each_shard(self, items, rows, columns):
     """Orthogonal on its own, which is what Muon on shards must not do."""
-    return [optimizers.orthogonalize(update[None])[0] for _, update in items]
+    return [orthogonalize(update[None])[0] for _, update in items]
 
 
 def first():
@@ -310,10 +315,8 @@ def count_matrices():
 
 
 def test_a_model_without_parameters_is_refused():
-    with pytest.raises(
-        ValueError, match="parallel='fsdp': Bigram has nothing that an optimizer learns"
-    ):
-        fsdp.shard(models.build('bigram', block_size=8, vocab_size=5), 'cpu')
+    with pytest.raises(ValueError, match="parallel='fsdp': Bigram has no parameters to train"):
+        fsdp.shard_model(models.build('bigram', block_size=8, vocab_size=5), 'cpu')
 
 
 # ---- steps that are left out ---------------------------------------------------------------------
@@ -324,7 +327,7 @@ def leave_out(options, waits):
     goes on as without."""
     with pytest.MonkeyPatch.context() as patch:
         if not waits:
-            patch.setattr(optimizers, 'READ_AT_ONCE', ())
+            patch.setattr('training.optimizer.READ_AT_ONCE', ())
         one, other = (Run('fsdp', MODERN, options) for _ in range(2))
         for step in range(2):
             before = copy.deepcopy(one.state())
@@ -393,7 +396,7 @@ def train_and_write(folder, model, options, steps=2):
     run = Run('fsdp', model, options)
     for _ in range(steps):
         run.step()
-    index, then = fsdp.write(folder, steps, run.model, run.optimizer), run.state()
+    index, then = fsdp.write_shards(folder, steps, run.model, run.optimizer), run.state()
     run.step()
     return index, then, run.state()
 
@@ -402,16 +405,16 @@ def load_and_go_on(folder, state, model, options, steps=2):
     """The same of a run that loads `state` after it has learned something else."""
     run = Run('fsdp', model, options)
     run.step()
-    fsdp.load(copy.deepcopy(state), run.model, run.optimizer)  # which the processes share
+    fsdp.load_state(copy.deepcopy(state), run.model, run.optimizer)  # which the processes share
     run.steps = steps
-    index, then = fsdp.write(folder, steps, run.model, run.optimizer), run.state()
+    index, then = fsdp.write_shards(folder, steps, run.model, run.optimizer), run.state()
     run.step()
     return index, then, run.state()
 
 
 def shards(folder, index):
     """The content of a ckpt.pt, as checkpoint.read has verified it."""
-    fsdp.verify(folder, index)
+    fsdp.verify_shards(folder, index)
     return dict(shards=index | dict(out_dir=str(folder)))
 
 
@@ -424,13 +427,15 @@ def shards(folder, index):
 )
 def test_any_number_of_processes_reads_what_any_other_wrote(together, tmp_path, model, options):
     index, then, after = together(2, train_and_write, tmp_path, model, options)[0]
-    assert index['folder'] == 'shards-2' and same(fsdp.whole(tmp_path, index), then)
+    assert index['folder'] == 'shards-2' and same(fsdp.read_whole_state(tmp_path, index), then)
     for n, number in ((3, 2), (1, 3), (2, 4)):
         index, loaded, gone_on = together(
             n, load_and_go_on, tmp_path, shards(tmp_path, index), model, options
         )[-1]
         assert same(loaded, then)
-        assert index['folder'] == f'shards-2-{number}' and same(fsdp.whole(tmp_path, index), then)
+        assert index['folder'] == f'shards-2-{number}' and same(
+            fsdp.read_whole_state(tmp_path, index), then
+        )
     assert same(gone_on, after)
     # a ckpt.pt with all in it
     assert same(together(2, load_and_go_on, tmp_path, then, model, options)[1][2], after)
@@ -438,7 +443,7 @@ def test_any_number_of_processes_reads_what_any_other_wrote(together, tmp_path, 
 
 def test_what_is_whole_is_what_one_process_without_shards_keeps(together, tmp_path):
     index = together(1, train_and_write, tmp_path, MODERN, MUON)[0][0]
-    plain, whole = Run('plain', MODERN, MUON), fsdp.whole(tmp_path, index)
+    plain, whole = Run('plain', MODERN, MUON), fsdp.read_whole_state(tmp_path, index)
     for _ in range(2):
         plain.step()
     expected = plain.state()
@@ -455,11 +460,13 @@ def test_what_is_whole_is_what_one_process_without_shards_keeps(together, tmp_pa
 
     assert form(whole) == form(expected) and list(whole['model']) == list(expected['model'])
     assert close(whole['model'], expected['model'])
-    optimizers.load(plain.optimizer, whole['optimizer'])
+    load_optimizer_state(plain.optimizer, whole['optimizer'])
 
 
 def test_tied_weights_are_kept_once(together, tmp_path):
-    whole = fsdp.whole(tmp_path, together(1, train_and_write, tmp_path, GPT, ADAMW)[0][0])['model']
+    whole = fsdp.read_whole_state(
+        tmp_path, together(1, train_and_write, tmp_path, GPT, ADAMW)[0][0]
+    )['model']
     assert whole['lm_head.weight'] is whole['transformer.wte.weight']
 
 
@@ -481,7 +488,15 @@ def test_moments_that_are_not_restored_are_missed(together, written, saved):
     state, then, after = shards(*saved), *written[2:]
     assert same(together(2, load_and_go_on, saved[0], state, GPT, ADAMW)[0][1:], (then, after))
     _, loaded, gone_on = together(
-        2, patched, 'training.optimizer.load', forget, load_and_go_on, saved[0], state, GPT, ADAMW
+        2,
+        patched,
+        'training.fsdp.load_optimizer_state',
+        forget,
+        load_and_go_on,
+        saved[0],
+        state,
+        GPT,
+        ADAMW,
     )[0]
     assert (
         same(loaded['model'], then['model'])
@@ -532,7 +547,7 @@ def flip(content):
 )
 def test_a_damaged_file_is_named(saved, name, damage):
     folder, index = saved
-    fsdp.verify(folder, index)
+    fsdp.verify_shards(folder, index)
     path = folder / 'shards-2' / name
     content = path.read_bytes()
     path.unlink()
@@ -541,7 +556,7 @@ def test_a_damaged_file_is_named(saved, name, damage):
     with pytest.raises(
         ValueError, match=rf"shards-2.{name} (is damaged: it is not what was saved|is missing)"
     ):
-        fsdp.verify(folder, index)
+        fsdp.verify_shards(folder, index)
 
 
 @pytest.mark.parametrize(
@@ -563,7 +578,7 @@ def test_a_damaged_file_is_named(saved, name, damage):
 def test_a_damaged_index_is_refused(saved, change):
     folder, index = saved
     with pytest.raises(ValueError, match='index is damaged'):
-        fsdp.verify(folder, index | change)
+        fsdp.verify_shards(folder, index | change)
 
 
 class Payload:
@@ -609,11 +624,11 @@ def test_no_code_in_a_checkpoint_runs(saved, tmp_path, hide):
     hide(path, known, marker)
     (path / '.metadata').write_bytes(pickle.dumps(known))
     index['files'] = {name: files.sha256(path / name) for name in index['files']}
-    fsdp.verify(folder, index)
+    fsdp.verify_shards(folder, index)
     with pytest.raises(
         ValueError, match='.metadata is damaged, and not loaded: it (holds|describes)'
     ) as error:
-        fsdp.whole(folder, index)
+        fsdp.read_whole_state(folder, index)
     assert not marker.exists() and len(str(error.value).splitlines()) == 1
     with contextlib.suppress(Exception, dcp.CheckpointException):  # the control: DCP as it comes
         dcp.load(
@@ -645,7 +660,7 @@ def crash_everywhere(folder):
     """Interrupt a save before each of its steps, one after the other; returns the steps."""
     run, count, seen = Run('fsdp', ('bigram', dict(table='learned', rank=4)), SGD), 0, []
     run.step()
-    index, then = fsdp.write(folder, 1, run.model, run.optimizer), run.state()
+    index, then = fsdp.write_shards(folder, 1, run.model, run.optimizer), run.state()
     run.step()
 
     def counted(name, function):
@@ -662,13 +677,15 @@ def crash_everywhere(folder):
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Crash):
             for place, name in STEPS:
                 patch.setattr(place, name, counted(name, getattr(place, name)))
-            newer = fsdp.write(folder, 1, run.model, run.optimizer)
+            newer = fsdp.write_shards(folder, 1, run.model, run.optimizer)
             break
-        fsdp.verify(folder, index)
-        fsdp.tidy(folder, {index['folder']})
+        fsdp.verify_shards(folder, index)
+        fsdp.remove_other_shards(folder, {index['folder']})
         assert os.listdir(folder) == [index['folder']], seen
         count += 1
-    assert same(fsdp.whole(folder, index), then) and same(fsdp.whole(folder, newer), run.state())
+    assert same(fsdp.read_whole_state(folder, index), then) and same(
+        fsdp.read_whole_state(folder, newer), run.state()
+    )
     return list(seen)
 
 
@@ -687,20 +704,20 @@ def fail_on_one(folder, name, error):
     again."""
     run = Run('fsdp', ('gpt', SMALL), ADAMW)
     run.step()
-    fsdp.write(folder, 1, run.model, run.optimizer)
+    fsdp.write_shards(folder, 1, run.model, run.optimizer)
 
     def fail(*arguments, **options):
         raise error
 
     with pytest.raises(OSError) as caught:
         if dist.get_rank():
-            patched(name, fail, fsdp.write, folder, 2, run.model, run.optimizer)
+            patched(name, fail, fsdp.write_shards, folder, 2, run.model, run.optimizer)
         else:
-            fsdp.write(folder, 2, run.model, run.optimizer)
+            fsdp.write_shards(folder, 2, run.model, run.optimizer)
     dist.barrier()
     left = sorted(os.listdir(folder))
     dist.barrier()
-    return str(caught.value), left, fsdp.write(folder, 2, run.model, run.optimizer)['folder']
+    return str(caught.value), left, fsdp.write_shards(folder, 2, run.model, run.optimizer)['folder']
 
 
 @pytest.mark.parametrize('name', ['system.files.sha256', 'torch.save'])
@@ -720,14 +737,14 @@ def write_apart(folder):
     folder.mkdir()
     run.step()
     with pytest.raises(OSError) as caught:
-        fsdp.write(folder, 1, run.model, run.optimizer)
+        fsdp.write_shards(folder, 1, run.model, run.optimizer)
     return str(caught.value), os.listdir(folder)
 
 
 def test_machines_that_share_no_disk_are_told_so(together, tmp_path):
     for line, left in together(2, write_apart, tmp_path):
         assert (
-            'has no __1_0.distcp, which another process wrote: out_dir has to be on a disk' in line
+            'has no __1_0.distcp, which another process wrote: out_dir must be on a disk' in line
             and left == []
         )
 
@@ -740,7 +757,7 @@ def test_what_no_checkpoint_refers_to_goes_and_nothing_else(tmp_path):
     for name in stay + go:
         (tmp_path / name).mkdir()
         (tmp_path / name / '__0_0.distcp').touch()
-    fsdp.tidy(tmp_path, {'shards-7', 'shards-8-2'})
+    fsdp.remove_other_shards(tmp_path, {'shards-7', 'shards-8-2'})
     assert sorted(os.listdir(tmp_path)) == sorted(stay)
 
 

@@ -10,7 +10,7 @@ from conftest import TINY, run
 
 from models import build
 from models.parts import layers
-from system import device as runtime
+from system.device import autocast
 
 SHAPE = dict(block_size=12, vocab_size=20, n_layer=3, n_head=2, n_embd=16, ngram=4, ngram_rows=50)
 
@@ -94,8 +94,8 @@ def test_attention_sees_distances_not_places():
     """Without n-grams, whose first ones know the start, the same text further on in the window
     looks the same."""
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.double).expand(2, 1, 1, 12, 8)
-    rotary = layers.rotary(12, 8).double()
-    scores = layers.rotate(q, rotary) @ layers.rotate(k, rotary).mT
+    rotary = layers.rotary_table(12, 8).double()
+    scores = layers.apply_rotary(q, rotary) @ layers.apply_rotary(k, rotary).mT
     for distance in range(12):
         along = scores[0, 0].diagonal(-distance)
         assert torch.allclose(along, along[:1].expand_as(along), atol=1e-6)
@@ -132,10 +132,10 @@ def test_the_row_of_what_is_left_out_is_never_learned():
 def test_dropout_leaves_out_branches_of_some_tokens_and_keeps_the_mean():
     torch.manual_seed(0)
     x, y = torch.randn(64, 64, 8), torch.ones(64, 64, 8)
-    difference = layers.add_some(x, y, 0.25) - x
+    difference = layers.token_drop_add(x, y, 0.25) - x
     assert all(len(token.round(decimals=3).unique()) == 1 for token in difference.view(-1, 8)[:50])
     assert abs((difference == 0).float().mean() - 0.25) < 0.02 and abs(difference.mean() - 1) < 0.03
-    assert torch.equal(layers.add_some(x, y, 0.0), x + y)
+    assert torch.equal(layers.token_drop_add(x, y, 0.0), x + y)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_dropout_leaves_out_branches_of_some_tokens_and_keeps_the_mean():
     [
         (layers.squared_relu, lambda x: x.clamp(min=0) ** 2),
         (
-            lambda x: layers.rotate(x, layers.rotary(6, 8).double()),
+            lambda x: layers.apply_rotary(x, layers.rotary_table(6, 8).double()),
             lambda x: torch.stack([turned(row) for row in x]),
         ),
     ],
@@ -160,13 +160,10 @@ def test_gradients_written_by_hand(f, plain):
 def test_each_number_format_with_each_attention(dtype, attention):
     model, idx = shaken().float(), torch.randint(20, (2, 12))
     expected = model(idx, idx)[0]
-    try:
-        layers.use_attention(attention)
-        with runtime.autocast('cpu', dtype):
-            logits, loss = model.train()(idx, idx)
-            loss.backward()
-    finally:
-        layers.use_attention('auto')
+    model.set_attention(attention)
+    with autocast('cpu', dtype):
+        logits, loss = model.train()(idx, idx)
+        loss.backward()
     tolerance = {'float32': 1e-5, 'bfloat16': 0.2, 'float16': 0.03}[dtype]
     assert (
         (logits - expected).norm() / expected.norm()

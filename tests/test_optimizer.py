@@ -10,6 +10,7 @@ from torch import nn
 
 from models import build
 from training import checkpoint, optimizer
+from training.schedule import learning_rate_at
 
 LRS = {'matrix': 0.02, 'embedding': 0.3, 'head': 0.005}
 
@@ -135,7 +136,7 @@ def test_a_state_of_the_other_optimizer_is_refused(first, then):
         for name in (first, then)
     )
     with pytest.raises(ValueError, match="another optimizer's"):
-        optimizer.load(other, one.state_dict())
+        optimizer.load_optimizer_state(other, one.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -145,8 +146,8 @@ def test_a_state_of_other_optimizers_is_refused(first, then):
     def opt(lrs):
         return small().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', lrs=lrs)
 
-    with pytest.raises(ValueError, match='muon_lr, embed_lr and head_lr'):
-        optimizer.load(opt(then), opt(first).state_dict())
+    with pytest.raises(ValueError, match='muon_lr, embed_lr or head_lr'):
+        optimizer.load_optimizer_state(opt(then), opt(first).state_dict())
 
 
 def test_a_stack_of_matrices_is_orthogonalised_one_by_one():
@@ -155,7 +156,9 @@ def test_a_stack_of_matrices_is_orthogonalised_one_by_one():
     alone = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     grads = torch.randn(3, 8, 16)
     for params, grad in (([stack], [grads]), (alone, grads)):
-        opt = optimizer.build({'matrix': params}, 0.1, 1e-3, (0.9, 0.95), 'cpu', {'matrix': 0.02})
+        opt = optimizer.build_optimizer(
+            {'matrix': params}, 0.1, 1e-3, (0.9, 0.95), 'cpu', {'matrix': 0.02}
+        )
         for p, g in zip(params, grad):
             p.grad = g.clone()
         opt.step()
@@ -180,7 +183,7 @@ def test_state_goes_through_a_state_dict():
     for seed in range(2):
         step(model, opt, seed)
     twin.load_state_dict(model.state_dict())
-    optimizer.load(other, copy.deepcopy(opt.state_dict()))
+    optimizer.load_optimizer_state(other, copy.deepcopy(opt.state_dict()))
     step(model, opt, 2)
     step(twin, other, 2)
     assert same(model.state_dict(), twin.state_dict())
@@ -280,7 +283,7 @@ def test_where_the_first_step_is_forbidden_torchs_sgd_has_moments_of_anything(ow
 
 def test_cooldown_is_a_straight_line_after_a_plateau():
     def lr(step):
-        return optimizer.schedule(
+        return learning_rate_at(
             step, peak=1.0, floor=0.1, warmup_steps=10, decay_steps=100, cooldown=0.4
         )
 
@@ -362,7 +365,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(text_folder, tmp_pat
 
 def test_a_step_falls_all_at_once_and_a_warm_up_starts_where_it_is_told():
     def lr(step, shape):
-        return optimizer.schedule(
+        return learning_rate_at(
             step, 1.0, 0.1, warmup_steps=9, decay_steps=100, start=0.5, shape=shape
         )
 
@@ -398,11 +401,16 @@ def test_sgd_is_its_equation_and_no_row_gets_longer_than_max_norm():
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(name='adam'), "optimizer='adam' is unknown: take adamw or sgd"),
+        (dict(name='adam'), "optimizer='adam' is unknown: use adamw or sgd"),
         (dict(name='sgd', lrs=LRS), 'muon_lr is for optimizer=adamw'),
-        (dict(lr_schedule='stairs'), "lr_schedule='stairs' is unknown: take cosine"),
     ],
 )
 def test_optimizers_that_are_not_there(options, message):
     with pytest.raises(ValueError, match=message):
         small().configure_optimizers(0.1, 0.5, (0.9, 0.95), 'cpu', **options)
+
+
+def test_a_schedule_of_an_unknown_shape_is_refused_with_the_known_ones():
+    done = run('train.py', '--lr_schedule=stairs')
+    assert done.returncode == 2
+    assert "lr_schedule='stairs' is unknown: use cosine or step" in done.stderr

@@ -4,36 +4,42 @@ be had."""
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, run
 
-from system import device as runtime
-from training import optimizer
-from training.metrics import seconds, short
+from system.compilation import compile_model
+from system.device import (
+    cpu_has_bfloat16,
+    gpu_peak_flops,
+    measured_peak_flops,
+    memory_errors,
+    resolve_device,
+    resolve_dtype,
+    seed_everything,
+)
+from training.console import seconds, short
+from training.schedule import learning_rate_at
 
 
 def test_devices_and_formats():
-    assert runtime.resolve_device('cpu') == 'cpu'
-    assert runtime.resolve_dtype('auto', 'cpu') == (
-        'bfloat16' if runtime.cpu_has_bfloat16() else 'float32'
-    )
+    assert resolve_device('cpu') == 'cpu'
+    assert resolve_dtype('auto', 'cpu') == ('bfloat16' if cpu_has_bfloat16() else 'float32')
     for wrong in ('gpu', 'cuda:x', 'cpu1', 'tpu', ''):
         with pytest.raises(ValueError, match='unknown'):
-            runtime.resolve_device(wrong)
+            resolve_device(wrong)
     with pytest.raises(ValueError, match='float8'):
-        runtime.resolve_dtype('float8', 'cpu')
+        resolve_dtype('float8', 'cpu')
 
 
 def test_an_old_gpu_gets_no_emulated_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5))
-    assert runtime.resolve_dtype('auto', 'cuda') == 'float16'
+    assert resolve_dtype('auto', 'cuda') == 'float16'
     with pytest.raises(ValueError, match='float16'):
-        runtime.resolve_dtype('bfloat16', 'cuda')
+        resolve_dtype('bfloat16', 'cuda')
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (8, 0))
-    assert runtime.resolve_dtype('auto', 'cuda') == 'bfloat16'
+    assert resolve_dtype('auto', 'cuda') == 'bfloat16'
 
 
 def test_a_gpu_that_the_wheel_has_no_kernels_for_is_passed_over(monkeypatch, capsys):
@@ -44,14 +50,14 @@ def test_a_gpu_that_the_wheel_has_no_kernels_for_is_passed_over(monkeypatch, cap
     monkeypatch.setattr(
         torch.cuda, 'get_arch_list', lambda: ['sm_75', 'sm_80', 'sm_90', 'compute_90']
     )
-    assert runtime.resolve_device('auto') in ('cpu', 'mps') and '1080' in capsys.readouterr().err
+    assert resolve_device('auto') in ('cpu', 'mps') and '1080' in capsys.readouterr().err
     with pytest.raises(ValueError, match='no kernels'):
-        runtime.resolve_device('cuda')
+        resolve_device('cuda')
     for capability in ((8, 6), (9, 0), (12, 0)):  # by a smaller minor version, exactly, by PTX
         monkeypatch.setattr(
             torch.cuda, 'get_device_capability', lambda device=None, c=capability: c
         )
-        assert runtime.resolve_device('auto') == 'cuda'
+        assert resolve_device('auto') == 'cuda'
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ def test_a_gpu_that_the_wheel_has_no_kernels_for_is_passed_over(monkeypatch, cap
     ],
 )
 def test_known_gpus_have_their_own_peak(name, tflops):
-    assert runtime.gpu_peak_flops(name, 'bfloat16') == tflops * 1e12
+    assert gpu_peak_flops(name, 'bfloat16') == tflops * 1e12
 
 
 @pytest.mark.parametrize(
@@ -84,14 +90,14 @@ def test_known_gpus_have_their_own_peak(name, tflops):
     ],
 )
 def test_an_unknown_gpu_has_none(name):
-    assert runtime.gpu_peak_flops(name, 'bfloat16') is None
+    assert gpu_peak_flops(name, 'bfloat16') is None
 
 
 def test_out_of_memory_is_one_line_of_advice(capsys):
-    with pytest.raises(SystemExit) as end, runtime.memory_errors("halve it"):
+    with pytest.raises(SystemExit) as end, memory_errors("halve it"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …\nmore")
     assert end.value.code == 2 and capsys.readouterr().err == 'error: out of memory: halve it\n'
-    with pytest.raises(RuntimeError, match='another'), runtime.memory_errors("halve it"):
+    with pytest.raises(RuntimeError, match='another'), memory_errors("halve it"):
         raise RuntimeError("another")
 
 
@@ -115,7 +121,7 @@ def test_out_of_memory_in_a_real_run(text_folder, tmp_path):
 LITTLE_MEMORY = '''
 import resource, runpy, sys
 sys.path.insert(0, '.')
-from system import device as runtime
+import system.device
 in_use = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_DATA, (in_use + 2 ** 30, in_use + 2 ** 30))
 runpy.run_path('train.py', run_name='__main__')
@@ -144,8 +150,8 @@ def test_without_a_compiler_a_run_goes_on_eagerly_unless_told_to_compile(
 COMPILE_ALWAYS = '''
 import runpy, sys
 sys.path.insert(0, '.')
-from system import device as runtime
-runtime.resolve_compile = lambda wish, device: wish in (True, 'auto')
+import system.compilation
+system.compilation.resolve_compile = lambda mode, device: mode in (True, 'auto')
 runpy.run_path('train.py', run_name='__main__')
 '''
 
@@ -167,8 +173,16 @@ def test_auto_compiles_where_the_run_is_long_enough(steps, others, is_compiled):
         model.seen += 1
         model(torch.randn(2, 4)).sum().backward()
 
-    processes = SimpleNamespace(anyone=lambda flag: flag or others, compiled=lambda model: [model])
-    compiled = runtime.compile_model(model, try_step, 'auto', False, 'cpu', steps, processes)
+    compiled = compile_model(
+        model,
+        [model],
+        mode='auto',
+        is_required=False,
+        try_step=try_step,
+        steps=steps,
+        device='cpu',
+        any_rank=lambda flag: flag or others,
+    )
     assert compiled == is_compiled and model.seen == 0 and model.weight.grad is None
 
 
@@ -191,16 +205,16 @@ COMPILE_IN_NAME_ONLY = '''
 import runpy, sys
 sys.path.insert(0, '.')
 import torch
-from system import device as runtime
+import system.compilation
 torch.nn.Module.compile = lambda self: setattr(self, '_compiled_call_impl', self._call_impl)
-runtime.COMPILE_PAYS = {{'cpu': {steps} * 1e-9}}
+system.compilation.COMPILE_PAYS = {{'cpu': {steps} * 1e-9}}
 runpy.run_path('train.py', run_name='__main__')
 '''
 
 
 def test_cosine_schedule():
     def lr(step):
-        return optimizer.schedule(step, peak=1.0, floor=0.1, warmup_steps=10, decay_steps=110)
+        return learning_rate_at(step, peak=1.0, floor=0.1, warmup_steps=10, decay_steps=110)
 
     assert lr(0) == pytest.approx(1 / 11) and lr(9) == pytest.approx(10 / 11) and lr(10) == 1.0
     assert lr(60) == pytest.approx(0.55) and lr(110) == lr(10**6) == 0.1
@@ -209,7 +223,7 @@ def test_cosine_schedule():
 
 def test_seeds_are_functions_of_all_their_parts():
     def draw(*key):
-        runtime.seed_everything(*key, device='cpu')
+        seed_everything(*key, device='cpu')
         return torch.rand(4).tolist()
 
     assert draw(1, 2, 3) == draw(1, 2, 3)
@@ -220,9 +234,9 @@ def test_seeds_are_functions_of_all_their_parts():
 
 
 def test_measured_peak_is_a_speed():
-    assert 1e9 < runtime.measured_peak_flops(
-        'float32', size=256, seconds=0.05
-    ) < 1e15 and math.isfinite(runtime.measured_peak_flops('bfloat16', size=256, seconds=0.05))
+    assert 1e9 < measured_peak_flops('float32', size=256, seconds=0.05) < 1e15 and math.isfinite(
+        measured_peak_flops('bfloat16', size=256, seconds=0.05)
+    )
 
 
 def test_numbers_for_people():

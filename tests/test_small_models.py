@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from models import build
-from models.parts import batchnorm, layers, ngrams
+from models.parts import batchnorm, kv_cache, ngrams
 from text.bins import write_bins
 from text.dataset_option import open_dataset
 from text.tokenizer import CharTokenizer
@@ -276,7 +276,9 @@ def test_precise_statistics_are_those_of_all_examples_together():
             torch.cat([torch.as_tensor(batch[i]) for batch in batches_of([2, 7, 1, 30])])
             for i in (0, 1)
         )
-        x = model.transformer.wte((layers.with_past(idx, 2) % 12).unfold(1, 3, 1)).flatten(2)
+        x = model.transformer.wte(
+            (kv_cache.with_previous_ids(idx, 2) % 12).unfold(1, 3, 1)
+        ).flatten(2)
         x = model.transformer.h.c_fc(x)[targets >= 0]
         norm = model.transformer.h.norm
         found[kind] = torch.allclose(norm.mean, x.mean(0)) and torch.allclose(

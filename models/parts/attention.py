@@ -2,8 +2,8 @@
 (KINDS).
 
 All are built alike, kind(config, layer, qk_norm, dropout, bias), and called alike,
-forward(x, rotary, past=None): x (B, T, C) to (B, T, C). rotary: layers.rotary's rows for these T
-places; past: a layers.Past, which keeps `cache_shapes` of each token.
+forward(x, rotary, past=None): x (B, T, C) to (B, T, C). rotary: layers.rotary_table's rows for these T
+places; past: a kv_cache.LayerCache, which keeps `cache_shapes` of each token.
 
 Shapes: B batch, T new tokens, L all tokens, C channels, H heads, G heads of keys and values, D head
 size (C/H unless head_dim says otherwise), R latent, E the rotated channels beside it.
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.parts import layers
+from models.parts import kernels, layers
 
 
 @dataclass
@@ -122,6 +122,8 @@ class Attention(nn.Module):
     weights; bias: of the projections to queries, keys and values and of the output projection.
     """
 
+    attention_kernel = 'auto'  # one of kernels.ATTENTION; set by LanguageModel.set_attention
+
     def __init__(self, config, layer, qk_norm=same, dropout=0.0, bias=False):
         super().__init__()
         self.n_head, self.C, self.D = config.n_head, config.n_embd, config.head_size
@@ -147,14 +149,18 @@ class Attention(nn.Module):
     def heads(self, x, rotary):
         """q (B, H, T, D), k and v (B, G, T, D)."""
         # (2, B, H, T, D), (1, B, H, T, D)
-        qk, v = layers.split_heads(self.c_attn(x), self.n_head).split([2, 1])
-        q, k = layers.rotate(self.qk_norm(qk), rotary)
+        qk, v = kernels.split_heads(self.c_attn(x), self.n_head, self.attention_kernel).split(
+            [2, 1]
+        )
+        q, k = layers.apply_rotary(self.qk_norm(qk), rotary)
         return q, k, v[0]
 
     def attend(self, q, k, v, past):
         """(B, H, T, D)."""
         dropout = self.dropout if self.training else 0.0
-        return past.attend(q, k, v, dropout) if past else layers.causal_attention(q, k, v, dropout)
+        if past is None:
+            return kernels.causal_attention(q, k, v, dropout, kernel=self.attention_kernel)
+        return past.attend(q, k, v, dropout, kernel=self.attention_kernel)
 
     def weigh(self, q, k, v, past, mask=None, scale=None):
         """causal_attention in k's type, which a cache may have of its own, over all that `past` has
@@ -162,8 +168,8 @@ class Attention(nn.Module):
         if mask is None and past and not past.is_whole(q.size(2)):
             mask = seen(q, k, past)
         dropout = self.dropout if self.training else 0.0
-        return layers.causal_attention(
-            q.to(k.dtype), k, v.to(k.dtype), dropout, mask, scale
+        return kernels.causal_attention(
+            q.to(k.dtype), k, v.to(k.dtype), dropout, mask, scale, kernel=self.attention_kernel
         ).type_as(q)
 
     def flops_per_token(self, T):
@@ -184,8 +190,12 @@ class GroupedQuery(Attention):
 
     def heads(self, x, rotary):
         q = self.c_q(x).unflatten(-1, (self.n_head, self.D)).transpose(1, 2)
-        k, v = layers.split_heads(self.c_kv(x), self.n_kv_head, parts=2)
-        return layers.rotate(self.qk_norm(q), rotary), layers.rotate(self.qk_norm(k), rotary), v
+        k, v = kernels.split_heads(self.c_kv(x), self.n_kv_head, self.attention_kernel, parts=2)
+        return (
+            layers.apply_rotary(self.qk_norm(q), rotary),
+            layers.apply_rotary(self.qk_norm(k), rotary),
+            v,
+        )
 
 
 class Windowed(Attention):
@@ -225,7 +235,9 @@ class Alibi(Attention):
         self.register_buffer('slopes', slopes(config.n_head).view(1, -1, 1, 1), persistent=False)
 
     def heads(self, x, rotary):
-        qk, v = layers.split_heads(self.c_attn(x), self.n_head).split([2, 1])
+        qk, v = kernels.split_heads(self.c_attn(x), self.n_head, self.attention_kernel).split(
+            [2, 1]
+        )
         q, k = self.qk_norm(qk)
         return q, k, v[0]
 
@@ -341,10 +353,10 @@ class Latent(Attention):
         R + E)."""
         q = self.qk_norm(self.c_q(x).unflatten(-1, (self.n_head, -1))).transpose(1, 2)
         q, q_rope = q.split([self.D, self.E], -1)
-        k_rope = layers.rotate(self.qk_norm(self.c_rope(x))[:, None], rotary)
+        k_rope = layers.apply_rotary(self.qk_norm(self.c_rope(x))[:, None], rotary)
         return (
             q,
-            layers.rotate(q_rope, rotary),
+            layers.apply_rotary(q_rope, rotary),
             torch.cat([self.ln_kv(self.c_kv(x))[:, None], k_rope], -1),
         )
 
@@ -356,7 +368,9 @@ class Latent(Attention):
     def expanded(self, q, q_rope, kept, past):
         """Each head's own keys and values: (B, H, L, D + E), (B, H, L, D)."""
         latent, k_rope = kept.type_as(q).split([self.R, self.E], -1)
-        k, v = layers.split_heads(self.c_up(latent[:, 0]), self.n_head, parts=2)
+        k, v = kernels.split_heads(
+            self.c_up(latent[:, 0]), self.n_head, self.attention_kernel, parts=2
+        )
         k = torch.cat([k, k_rope.expand(-1, self.n_head, -1, -1)], -1)
         return self.weigh(torch.cat([q, q_rope], -1), k, v, past, scale=self.scale)
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.parts.layers import with_past
+from models.parts.kv_cache import with_previous_ids
 
 AT_ONCE = 2**24  # n-grams that NgramCounts.fit sorts together: 0.4 GB
 
@@ -60,7 +60,9 @@ class NgramCounts(nn.Module):
         )
         for idx, targets in batches:
             idx, targets = torch.as_tensor(idx).cpu(), torch.as_tensor(targets).cpu()
-            context = with_past(idx, self.n - 2).unfold(1, self.n - 1, 1).clone()  # (B, T, n - 1)
+            context = (
+                with_previous_ids(idx, self.n - 2).unfold(1, self.n - 1, 1).clone()
+            )  # (B, T, n - 1)
             counted = targets >= 0
             for i in range(self.n - 1):  # the whole context, then with less and less of its left
                 new.append((self._number(context) * self.V + targets)[counted])

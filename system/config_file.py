@@ -12,7 +12,7 @@ import traceback
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class ConfigFileError(ValueError):
