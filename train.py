@@ -44,7 +44,7 @@ from system.device import (
     use_deterministic_algorithms,
 )
 from system.errors import user_errors
-from text.mixture import open_dataset, prepare_if_small
+from text.dataset_option import open_dataset, prepare_if_small
 from training import checkpoint, distributed, lora, pretrained, resume
 from training import guard as guards
 from training.console import Console, evaluation_table, plan, progress_bar

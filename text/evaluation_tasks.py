@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from system import files
-from text.dataset import ROOT
-from text.mixture import open_one
+from text.dataset_option import open_unmixed
+from text.folders import DATA_FOLDER
 from text.sources import formats
 
 # (URL, sha256): the sums are those that the dataset_infos.json of the Hugging Face datasets record.
@@ -114,7 +114,7 @@ def _encode_file(path, tokenizer):
 
 def _open_dataset(name, split, tokenizer):
     """The Dataset, which must have this split, and the model's tokenizer."""
-    data = open_one(name)
+    data = open_unmixed(name)
     if split not in data.tokens:
         raise ValueError(f"{data.folder} has no split {split!r}")
     if data.tokenizer != tokenizer.describe():
@@ -286,7 +286,7 @@ def read_examples(task, path, limit, read):
     0: all. Raises ValueError, with the line, or OSError."""
     if not path:
         url, digest = DOWNLOADS[task]
-        path = ROOT / url.rpartition('/')[2]
+        path = DATA_FOLDER / url.rpartition('/')[2]
         files.download(url, path, digest, mirrored_as=f'{task}/{path.name}')
     examples = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
