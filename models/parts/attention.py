@@ -41,12 +41,12 @@ class AttentionConfig:
         if not self.head_dim and self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by 2 x n_head={self.n_head}: rotary "
-                "embeddings need an even head size"
+                "embeddings turn channels in pairs"
             )
         if self.head_dim < 0 or self.head_dim % 2:
             raise ValueError(
-                f"head_dim={self.head_dim}: use 0 for n_embd / n_head, or an even number, which "
-                "rotary embeddings need"
+                f"head_dim={self.head_dim}: use 0 for n_embd / n_head, or an even number: "
+                "rotary embeddings turn channels in pairs"
             )
         for name, of_kind in (('n_kv_head', 'gqa'), ('kv_rank', 'mla'), ('rope_dim', 'mla')):
             value = getattr(self, name)
@@ -65,7 +65,9 @@ class AttentionConfig:
                 f"n_head={self.n_head} must be even: differential attention pairs its heads"
             )
         if self.rotary_dim % 2:
-            raise ValueError(f"rope_dim={self.rope_dim} is odd: rotary embeddings turn pairs")
+            raise ValueError(
+                f"rope_dim={self.rope_dim} is odd: rotary embeddings turn pairs of channels"
+            )
 
     @property
     def kv_heads(self):

@@ -50,8 +50,8 @@ def _bytes_of_all_layers(Model, config, n_layer):
     Those of many layers are inferred from models of one and two. Infinite on overflow.
     """
     try:
-        # Two models in either case: one whose parameters come from torch.randn draws numbers here too,
-        # so that initial values depend on how often it is called.
+        # Two models in either case: one whose parameters come from torch.randn draws numbers here
+        # too, so that its initial values depend on how often it is made.
         if n_layer > 2:
             weights, tables = _bytes(Model, dataclasses.replace(config, n_layer=1))
             weights_of_two, tables_of_two = _bytes(Model, dataclasses.replace(config, n_layer=2))
