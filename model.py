@@ -27,12 +27,12 @@ class LanguageModel(nn.Module):
 
         forward(idx, targets=None, cache=None) -> (logits, loss)
 
-    idx      (B, T) int64 token ids
-    targets  (B, T) the ids to predict; -1: this position does not count
-    cache    from `init_cache`: idx then continues the tokens that the cache holds, and is added
-    logits   (B, T, V) with targets, though in training they may be None; else (B, 1, V), of the
-             last position
-    loss     the mean cross-entropy in nats; training may add terms to it. None without targets
+    idx      (B, T) int64: token ids
+    targets  (B, T) int64: the next token of each position; -1: not scored
+    cache    from `init_cache`: idx continues the tokens that it holds, and is added to them
+    logits   without targets (B, 1, V), of the last position; with targets (B, T, V), or, in
+             training, None
+    loss     the mean cross-entropy in nats, to which training may add; None without targets
 
     The methods below have defaults that suit most models.
     """
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
     # What the token ids stand for; set by checkpoint.load_model.
     tokenizer = None
 
-    # Recompute each block in the backward pass: less memory, a third more time.
+    # Recompute each block in the backward pass: less memory, a third more time. Set by train.py.
     gradient_checkpointing = False
 
     def __init__(self, config):
@@ -63,8 +63,7 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def param_groups(self):
-        """{role: parameters} for the optimizer, each parameter in one role: matrix, embedding, head
-        or vector."""
+        """{role: [parameters]}, each parameter in one role: matrix, embedding, head or vector."""
         embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
         groups = {'matrix': [], 'embedding': [], 'head': [], 'vector': []}
         for name, p in self.named_parameters():
@@ -87,9 +86,6 @@ class LanguageModel(nn.Module):
         """
         from training.optimizer import build_optimizer  # not needed to read a model
 
-        for name, p in self.named_parameters():
-            if name.endswith('c_attn.weight'):
-                p.n_matrices = 3  # q, k and v, one below the other: Muon updates each by itself
         return build_optimizer(
             self.param_groups(),
             weight_decay,
@@ -97,7 +93,7 @@ class LanguageModel(nn.Module):
             betas,
             device_type,
             lrs,
-            width=getattr(self.config, 'n_embd', 768),
+            width=getattr(self.config, 'n_embd', 768),  # learning rates scale with it
             **options,
         )
 
@@ -175,7 +171,7 @@ class GPTConfig:
     n_inner: int = 0  # channels of the MLP's hidden layer; 0: 4 x n_embd
     tied: bool = True  # the head shares the token embeddings' matrix; False: it has its own
     norm_eps: float = 1e-5  # added to the variance in LayerNorm
-    eot: int = -1  # token that begins a document, which sees no other one; -1: all see all
+    eot: int = -1  # token that begins a document, within which attention stays; -1: no limit
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -208,6 +204,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout  # on the attention weights
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_attn.weight.n_matrices = 3  # q, k and v, which Muon updates one by one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -236,7 +233,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.gelu(self.c_fc(x))  # (B, T, 4C)
+        x = self.gelu(self.c_fc(x))  # (B, T, inner)
         return self.dropout(self.c_proj(x))  # (B, T, C)
 
 

@@ -89,7 +89,7 @@ class Layer(nn.Module):
         self.dilation = dilation
         # W_f above W_g. Each tap of the kernel is C of the columns, the oldest first.
         self.c_fc = nn.Linear(config.kernel * C, 2 * C)
-        self.c_fc.weight.n_matrices = 2  # Muon updates each by itself
+        self.c_fc.weight.n_matrices = 2  # W_f and W_g, which Muon updates one by one
         self.c_proj = nn.Linear(C, C)
         self.c_skip = nn.Linear(C, config.n_skip or C)
         self.dropout = nn.Dropout(config.dropout)

@@ -32,7 +32,7 @@ class AttentionConfig:
     window: int = 128  # sliding, banded: tokens that a token sees, itself among them
     kv_rank: int = 0  # mla: numbers per token for all keys and values; 0: four heads' size
     rope_dim: int = 0  # mla: rotated channels of a key, shared by all heads; 0: half a head's size
-    eot: int = -1  # token that begins a document, which sees no other one; -1: all see all
+    eot: int = -1  # token that begins a document, within which attention stays; -1: no limit
 
     def __post_init__(self):
         kind = self.attention_kind
@@ -137,6 +137,7 @@ class Attention(nn.Module):
 
     def init_projections(self, config, bias):
         self.c_attn = nn.Linear(self.C, 3 * self.width, bias=bias)
+        self.c_attn.weight.n_matrices = 3  # q, k and v, which Muon updates one by one
 
     def forward(self, x, rotary, past=None):
         return self.c_proj(self.mix(x, rotary, past))
@@ -160,11 +161,10 @@ class Attention(nn.Module):
             return kernels.causal_attention(q, k, v, dropout, kernel=self.attention_kernel)
         return past.attend(q, k, v, dropout, kernel=self.attention_kernel)
 
-    def weigh(self, q, k, v, past, mask=None, scale=None):
-        """causal_attention over all keys and values that `past` has returned.
+    def masked_attention(self, q, k, v, past, mask=None, scale=None):
+        """causal_attention over all keys and values, which `past` has returned.
 
-        It computes in k's dtype, since a cache may have its own. mask: what `past` says, by
-        default.
+        It computes in k's dtype, since a cache may have its own. mask: default, that of `past`.
         """
         if mask is None and past is not None and not past.is_prompt(q.size(2)):
             mask = visible(q, k, past)
@@ -205,7 +205,7 @@ class GroupedQuery(Attention):
         self.n_kv_head = config.kv_heads
         self.c_q = nn.Linear(self.C, self.width, bias=bias)
         self.c_kv = nn.Linear(self.C, 2 * self.n_kv_head * self.D, bias=bias)
-        self.c_kv.weight.n_matrices = 2  # Muon updates the one for k and the one for v by itself
+        self.c_kv.weight.n_matrices = 2  # k and v, which Muon updates one by one
 
     def heads(self, x, rotary):
         q = self.c_q(x).unflatten(-1, (self.n_head, self.D)).transpose(1, 2)  # (B, H, T, D)
@@ -241,7 +241,7 @@ class Windowed(Attention):
         in_window = torch.ones(T, L, dtype=torch.bool, device=q.device).triu(farthest)
         mask = visible(q, k, past) & in_window
         start = max(0, farthest)  # no query sees a key before it
-        return self.weigh(q, k[:, :, start:], v[:, :, start:], past, mask[..., start:])
+        return self.masked_attention(q, k[:, :, start:], v[:, :, start:], past, mask[..., start:])
 
     def flops_per_token(self, T):
         return super().flops_per_token(min(T, self.window))
@@ -269,7 +269,7 @@ class Alibi(Attention):
         distances = positions - positions[-q.size(2) :, None]  # (T, L), 0 or below where visible
         bias = self.slopes * distances  # (1, H, T, L)
         bias = bias.masked_fill(~visible(q, k, past), -math.inf)
-        return self.weigh(q, k, v, past, bias.to(k.dtype))
+        return self.masked_attention(q, k, v, past, bias.to(k.dtype))
 
 
 def alibi_slopes(n):
@@ -302,7 +302,7 @@ class Sinks(Attention):
         k = F.pad(k, (0, 1, 1, 0))
         v = F.pad(v, (0, 1, 1, 0))
         k[:, :, 0, -1] = self.sinks.type_as(k)
-        y = self.weigh(q, k, v, past, mask, scale=self.D**-0.5)
+        y = self.masked_attention(q, k, v, past, mask, scale=self.D**-0.5)
         return y[..., :-1]
 
 
@@ -339,8 +339,8 @@ class Differential(Attention):
             k, v = past.update(k, v)
         q1, q2 = q.chunk(2, 1)  # (B, H/2, T, D)
         k1, k2 = k.chunk(2, 1)  # (B, H/2, L, D)
-        first = self.weigh(q1, k1, v, past)
-        second = self.weigh(q2, k2, v, past)  # (B, H/2, T, 2D)
+        first = self.masked_attention(q1, k1, v, past)
+        second = self.masked_attention(q2, k2, v, past)  # (B, H/2, T, 2D)
 
         exponent_1 = (self.lambda_q1 * self.lambda_k1).sum()
         exponent_2 = (self.lambda_q2 * self.lambda_k2).sum()
@@ -383,7 +383,7 @@ class Latent(Attention):
         self.ln_kv = layers.RMSNorm(self.R, 1e-6)
         # Rows for all heads' keys, then rows for all heads' values.
         self.c_up = Up(self.R, 2 * self.width, bias=False)
-        self.c_up.weight.n_matrices = 2
+        self.c_up.weight.n_matrices = 2  # which Muon updates one by one
 
     def heads(self, x, rotary):
         """q (B, H, T, D), its rotated part (B, H, T, E), and the cached latent and rotated key of
@@ -411,14 +411,14 @@ class Latent(Attention):
         k, v = kernels.split_heads(kv, self.n_head, self.attention_kernel, parts=2)
         k = torch.cat([k, k_rope.expand(-1, self.n_head, -1, -1)], -1)
         q = torch.cat([q, q_rope], -1)
-        return self.weigh(q, k, v, past, scale=self.scale)
+        return self.masked_attention(q, k, v, past, scale=self.scale)
 
     def absorbed(self, q, q_rope, kept, past):
         """The same by one key and value for all heads, (B, 1, L, R + E), without expanding it."""
         up_k, up_v = self.c_up.weight.view(2, self.n_head, self.D, self.R)
         q = torch.einsum('bhtd,hdr->bhtr', q, up_k)
         q = torch.cat([q, q_rope], -1)  # (B, H, T, R + E)
-        y = self.weigh(q, kept, kept, past, scale=self.scale)
+        y = self.masked_attention(q, kept, kept, past, scale=self.scale)
         return torch.einsum('bhtr,hdr->bhtd', y[..., : self.R], up_v)
 
     def flops_per_token(self, T):

@@ -22,14 +22,14 @@ class KVCache:
 
     room: columns there are, the longest `length`. shapes: for each layer the (H, D) of each tensor
     (B, H, room, D) that it keeps; empty for models that need only the ids. eot: the token that
-    begins a document, which sees no other one; -1: all see all.
+    begins a document, within which attention stays; -1: no limit.
     """
 
     def __init__(self, B, room, shapes, device=None, dtype=None, eot=-1):
-        self.kept = [
-            [torch.zeros(B, H, room, D, device=device, dtype=dtype) for H, D in layer]
-            for layer in shapes
-        ]
+        self.kept = []  # the tensors of each layer
+        for layer in shapes:
+            tensors = [torch.zeros(B, H, room, D, device=device, dtype=dtype) for H, D in layer]
+            self.kept.append(tensors)
         self.ids = torch.full((B, room), -1, device=device)  # -1: before a row's first token
         self.room = room
         self.length = 0
@@ -81,7 +81,8 @@ class KVCache:
 
     def select(self, rows):
         """Keep these rows (N,) of the batch, in this order, in place."""
-        self.kept = [[tensor[rows] for tensor in layer] for layer in self.kept]
+        for i, tensors in enumerate(self.kept):
+            self.kept[i] = [tensor[rows] for tensor in tensors]
         self.ids = self.ids[rows]
         if self.first is not None:
             self.first = self.first[rows]
@@ -90,9 +91,12 @@ class KVCache:
     def join(cls, caches, room):
         """One cache of the rows of several caches with one row each, with `room` columns."""
         one = caches[0]
-        shapes = [[(tensor.size(1), tensor.size(3)) for tensor in layer] for layer in one.kept]
+        device = one.ids.device
         dtype = one.kept[0][0].dtype if one.kept else None
-        joined = cls(len(caches), room, shapes, one.ids.device, dtype, one.eot)
+        shapes = []
+        for tensors in one.kept:
+            shapes.append([(tensor.size(1), tensor.size(3)) for tensor in tensors])  # (H, D) each
+        joined = cls(len(caches), room, shapes, device, dtype, one.eot)
         joined.length = max(cache.length for cache in caches)
 
         starts = [joined.length - cache.length for cache in caches]
@@ -102,7 +106,7 @@ class KVCache:
                 for target, source in zip(targets, sources):
                     target[b, :, start : joined.length] = source[0, :, : cache.length]
         if any(starts):
-            joined.first = torch.tensor(starts, device=one.ids.device)
+            joined.first = torch.tensor(starts, device=device)
         return joined
 
 
