@@ -98,11 +98,13 @@ class LanguageModel(nn.Module):
         )
 
     def after_step(self):
-        """Called after every optimizer step, for models that then constrain weights or buffers."""
+        """Called after every optimizer step, for models that constrain their weights or buffers."""
 
     def calibrate(self, batches):
-        """Called with training batches before every evaluation and save, for models that keep
-        statistics of the data."""
+        """Called with training batches before every evaluation and save.
+
+        For models that keep statistics of the data.
+        """
 
     def set_attention(self, kernel):
         """Compute attention by `kernel`: 'auto' (the fastest here), 'sdpa' or 'plain'.
@@ -319,16 +321,17 @@ class GPT(LanguageModel):
         return kv_cache.KVCache(batch, length, shapes, device, dtype, eot=self.config.eot)
 
     def num_params(self, non_embedding=True):
-        """Number of parameters; by default without position embeddings, as GPT-2's sizes are
-        stated."""
+        """Number of parameters, by default without position embeddings, as GPT-2's sizes count."""
         n = super().num_params()
         if non_embedding:
             n -= self.transformer.wpe.weight.numel()
         return n
 
     def flops_per_token(self, T):
-        """6 per parameter of a matrix product, and 12·C·T per layer for the attention products
-        (PaLM, arXiv 2204.02311, appendix B)."""
+        """6 per parameter of a matrix product, and 12·C·T per layer for the attention products.
+
+        PaLM, arXiv 2204.02311, appendix B.
+        """
         n = self.num_params()
         if not self.config.tied:
             n -= self.transformer.wte.weight.numel()  # looked up, not multiplied

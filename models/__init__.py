@@ -1,5 +1,7 @@
-"""Finding an architecture by name: `gpt` is model.py, any other NAME is models/NAME.py, which is
-imported when it is asked for."""
+"""Finding an architecture by its name.
+
+`gpt` is model.py; any other NAME is models/NAME.py, which is imported when it is asked for.
+"""
 
 import difflib
 import importlib

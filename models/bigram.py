@@ -6,8 +6,8 @@ V x V table holds the logits after a; it starts at zero and converges to the cou
 maximum likelihood. With `rank`, for large vocabularies, the table is the product of a V x rank and
 a rank x V matrix.
 
-Changes from GPT (model.py): no layers, no positions, a context of one token. Every other model has
-to beat this one.
+Changes from GPT (model.py):
+- no layers and no positions: a context of one token. Every other model has to beat this one.
 
 Shapes: B batch, T time, V vocabulary.
 """

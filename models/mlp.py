@@ -1,15 +1,16 @@
-"""MLP: a neural probabilistic language model over the embeddings of the last `context` tokens, side
-by side.
+"""MLP: an MLP over the embeddings of the last `context` tokens, side by side.
 
-Bengio, Ducharme, Vincent, Jauvin 2003, https://www.jmlr.org/papers/v3/bengio03a.html:
+A neural probabilistic language model (Bengio, Ducharme, Vincent, Jauvin 2003,
+https://www.jmlr.org/papers/v3/bengio03a.html):
 logits = U tanh(H x + d) + b, and with `direct` + W x.
 
-Changes from GPT (model.py): no attention; a context of fixed length, each place of which has
-weights of its own. The places before a window's first token are padding, which has an embedding of
-its own. `batchnorm` normalises what tanh gets, as one of batchnorm.BATCH_NORMS: ema (moving
-averages), precise (measured before each evaluation), frozen (measured once) or batch (the
-mini-batch's statistics, in eval mode too). In training it mixes positions, so that later tokens are
-hidden from earlier ones in eval mode only.
+Changes from GPT (model.py):
+- no attention: a context of fixed length, each place of which has weights of its own;
+- the places before a window's first token are padding, which has an embedding of its own;
+- `batchnorm` normalises what tanh gets, by one of batchnorm.BATCH_NORMS: ema (moving averages),
+  precise (measured before each evaluation), frozen (measured once) or batch (the mini-batch's
+  statistics, in eval mode too). In training it mixes positions: only in eval mode are later tokens
+  hidden from earlier ones.
 
 Shapes: B batch, T time, C channels, V vocabulary; n places of context.
 """

@@ -1,5 +1,4 @@
-"""Modern: a GPT as the public speed runs left it, with what made GPT-2's blocks learn faster per
-token.
+"""Modern: a GPT as the public speed runs left it, which learns faster per token.
 
 Changes from GPT (model.py):
 - rotary positions (RoFormer, arXiv 2104.09864), on normalised queries and keys (arXiv 2010.04245),
@@ -217,8 +216,10 @@ class Modern(LanguageModel):
         return kv_cache.KVCache(batch, length, shapes, device, dtype, eot=self.config.eot)
 
     def flops_per_token(self, T):
-        """6 per parameter of a matrix product (tables are looked up), and 12·C·T per layer for the
-        attention products, with attention_kind=mha."""
+        """6 per parameter of a matrix product, and attention: 12·C·T per layer for mha.
+
+        Tables are looked up and cost none.
+        """
         groups = self.param_groups()
         n = sum(p.numel() for p in groups['matrix'] + groups['head'])
         return 6 * n + sum(block.attn.flops_per_token(T) for block in self.transformer.h)

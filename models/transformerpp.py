@@ -117,8 +117,7 @@ def unscaled(frequencies, config):
 
 
 def linear(frequencies, config):
-    """Position interpolation (arXiv 2306.15595): the same angles over rope_factor times the
-    tokens."""
+    """Position interpolation (arXiv 2306.15595): rope_factor times the tokens, the same angles."""
     return frequencies / config.rope_factor
 
 
@@ -269,8 +268,7 @@ class Transformerpp(LanguageModel):
         return kv_cache.KVCache(batch, length, shapes, device, dtype, eot=self.config.eot)
 
     def flops_per_token(self, T):
-        """6 per parameter of a matrix product, and 12·C·T per layer for the attention products,
-        with attention_kind=mha."""
+        """6 per parameter of a matrix product, and attention: 12·C·T per layer for mha."""
         n = self.num_params()
         if not self.config.tied:
             n -= self.transformer.wte.weight.numel()  # looked up, not multiplied

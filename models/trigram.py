@@ -7,8 +7,8 @@ with a row for each (a, b), and for each b alone: (V + 1) V rows. With `rank`, f
 vocabularies, logits = (A[a] * B[b]) C, which is a table of that rank (canonical polyadic
 decomposition, Hitchcock 1927).
 
-Changes from Bigram (bigram.py): one more token of context, and so many more triples than pairs that
-`k` begins to matter.
+Changes from Bigram (bigram.py):
+- one more token of context, and so many more triples than pairs that `k` begins to matter.
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -54,8 +54,10 @@ class TrigramConfig:
 
 
 class Table(nn.Embedding):
-    """A row of logits for each pair of tokens, the first of which may be missing (-1):
-    (B, T, 2) -> (B, T, V)."""
+    """A row of logits for each pair of tokens: (B, T, 2) -> (B, T, V).
+
+    The first of them may be missing, -1.
+    """
 
     def __init__(self, config):
         V = config.vocab_size

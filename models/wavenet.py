@@ -1,5 +1,6 @@
-"""WaveNet: causal convolutions whose dilation doubles from layer to layer, so that n_layer products
-reach 2^n_layer tokens.
+"""WaveNet: causal convolutions whose dilation doubles from layer to layer.
+
+Thus n_layer products reach 2^n_layer tokens.
 
 form=gated is WaveNet (van den Oord et al. 2016, arXiv 1609.03499). Where * is a convolution that
 looks back in steps of its layer's dilation 1, 2, 4, …, each layer computes
@@ -14,8 +15,10 @@ position; as convolutions of kernel 2 with dilations 1, 2, 4, …, trees share t
 is padding before the first token, with an embedding of its own. As in mlp.py, which also explains
 `batchnorm`, later tokens are hidden from earlier ones in eval mode only.
 
-Changes from GPT (model.py): no attention, no position embeddings; the context is `receptive_field`
-tokens, and block_size only the window.
+Changes from GPT (model.py):
+- no attention: each layer sees a few tokens, farther apart from layer to layer;
+- no position embeddings;
+- the context is `receptive_field` tokens, and block_size only the window.
 
 Shapes: B batch, T time, C channels, V vocabulary.
 """

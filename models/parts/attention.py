@@ -22,8 +22,10 @@ from models.parts import kernels, layers
 
 @dataclass
 class AttentionConfig:
-    """The Config fields of a model with these attentions; it has n_head, n_embd and vocab_size
-    too."""
+    """The Config fields of a model that takes its attention from here.
+
+    The model's own Config adds n_head, n_embd and vocab_size.
+    """
 
     # mha, gqa, mqa, sliding, banded, differential, mla, gated, sinks, alibi
     attention_kind: str = 'mha'
@@ -198,8 +200,10 @@ def visible(q, k, past):
 
 
 class GroupedQuery(Attention):
-    """gqa, mqa: H/G neighbouring heads share keys and values, so that the cache shrinks (arXiv
-    2305.13245, 1911.02150)."""
+    """gqa, mqa: H/G neighbouring heads share keys and values.
+
+    The cache shrinks by as much (arXiv 2305.13245, 1911.02150).
+    """
 
     def init_projections(self, config, bias):
         self.n_kv_head = config.kv_heads
@@ -217,11 +221,10 @@ class GroupedQuery(Attention):
 
 
 class Windowed(Attention):
-    """sliding: a token sees the last `window` tokens, itself among them, so that n blocks see
-    n·(window - 1) + 1 (arXiv 2004.05150).
+    """sliding: a token sees the last `window` tokens, itself among them (arXiv 2004.05150).
 
-    banded: this in every second block; the others are dense (GPT-3, arXiv 2005.14165; Sparse
-    Transformer, 1904.10509).
+    Through n blocks it sees n·(window - 1) + 1. banded: this in every second block; the others are
+    dense (GPT-3, arXiv 2005.14165; Sparse Transformer, arXiv 1904.10509).
     """
 
     def __init__(self, config, layer, **options):
@@ -248,8 +251,10 @@ class Windowed(Attention):
 
 
 class Alibi(Attention):
-    """alibi: nothing rotates; a head's scores fall with the distance, by a slope of its own (arXiv
-    2108.12409)."""
+    """alibi: nothing rotates; a head's scores fall with the distance (arXiv 2108.12409).
+
+    Each head has a slope of its own.
+    """
 
     def __init__(self, config, layer, **options):
         super().__init__(config, layer, **options)
@@ -285,8 +290,10 @@ def alibi_slopes(n):
 
 
 class Sinks(Attention):
-    """sinks: each head's softmax has one more, learned score without a value, so that a head may
-    attend to nothing (arXiv 2309.17453; as in GPT-OSS, arXiv 2508.10925)."""
+    """sinks: each head's softmax has one more, learned score, which has no value.
+
+    So a head may attend to nothing (arXiv 2309.17453; as in GPT-OSS, arXiv 2508.10925).
+    """
 
     def __init__(self, config, layer, **options):
         super().__init__(config, layer, **options)
@@ -307,8 +314,10 @@ class Sinks(Attention):
 
 
 class Gated(Attention):
-    """gated: the heads' outputs times σ(x W), a gate of the token itself, before the output
-    projection (arXiv 2505.06708)."""
+    """gated: the heads' outputs are multiplied by σ(x W), a gate of the token itself.
+
+    This happens before the output projection (arXiv 2505.06708).
+    """
 
     def init_projections(self, config, bias):
         super().init_projections(config, bias)
@@ -319,11 +328,10 @@ class Gated(Attention):
 
 
 class Differential(Attention):
-    """differential: (A₁ - λ A₂) v, the difference of two softmaxes, of heads i and i + H/2, over
-    values twice as wide (arXiv 2410.05258).
+    """differential: the difference of two softmaxes, (A₁ - λ A₂) v (arXiv 2410.05258).
 
-    λ is learned around λ₀, which grows with depth. The result has its root mean square normalised
-    and is multiplied by 1 - λ₀.
+    A₁ and A₂ are of heads i and i + H/2, and v is twice as wide. λ is learned around λ₀, which
+    grows with depth. The result has its root mean square normalised and is multiplied by 1 - λ₀.
     """
 
     def __init__(self, config, layer, **options):
@@ -360,13 +368,14 @@ class Up(nn.Linear):
 
 
 class Latent(Attention):
-    """mla: the keys and values of all heads are computed from one latent of R numbers, and one
-    rotated key of E is shared by all heads; only these are cached (DeepSeek-V2, arXiv 2405.04434;
-    queries come straight from x, as in its Lite model).
+    """mla: keys and values of all heads are computed from one small latent, which is cached.
 
-    A head's q has D channels for its key from the latent, and E for the rotated one. When a cache
-    is continued, the latent itself is key and value, and the matrices that would expand it act on
-    queries and sums instead (`absorbed`).
+    The latent has R numbers; a rotated key of E, shared by all heads, is cached beside it
+    (DeepSeek-V2, arXiv 2405.04434; queries come straight from x, as in its Lite model). A head's q
+    has D channels for its key from the latent, and E for the rotated one.
+
+    When a cache is continued, the latent itself is key and value, and the matrices that would
+    expand it act on queries and sums instead (`absorbed`).
     """
 
     def __init__(self, config, layer, **options):
@@ -386,8 +395,7 @@ class Latent(Attention):
         self.c_up.weight.n_matrices = 2  # which Muon updates one by one
 
     def heads(self, x, rotary):
-        """q (B, H, T, D), its rotated part (B, H, T, E), and the cached latent and rotated key of
-        each token, (B, 1, T, R + E)."""
+        """q (B, H, T, D), its rotated part (B, H, T, E), and what is cached (B, 1, T, R + E)."""
         q = self.c_q(x).unflatten(-1, (self.n_head, -1))  # (B, T, H, D + E)
         q = self.qk_norm(q).transpose(1, 2)
         q, q_rope = q.split([self.D, self.E], -1)

@@ -20,13 +20,15 @@ class NoNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalise each channel of x (B, T, C) to mean 0 and variance 1 over batch and time, times a
-    gain, plus a bias (arXiv 1502.03167).
+    """Each channel of x (B, T, C) with mean 0 and variance 1, times a gain, plus a bias.
 
-    valid (B, T): which positions count in the statistics; default: all. In training, statistics are
-    the mini-batch's, so positions learn of each other there. In eval mode they are the stored ones,
-    here moving averages. Each of several processes has the statistics of its own mini-batch; the
-    first one's averages are stored, since the others' would differ little.
+    Batch and time are normalised together (arXiv 1502.03167). valid (B, T): which positions count
+    in the statistics; default: all.
+
+    In training, statistics are the mini-batch's, so positions learn of each other there. In eval
+    mode they are the stored ones, here moving averages. Each of several processes has the
+    statistics of its own mini-batch; the first one's averages are stored, since the others' would
+    differ little.
     """
 
     def __init__(self, C):
@@ -62,8 +64,10 @@ class BatchNorm(nn.Module):
 
 
 class PreciseBatchNorm(BatchNorm):
-    """BatchNorm whose stored statistics are those of many examples under the current weights
-    (PreciseBN, arXiv 2105.07576). Call `measure_statistics` after the weights have changed."""
+    """BatchNorm that stores the statistics of many examples under the current weights.
+
+    PreciseBN, arXiv 2105.07576. Call `measure_statistics` after the weights have changed.
+    """
 
     measured = None  # while measuring: (mean, var, n) of each mini-batch
 
@@ -92,8 +96,11 @@ class PreciseBatchNorm(BatchNorm):
 
 
 class FrozenBatchNorm(PreciseBatchNorm):
-    """BatchNorm whose statistics are measured once, by `measure_statistics` or on the first
-    mini-batch, and then used in training too, where only gain and bias still learn."""
+    """BatchNorm whose statistics are measured once, then used in training too.
+
+    They are measured by `measure_statistics`, or else on the first mini-batch. Gain and bias still
+    learn.
+    """
 
     def train_statistics(self, x, valid):
         mean, var, n = moments(x.detach(), valid)
@@ -114,8 +121,10 @@ class FrozenBatchNorm(PreciseBatchNorm):
 
 
 class MiniBatchNorm(BatchNorm):
-    """BatchNorm by the mini-batch's own statistics, in eval mode too: the prediction for one text
-    depends on the others."""
+    """BatchNorm by the mini-batch's own statistics, in eval mode too.
+
+    The prediction for one text then depends on the others.
+    """
 
     def train_statistics(self, x, valid):
         mean, var, _ = moments(x, valid)

@@ -68,8 +68,10 @@ def _bytes_of_all_layers(Model, config, n_layer):
 
 
 def _bytes(Model, config):
-    """Bytes of a model's weights, and of tables that it computes, such as rotary angles, without
-    allocating them."""
+    """Bytes of a model's weights, and of tables that it computes, without allocating them.
+
+    A table is, for example, the rotary angles of all positions.
+    """
     with _NoValues():
         model = Model(config)
     stored = model.state_dict().keys()

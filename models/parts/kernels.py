@@ -59,8 +59,10 @@ def _use_plain(q, kernel):
 
 
 def sdpa(q, k, v, dropout=0.0, mask=None, scale=None, is_causal=False):
-    """Attention as in `causal_attention`, by torch's kernels. Without is_causal and mask, every
-    query sees every key."""
+    """Attention as in `causal_attention`, by torch's kernels.
+
+    Without is_causal and mask, every query sees every key.
+    """
     B, H, T, D = q.shape
     G = k.size(1)
     E = v.size(-1)
@@ -122,10 +124,10 @@ def plain_attention(q, k, v, dropout=0.0, mask=None, scale=None, is_causal=True)
 
 
 def cross_entropy(logits, targets):
-    """The mean cross-entropy of logits (B, T, V) over targets (B, T) other than -1, in nats, in at
-    least float32.
+    """The mean cross-entropy of logits (B, T, V) over targets (B, T), in nats.
 
-    Without any target it is 0, as is its gradient, where torch's own mean is NaN.
+    Targets of -1 do not count. It is computed in at least float32. Without any target it is 0, as
+    is its gradient, where torch's own mean is NaN.
     """
     logits = at_least_float32(logits).flatten(0, 1)
     targets = targets.flatten()

@@ -118,21 +118,24 @@ class LayerCache:
         self.tensors = tensors
 
     def update(self, *new):
-        """Store the new tokens' part of each tensor, (B, H, T, D); returns each of them whole,
-        (B, H, L, D)."""
+        """Store the new tokens' part of each tensor, (B, H, T, D).
+
+        Returns each tensor up to them, (B, H, L, D).
+        """
         end = self.cache.length
         for tensor, x in zip(self.tensors, new):
             tensor[:, :, end - x.size(2) : end] = x
         return [tensor[:, :, :end] for tensor in self.tensors]
 
     def is_prompt(self, T):
-        """Whether the T new tokens are all there are, in every row: a prompt that is read at
-        once."""
+        """Whether the T new tokens are all there are, in every row, as when a prompt is read."""
         return self.cache.length == T and self.cache.mask is None
 
     def attend(self, q, k, v, dropout=0.0, kernel='auto'):
-        """Store k and v of the new tokens and attend from q (B, H, T, D) to all that it may see:
-        (B, H, T, D), in q's dtype."""
+        """Store k and v of the new tokens, and attend from q to all that it may see.
+
+        q (B, H, T, D), k and v (B, H, T, D). Returns (B, H, T, D), in q's dtype.
+        """
         all_k, all_v = self.update(k, v)
         dtype = all_k.dtype
         if self.is_prompt(q.size(2)):
@@ -143,12 +146,11 @@ class LayerCache:
 
 
 class PackedDocuments:
-    """Rows of several documents, read at once: attention stays within a document, whose positions
-    begin at 0.
+    """Rows of several documents, read at once: attention stays within a document.
 
-    It stands in for a KVCache, and for each layer's LayerCache, when all tokens are new. On CUDA
-    attention is then SDPA with a mask, which FlashAttention does not support: it is slower than
-    causal attention alone.
+    Each document's positions begin at 0. This stands in for a KVCache, and for each layer's
+    LayerCache, when all tokens are new. On CUDA attention is then SDPA with a mask, which
+    FlashAttention does not support: it is slower than causal attention alone.
     """
 
     def __init__(self, eot):

@@ -42,8 +42,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x divided by its root mean square, in at least float32, times a weight, over the last
-    dimension (C) (arXiv 1910.07467)."""
+    """x divided by its root mean square, times a weight, over the last dimension (C).
+
+    Computed in at least float32 (arXiv 1910.07467).
+    """
 
     def __init__(self, C, eps=1e-5):
         super().__init__()
@@ -88,11 +90,11 @@ def token_drop_add(x, y, p):
 
 
 def rotary_table(T, D, base=10000, scale=None):
-    """Cosines and signed sines of the rotations of positions 0 to T-1, for `apply_rotary`:
-    (2, T, D).
+    """Cosines and signed sines of the rotations of positions 0 to T-1: (2, T, D).
 
-    scale: a function that changes the frequencies (D/2,), in radians per position. They are rounded
-    exactly as in transformers: far from the start, a frequency's last bit shows in its angle.
+    For `apply_rotary`. scale: a function that changes the frequencies (D/2,), in radians per
+    position. They are rounded exactly as in transformers: far from the start, a frequency's last
+    bit shows in its angle.
     """
     frequencies = 1.0 / base ** (torch.arange(0, D, 2) / D)  # (D/2,)
     if scale:
@@ -139,8 +141,7 @@ def _swap_halves(x):
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """relu(x)² (Primer, arXiv 2109.08668), with a backward pass of two operators instead of
-    three."""
+    """relu(x)² (Primer, arXiv 2109.08668); its backward pass is two operators, not three."""
 
     @staticmethod
     def forward(ctx, x):
