@@ -21,7 +21,7 @@ from pathlib import Path
 from configurator import Texts, configure, divided
 from system import files
 from system.errors import fail, user_errors
-from training.metrics import seconds, short
+from training.console import seconds, short
 
 # ---- settings ------------------------------------------------------------------------------------
 out = 'compare.png'  # the picture, .png, .svg or .pdf

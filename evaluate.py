@@ -42,7 +42,7 @@ from system.errors import fail, user_errors
 from text import textfiles
 from text.dataset import ROOT
 from text.mixture import open_one
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -82,7 +82,7 @@ DOWNLOADS = {
 def read_text():
     """(ids, bytes, words, cuts): cuts are the text's ends and the ids between its documents.
     ValueError, OSError."""
-    name = dataset or (checkpoint.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare')
+    name = dataset or (pretrained.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare')
     if Path(name).is_file():
         text = textfiles.read_text(name)
         try:
@@ -318,9 +318,9 @@ with user_errors():
                 f"there is no task {name!r}; the nearest is {near!r} (there are: {', '.join(TASKS)})"
             )
     source = out_dir if init_from == 'resume' else init_from
-    model = checkpoint.load_model(source, device)
+    model = pretrained.load_model(source, device)
     if model.tokenizer is None:
-        fail(checkpoint.no_tokenizer(source, model))
+        fail(pretrained.no_tokenizer(source, model))
     T, own, eot = model.config.block_size, model.tokenizer, model.tokenizer.eot
     stride = config['stride'] = max(1, T // 2) if stride == 'auto' else stride
     if stride not in range(1, T + 1):

@@ -26,7 +26,7 @@ from interop import huggingface
 from system import files
 from system.device import DTYPES
 from system.errors import fail, user_errors
-from training import checkpoint
+from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir), gpt2[-medium|-large|-xl], a folder, a checkpoint file
@@ -59,8 +59,8 @@ with user_errors():
         fail("the folder to write is missing: python export.py RUN FOLDER")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         fail(f"folder={folder!r} is there and not empty: take another")
-    model = checkpoint.load_model(out_dir if init_from == 'resume' else init_from)
-    content, weights = huggingface.content(model, models.name_of(model), dtype)
+    model = pretrained.load_model(out_dir if init_from == 'resume' else init_from)
+    content, weights = huggingface.to_files(model, models.name_of(model), dtype)
     fresh = path.with_name(f'.{path.name}.tmp')  # whole or not there
     try:
         shutil.rmtree(fresh, ignore_errors=True)

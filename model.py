@@ -45,10 +45,10 @@ class LanguageModel(nn.Module):
     # {property that tests/test_zoo.py checks of all models: the reason why it does not hold here}
     exemptions = {}
 
-    # Type of the cache's tensors where it differs from the weights'; set by quantize.prepare.
+    # Type of the cache's tensors where it differs from the weights'; set by quantize.convert_weights.
     cache_dtype = None
 
-    # What the token ids stand for; set by checkpoint.load_model.
+    # What the token ids stand for; set by pretrained.load_model.
     tokenizer = None
 
     # Recompute each block in the backward pass: less memory, a third more time. Set by train.py.
@@ -139,9 +139,9 @@ class LanguageModel(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue idx (B, T) by sampling token after token: (B, T + max_new_tokens)."""
-        from generation import decode
+        from generation import decode, sampling
 
-        return decode.continue_ids(self, idx, max_new_tokens, decode.Sampling(temperature, top_k))
+        return decode.generate(self, idx, max_new_tokens, sampling.Sampling(temperature, top_k))
 
     def flops_per_token(self, T):
         """FLOPs of forward and backward per token in a context of T tokens.
@@ -361,8 +361,8 @@ class GPT(LanguageModel):
         architecture, fields, weights = huggingface.read(name)
         if architecture != 'gpt':
             raise ValueError(
-                f"{name} holds a {architecture}, not a GPT-2: load it with checkpoint.load_model"
+                f"{name} holds a {architecture}, not a GPT-2: load it with pretrained.load_model"
             )
         model = cls(cls.Config(**fields | overrides))
-        huggingface.fill(model, weights, name)
+        huggingface.load_weights(model, weights, name)
         return model

@@ -21,7 +21,7 @@ import torch
 
 import models
 from configurator import configure
-from generation import decode as generate
+from generation import final_sample
 from models.parts import kernels
 from system.compilation import compile_model, resolve_compile
 from system.device import (
@@ -41,9 +41,10 @@ from system.device import (
 )
 from system.errors import user_errors
 from text.mixture import open_dataset, prepare_if_small
-from training import checkpoint, distributed, lora
+from training import checkpoint, distributed, lora, pretrained, resume
 from training import guard as guards
-from training.metrics import Metrics, Stopwatch, evaluation_table, loggers, plan, progress_bar
+from training.console import Console, evaluation_table, plan, progress_bar
+from training.metrics import Metrics, Stopwatch, logger_names
 from training.schedule import learning_rate_at
 from training.settings import check_settings, out_of_memory_advice
 from training.stop import StopRequest
@@ -111,11 +112,11 @@ profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or
 # --------------------------------------------------------------------------------------------------
 
 with user_errors():
-    config, given = configure(globals(), sys.argv[1:], resolve_device, checkpoint.model_config)
-    init_from, stored = checkpoint.begin(init_from, out_dir)
+    config, given = configure(globals(), sys.argv[1:], resolve_device, resume.model_config)
+    init_from, stored = resume.begin(init_from, out_dir)
     config['init_from'] = init_from
     if stored:
-        globals().update(checkpoint.adopt_run(config, given, stored, out_dir))
+        globals().update(resume.adopt_run_settings(config, given, stored, out_dir))
 check_settings(config, distributed.WORLD_SIZE)
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ with distributed.exit_on_lost_peer(), user_errors():
     )
     kernels.check_attention(attention)
     distributed.check_same_checkpoint(out_dir, stored['iter_num'] if stored else 0)
-    wanted = loggers(log_to, wandb_log)
+    wanted = logger_names(log_to, wandb_log)
 threads = set_threads(before.get('threads'))
 tune_for_speed()
 ctx = autocast(device, dtype)
@@ -147,14 +148,14 @@ with (
         prepare_if_small(dataset)
     seed_everything(seed, 1, device=device)
     if stored:
-        model, trained_on = checkpoint.restore(
+        model, trained_on = pretrained.restore_model(
             stored, config, distributed.IS_LAUNCHED and parallel == 'fsdp'
         )
     elif init_from != 'scratch':
-        model, trained_on = checkpoint.open_model(init_from, {key: config[key] for key in given})
+        model, trained_on = pretrained.open_model(init_from, {key: config[key] for key in given})
         kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
         globals().update(
-            checkpoint.adopt(config, given, kept, init_from, models.FREE | {'block_size'})
+            resume.adopt_settings(config, given, kept, init_from, models.FREE | {'block_size'})
             | {'model': model}
         )
         if block_size != model.config.block_size:
@@ -162,7 +163,7 @@ with (
     data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
     data.check_evaluations(eval_iters)  # now, and not after hours of training
     if init_from == 'scratch':
-        vocab_size = checkpoint.padded_vocab_size(data.vocab_size)
+        vocab_size = resume.padded_vocab_size(data.vocab_size)
         fields = {
             f.name for f in dataclasses.fields(models.architecture(model).Config)
         } & config.keys()
@@ -170,7 +171,7 @@ with (
             models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}),
             data.tokenizer,
         )
-    checkpoint.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
+    resume.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
     if document_boundaries or 'document_boundaries' in given:  # else as the model was trained
         model.keep_documents_apart(data.eot if document_boundaries else -1)
     lora.add(model, lora_rank, init_from)
@@ -187,21 +188,21 @@ with (
         device_type,
         dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
         bfloat16=dtype == 'bfloat16',
-        is_asked=given.get('learning_rate') == 'command line',
+        is_lr_given=given.get('learning_rate') == 'command line',
         name=optimizer,
         max_norm=max_norm,
     )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    iter_num, best_val_loss, progress = checkpoint.take_up(stored, model, optimizer, scaler)
+    iter_num, best_val_loss, progress = resume.load_training_state(stored, model, optimizer, scaler)
 guessing = math.log(model.config.vocab_size)
-guard, stop = guards.Guard(spike_sigmas, guessing, progress['guard']), None
-_start -= progress['wall_seconds']
+guard, stop = guards.Guard(spike_sigmas, guessing, progress.guard), None
+_start -= progress.wall_seconds
 del stored  # its tensors are in the model and the optimizer now
 
 
 def micro_step(step, micro):
     """Forward and backward of one micro-batch; returns its part of the step's loss."""
-    idx, targets, share = data.train_batch(step + progress['data_offset'], micro)
+    idx, targets, share = data.train_batch(step + progress.data_offset, micro)
     seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
         _, loss = wrapped(*to_device(device, idx, targets))
@@ -233,9 +234,19 @@ def evaluate(split, limit=None):
     return loss / tokens if tokens else math.nan
 
 
+def report_skipped_update(step):
+    """Print and log the update of `step` if the guard finds now that it was skipped."""
+    skipped = guard.last_skipped()
+    if skipped:
+        n_skipped = guard.now.skipped
+        console.skipped_update(step, skipped.loss, skipped.reason, n_skipped)
+        metrics.log(dict(iter=step, bad_loss=skipped.loss, skipped=n_skipped))
+
+
 def state():
     """What a resumed run and sample.py need, besides the tensors."""
-    counts = dict(
+    now = dataclasses.replace(
+        progress,
         wall_seconds=time.perf_counter() - _start,
         train_seconds=clock.total,
         wandb_id=metrics.wandb_id,
@@ -249,7 +260,7 @@ def state():
         config=config,
         iter_num=iter_num,
         best_val_loss=best_val_loss,
-        progress=progress | counts,
+        progress=dataclasses.asdict(now),
         versions=library_versions(),
         template=data.meta.get('template'),
         tokenizer=data.tokenizer,
@@ -275,7 +286,7 @@ def roll_back():
     weights are saved first, unless they are NaN or infinite.
     """
     global iter_num, progress, guard
-    stored = checkpoint.begin('auto', out_dir)[1]
+    stored = resume.begin('auto', out_dir)[1]
     # all have read it before the master saves
     distributed.check_same_checkpoint(out_dir, stored and stored['iter_num'])
     if not stored:
@@ -293,9 +304,10 @@ def roll_back():
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
     optimizer.zero_grad(set_to_none=True)
     # best.pt is still the best
-    iter_num, _, progress = checkpoint.take_up(stored, model, optimizer, scaler)
-    guard = guards.Guard(spike_sigmas, guessing, progress['guard'])
+    iter_num, _, progress = resume.load_training_state(stored, model, optimizer, scaler)
+    guard = guards.Guard(spike_sigmas, guessing, progress.guard)
     metrics.rewind(iter_num, progress)
+    console.rewind(iter_num, progress)
     save('ckpt.pt')
     clock.go_on()
 
@@ -309,8 +321,8 @@ distributed.print0(
     plan(config, model, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads))
 )
 advice = out_of_memory_advice(batch_size, gradient_accumulation_steps)
-is_over = progress['evaluated'] == iter_num and (
-    iter_num >= max_iters > 0 or 0 < early_stop <= progress['bad_evals']
+is_over = progress.evaluated == iter_num and (
+    iter_num >= max_iters > 0 or 0 < early_stop <= progress.bad_evals
 )
 if eval_only or is_over:
     with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
@@ -333,11 +345,11 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
         compile = compile_model(
             model,
             distributed.parts_to_compile(model),
+            mode=compile,
+            is_required=config['compile'] is True,
             try_step=lambda: micro_step(0, micros[0]),
-            wish=compile,
-            insist=config['compile'] is True,
-            device=device,
             steps=len(micros) * (max_iters - iter_num),
+            device=device,
             any_rank=distributed.any_rank,
         )
     facts = dict(
@@ -350,26 +362,27 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
         processes=distributed.WORLD_SIZE,
         flops_per_token=model.flops_per_token(block_size),
     )
-    metrics = Metrics(out_dir, distributed.IS_MASTER, max_iters, iter_num, progress['evaluated'])
-    metrics.start(config | {'resolved': facts}, wanted, progress['wandb_id'])
+    metrics = Metrics(out_dir, distributed.IS_MASTER, iter_num, progress.evaluated)
+    metrics.start(config | {'resolved': facts}, wanted, progress.wandb_id)
+    console = Console(distributed.IS_MASTER, max_iters, iter_num)
     watcher = Watch(
-        watch and distributed.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress['clipped']
+        watch and distributed.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress.clipped
     )
 
 # ---- the loop ------------------------------------------------------------------------------------
 stop = StopRequest()
 with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
-    clock, saved_at = Stopwatch(device, progress['train_seconds']), time.monotonic()
+    clock, saved_at = Stopwatch(device, progress.train_seconds), time.monotonic()
     profiler = make_profiler(profile and distributed.IS_MASTER and f'{out_dir}/profile', device)
     while True:  # evaluate, and save
-        is_stopped, is_late = distributed.any_rank(
-            bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at
+        is_stopped, is_late = distributed.any_rank_each(
+            [bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at]
         )
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
-        is_due = (is_last or is_round) and progress['evaluated'] != iter_num and not is_stopped
+        is_due = (is_last or is_round) and progress.evaluated != iter_num and not is_stopped
         if is_pause := is_due or is_stopped or is_late:
             clock.pause()
-            metrics.skipped(iter_num - 1, guard)
+            report_skipped_update(iter_num - 1)
             # a NaN may be the first of many
             is_stopped = is_stopped and (is_last or guard.last_was_finite)
             with ctx:
@@ -382,7 +395,7 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
             is_best = losses['val'] < best_val_loss  # over the same windows each time
             best, bad_evals = (
                 min(best_val_loss, losses['val']),
-                0 if is_best else progress['bad_evals'] + 1,
+                0 if is_best else progress.bad_evals + 1,
             )
             is_last = is_last or 0 < early_stop <= bad_evals
             losses['val'] = evaluate('val') if is_last else losses['val']
@@ -390,10 +403,20 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
             if distributed.any_rank(bool(stop.signal)):
                 clock.go_on()
                 continue
-            best_val_loss, progress = best, progress | dict(evaluated=iter_num, bad_evals=bad_evals)
-            metrics.evaluation(
-                iter_num, tokens_per_step, losses, data, clock.total, time.perf_counter() - _start
+            best_val_loss = best
+            progress.evaluated = iter_num
+            progress.bad_evals = bad_evals
+            evaluation = dict(
+                iter=iter_num,
+                tokens=iter_num * tokens_per_step,
+                train_loss=losses['train'],
+                val_loss=losses['val'],
+                val_bpb=data.bits_per_byte('val', losses['val']),
+                train_seconds=clock.total,
+                wall_seconds=time.perf_counter() - _start,
             )
+            console.evaluation(evaluation)
+            metrics.log(evaluation)
             metrics.histograms(iter_num, watcher.draw(iter_num))
             guard.evaluated(iter_num, losses['val'])
             is_last = is_last and not guard.has_diverged
@@ -410,7 +433,9 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
                 f"the best weights: {guards.ADVICE}"
             )
         if is_stopped:
-            metrics.stopped(out_dir, iter_num)
+            console.stopped(out_dir, iter_num)
+            if distributed.IS_MASTER:
+                checkpoint.mark_preempted(out_dir, iter_num)
         if is_stopped or is_last:
             break
         if model.fit:
@@ -437,7 +462,7 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
             distributed.set_gradient_sync(wrapped, micro == micros[-1])
             loss = loss + micro_step(iter_num, micro)
         loss, grad_norm = distributed.all_reduce_sum(loss), None
-        metrics.skipped(iter_num - 1, guard)  # the step before
+        report_skipped_update(iter_num - 1)  # the step before
         if guard.has_diverged:
             continue
         scaler.unscale_(optimizer)
@@ -467,10 +492,12 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
                 and model.estimate_mfu(tokens_per_step / took, peak * distributed.WORLD_SIZE),
             )
             line |= watcher.after_step(line)
-        metrics.step(line if is_logged else None, max_iters - iter_num)
+            metrics.log(line)
+        console.step(line if is_logged else None, max_iters - iter_num)
         profiler.step()
 
 # ---- the end -------------------------------------------------------------------------------------
+console.close()
 metrics.close()
 del wrapped
 distributed.shutdown()
@@ -479,6 +506,6 @@ if is_stopped:
 stop.release()  # all is saved: Ctrl-C ends the sample
 if distributed.IS_MASTER and not (distributed.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
-        generate.closing_sample(
+        final_sample.print_final_sample(
             lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta
         )

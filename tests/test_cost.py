@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 from system import files
-from training import checkpoint, distributed, guard, metrics
+from training import checkpoint, distributed, guard
 
 pytestmark = pytest.mark.campaign
 
@@ -71,8 +71,8 @@ def test_looking_for_signals_and_bad_steps_costs_less_than_half_a_percent_of_a_s
     timed = Timed(
         monkeypatch,
         (guard.Guard, 'skip_if_bad'),
-        (metrics.Metrics, 'skipped'),
-        (distributed, 'any_rank'),
+        (guard.Guard, 'last_skipped'),
+        (distributed, 'any_rank_each'),
         (distributed, 'all_reduce_sum'),
     )
     steps = Timed(monkeypatch, (torch.Tensor, 'backward'))

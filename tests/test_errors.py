@@ -29,7 +29,7 @@ from system import files
 from system.device import resolve_device, resolve_dtype
 from text import tokenizer
 from text.dataset import Dataset
-from training import checkpoint
+from training import checkpoint, pretrained, resume
 from training.optimizer import load_optimizer_state
 
 SERVER = r"""
@@ -37,7 +37,7 @@ import json, os, runpy, signal, sys, tempfile, time, traceback
 import configurator, model, models, numpy.ma, torch
 import system.device, text.mixture, training.checkpoint, training.lora, training.metrics
 import training.optimizer
-from generation import decode as generate
+from generation import final_sample
 try:
     import resource
 except ImportError:
@@ -58,7 +58,7 @@ for line in sys.stdin:
             sys.stdout.reconfigure(encoding=asked['env']['PYTHONIOENCODING'], errors='strict')
             sys.stderr.reconfigure(encoding=asked['env']['PYTHONIOENCODING'])
         if not asked['sample']:
-            generate.closing_sample = lambda *args: None
+            final_sample.print_final_sample = lambda *args: None
         if asked['memory']:
             used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + asked['memory'],) * 2)
@@ -212,9 +212,9 @@ SETTINGS = [
     ('--learning_rate=-1', 'learning_rate=-1'),
     ('--beta2=1', '1.0'),
     ('--model=mamba9', "model='mamba9' is unknown; the nearest is"),
-    ('--device=gpu', "device='gpu' is unknown: take auto, cpu, cuda"),
-    ('--dtype=fp16', "dtype='fp16' is unknown: take auto, float32, bfloat16 or float16"),
-    ('--compile=maybe', "compile='maybe' is unknown: take True, False or auto"),
+    ('--device=gpu', "device='gpu' is unknown: use auto, cpu, cuda"),
+    ('--dtype=fp16', "dtype='fp16' is unknown: use auto, float32, bfloat16 or float16"),
+    ('--compile=maybe', "compile='maybe' is unknown: use True, False or auto"),
     ('--attention=flash', "attention='flash' is unknown: use auto, sdpa or plain"),
     *[
         (word, word[2:].split('=')[0])
@@ -285,14 +285,14 @@ def test_processes_share_the_micro_batches_evenly(warm, text_folder):
 def test_cuda_where_there_is_none():
     for device in ('cuda', 'cuda:1'):
         with pytest.raises(
-            ValueError, match=f"device='{device}' is not available here: take --device=auto"
+            ValueError, match=f"device='{device}' is not available here: use --device=auto"
         ):
             resolve_device(device)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
 def test_mps_where_there_is_none():
-    with pytest.raises(ValueError, match="device='mps' is not available here: take --device=auto"):
+    with pytest.raises(ValueError, match="device='mps' is not available here: use --device=auto"):
         resolve_device('mps')
 
 
@@ -305,7 +305,7 @@ def test_mps_where_there_is_none():
         (lambda: resolve_dtype(16, 'cpu'), 'dtype=16 is unknown'),
         (
             lambda: resolve_dtype('bfloat16', 'mps'),
-            'mps has no bfloat16 in hardware; take --dtype=float16',
+            'mps has no bfloat16 in hardware; use --dtype=float16',
         ),
         (lambda: models.build('nope'), "model='nope' is unknown"),
         (lambda: tokenizer.load({'kind': 'bpe'}), 'its kind must be char'),
@@ -634,7 +634,7 @@ def test_a_checkpoint_cut_at_any_boundary_is_damaged(copy):
     assert len(boundaries(data)) > 20
     for at in boundaries(data):
         changed(run, 'ckpt.pt', data[:at])
-        with pytest.raises(ValueError, match='is damaged or no checkpoint'):
+        with pytest.raises(ValueError, match='is damaged or not a checkpoint'):
             checkpoint.read(run / 'ckpt.pt')
 
 
@@ -661,7 +661,7 @@ def test_a_flipped_bit_without_sums_is_found_or_harmless(copy, at):
     try:
         assert same(checkpoint.read(run / 'ckpt.pt'), whole)
     except ValueError as error:
-        assert 'is damaged or no checkpoint' in str(error) or 'might run code' in str(error)
+        assert 'is damaged or not a checkpoint' in str(error) or 'might run code' in str(error)
 
 
 @pytest.mark.parametrize(
@@ -677,9 +677,9 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
     changed(run, 'ckpt.pt', wrap(Payload(tmp_path / 'pwned')))
     for name in ('ckpt.prev.pt', 'best.pt'):
         (run / name).unlink()
-    for read in (checkpoint.read_latest, checkpoint.open_model, checkpoint.load_model):
+    for read in (checkpoint.read_latest, pretrained.open_model, pretrained.load_model):
         with pytest.raises(
-            ValueError, match=r'ckpt\.pt (is damaged or no checkpoint|.*might run code)'
+            ValueError, match=r'ckpt\.pt (is damaged or not a checkpoint|.*might run code)'
         ):
             read(run)
     assert not (tmp_path / 'pwned').exists()
@@ -691,25 +691,25 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
         (dict(model_name='nope'), "model='nope' is unknown"),
         (dict(model_name=3), 'model=3 is unknown'),
         (dict(model_args={'n_layer': 2}), "no GPT's of such sizes"),
-        (dict(model_args={'zzz': 1}), "not a GPT's"),
-        (dict(model_args={'n_layer': 'x'}), "not a GPT's"),
-        (dict(model={}), "not a GPT's"),
+        (dict(model_args={'zzz': 1}), "not those of a GPT"),
+        (dict(model_args={'n_layer': 'x'}), "not those of a GPT"),
+        (dict(model={}), "not those of a GPT"),
     ],
 )
 def test_weights_that_do_not_fit(trained, change, message):
     state = checkpoint.read(trained / 'ckpt.pt')
     with pytest.raises(ValueError, match=message) as caught:
-        checkpoint.restore({**state, **change})
+        pretrained.restore_model({**state, **change})
     assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     'words, parts',
     [
-        (['--n_layer=2'], ['has n_layer=1, command line asks for 2', 'leave it out']),
-        (['--gelu=tanh'], ["has gelu='exact', command line asks for 'tanh'"]),
+        (['--n_layer=2'], ['has n_layer=1, not 2 (command line)', 'remove this setting']),
+        (['--gelu=tanh'], ["has gelu='exact', not 'tanh' (command line)"]),
         (['--block_size=8'], ['has block_size=16']),
-        (['--model=mamba9'], ["has model='gpt', command line asks for 'mamba9'"]),
+        (['--model=mamba9'], ["has model='gpt', not 'mamba9' (command line)"]),
         (['--dropout=2'], ['dropout=2.0']),
         (['--batch_size=0'], ['batch_size=0 must be at least 1']),
     ],
@@ -747,11 +747,11 @@ def test_resuming_with_settings_of_other_types(trained, change):
     }
     theirs = {'batch_size': 4, 'learning_rate': 1, 'compile': False, **change}
     state = {**checkpoint.read(trained / 'ckpt.pt'), 'config': theirs}
-    with pytest.raises(ValueError, match=f'RUN is damaged: there, {min(change)} is'):
-        checkpoint.adopt(dict(config), {}, checkpoint.settings(state), 'RUN', set())
+    with pytest.raises(ValueError, match=f'RUN is damaged: its {min(change)} is'):
+        resume.adopt_settings(dict(config), {}, resume.run_settings(state), 'RUN', set())
     for key in change:
         del theirs[key]
-    checkpoint.adopt(config, {}, checkpoint.settings(state), 'RUN', set())
+    resume.adopt_settings(config, {}, resume.run_settings(state), 'RUN', set())
 
 
 @pytest.mark.parametrize(
@@ -775,7 +775,7 @@ def test_resuming_with_settings_of_other_types(trained, change):
 )
 def test_resuming_with_moments_that_are_none(trained, change):
     state = checkpoint.read(trained / 'ckpt.pt')
-    model = checkpoint.restore(state)[0]
+    model = pretrained.restore_model(state)[0]
     own = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
     load_optimizer_state(own, state['optimizer'])
     with pytest.raises(
@@ -926,7 +926,7 @@ def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
         tmp_path / 'hf', config, **{k: hostile if v == 'hostile' else v for k, v in content.items()}
     )
     with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
-        checkpoint.open_model(str(folder))
+        pretrained.open_model(str(folder))
     assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
     assert not (tmp_path / 'pwned').exists()
 
@@ -941,7 +941,7 @@ def test_a_folder_that_holds_no_gpt2(tmp_path, config, content, message):
         ),
         ('', 'no Hugging Face model'),
         ('resumee', "'resumee' does not exist"),
-        ('train.py', 'train.py is damaged or no checkpoint'),
+        ('train.py', 'train.py is damaged or not a checkpoint'),
     ],
 )
 def test_training_from_what_is_not_there(train, init_from, message):
@@ -989,7 +989,7 @@ def test_an_out_dir_that_cannot_be_written(train, tmp_path, name):
     check(
         train(f'--out_dir={out_dir}'),
         f"out_dir='{out_dir}' can't be written to",
-        'take another --out_dir',
+        'choose another --out_dir',
     )
     assert (tmp_path / 'a file').read_text() == 'precious'
 
@@ -1026,7 +1026,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
         ('--top_k=-1', 'top_k=-1'),
         ('--top_k=0.5', 'top_k takes a whole number, not 0.5'),
         ('--max_new_tokens=-1', 'max_new_tokens=-1 must be at least 0'),
-        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line'),
+        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line that is not empty'),
         ('--num_samples=0', 'num_samples=0 must be at least 1'),
         ('--seed=-1', 'seed=-1'),
         ('--device=gpu', "device='gpu' is unknown"),
@@ -1044,7 +1044,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
         ('--top_q=0.9', "there is no setting 'top_q'; the nearest is 'top_"),
         ('--out_dir=nowhere', "'nowhere' does not exist"),
         ('--out_dir=data', "'data' holds no checkpoint"),
-        ('--init_from=train.py', 'train.py is damaged or no checkpoint'),
+        ('--init_from=train.py', 'train.py is damaged or not a checkpoint'),
         ('--init_from=gpt2', 'cannot download config.json of openai-community/gpt2'),
     ],
 )

@@ -26,7 +26,7 @@ import models
 from model import GPT
 from text import tokenizer, tokenizer_files
 from text.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer
-from training import checkpoint
+from training import pretrained
 
 TEXT = (ROOT / 'train.py').read_text(encoding='utf-8')
 CUT = {'kind': 'tiktoken', 'name': 'gpt2', 'size': 500}
@@ -172,7 +172,7 @@ def test_everything_loads_without_a_word(tmp_path):
     (tmp_path / 'script.py').write_text(script)
     done = run(tmp_path / 'script.py', folder, cwd=tmp_path, env={'HF_HUB_OFFLINE': '1'})
     assert done.returncode == 0 and done.stderr == ''
-    model = checkpoint.load_model(folder)
+    model = pretrained.load_model(folder)
     prompt = torch.tensor([model.tokenizer.encode('train ')])
     assert json.loads(done.stdout) == model.generate(prompt, 9, temperature=0).tolist()[0]
 
@@ -364,7 +364,7 @@ def test_there_and_back(transformers, theirs, tmp_path, name, saved_there):
         )
         theirs(name).save_pretrained(tmp_path / 'again')
         folder = tmp_path / 'again'
-    back = checkpoint.load_model(folder)
+    back = pretrained.load_model(folder)
     assert back.tokenizer.describe() == own.describe() and back.config == model.config
     assert same(dict(back.state_dict()), dict(model.state_dict()))
     assert export(f'--init_from={folder}', f'--folder={tmp_path / "twice"}').returncode == 0
@@ -374,7 +374,7 @@ def test_there_and_back(transformers, theirs, tmp_path, name, saved_there):
 
 def test_biases_that_a_model_lacks_come_back_as_zeros(tmp_path):
     model = random_model(bias=False)
-    back, idx = checkpoint.load_model(exported(tmp_path, model)), torch.randint(100, (2, 64))
+    back, idx = pretrained.load_model(exported(tmp_path, model)), torch.randint(100, (2, 64))
     assert back.config.bias and torch.equal(logits(back, idx), logits(model, idx))
 
 
@@ -418,7 +418,7 @@ def test_shards_are_those_that_the_index_names(shards, kind):
     (folder / f'{name}.index.json').write_text(json.dumps(index))
     (folder / f'model-of-something-else.{kind}').write_bytes(b'not read')
     idx = torch.randint(64, (2, 32))
-    assert torch.allclose(logits(checkpoint.load_model(folder), idx), logits(model, idx), atol=1e-5)
+    assert torch.allclose(logits(pretrained.load_model(folder), idx), logits(model, idx), atol=1e-5)
 
 
 def test_a_missing_shard(shards, tmp_path):
@@ -437,7 +437,7 @@ def test_one_file_of_weights_with_its_config_beside_it(tmp_path):
     model = random_model(vocab_size=128)
     folder = exported(tmp_path, model, DESCRIPTIONS['char'])
     (folder / 'model.safetensors').rename(folder / 'epoch-3.safetensors')
-    back = checkpoint.load_model(str(folder / 'epoch-3.safetensors'))
+    back = pretrained.load_model(str(folder / 'epoch-3.safetensors'))
     n = back.config.vocab_size
     assert back.tokenizer.describe() == DESCRIPTIONS['char'] and torch.equal(
         back.lm_head.weight, model.lm_head.weight[:n]
@@ -505,14 +505,14 @@ def gpt2(transformers, tmp_path):
 )
 def test_variants_of_gpt2_are_the_same_here_and_back_there(transformers, gpt2, tmp_path, config):
     theirs, folder = gpt2(**config)
-    model, idx = checkpoint.load_model(folder), torch.randint(64, (2, 24))
+    model, idx = pretrained.load_model(folder), torch.randint(64, (2, 24))
     expected = logits(theirs, idx)
     assert (logits(model, idx) - expected).abs().max() / expected.abs().max() < 1e-5
     assert model.config.gelu == ACTIVATIONS[config.get('activation_function', 'gelu_new')]
     assert export(f'--init_from={folder}', f'--folder={tmp_path / "hf"}').returncode == 0
     there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert (logits(there, idx) - expected).abs().max() / expected.abs().max() < 1e-5
-    back = checkpoint.load_model(tmp_path / 'hf')
+    back = pretrained.load_model(tmp_path / 'hf')
     assert back.config == model.config and torch.equal(logits(back, idx), logits(model, idx))
 
 
@@ -546,7 +546,7 @@ def test_a_stored_head_that_differs_unties_a_gpt2(transformers, gpt2, tmp_path, 
     _, folder = gpt2()
     edit(folder, tie_word_embeddings=tied)
     store_head(folder, torch.randn(64, 32))
-    model, idx = checkpoint.load_model(folder), torch.randint(64, (2, 24))
+    model, idx = pretrained.load_model(folder), torch.randint(64, (2, 24))
     assert not model.config.tied and capsys.readouterr().out == (
         f"{folder} stores an lm_head.weight that differs from the embeddings, although its config.json "
         f"{says}: using both, as transformers does (tied=False)\n"
@@ -561,7 +561,7 @@ def test_a_stored_head_that_differs_unties_a_gpt2(transformers, gpt2, tmp_path, 
 def test_a_stored_copy_of_the_table_leaves_a_gpt2_tied(gpt2, capsys):
     theirs, folder = gpt2()
     store_head(folder, theirs.lm_head.weight.detach().clone())
-    model = checkpoint.load_model(folder)
+    model = pretrained.load_model(folder)
     assert model.config.tied and model.lm_head.weight is model.transformer.wte.weight
     assert capsys.readouterr().out == ''
 
@@ -642,7 +642,7 @@ def test_what_a_config_leaves_out_has_the_defaults_of_transformers(transformers,
     theirs, folder = gpt2(n_layer=12, n_head=12, n_embd=24)
     edit(folder, n_layer=..., n_head=..., activation_function=..., layer_norm_epsilon=...)
     edit(folder, n_embd=..., hidden_size=24)  # a second name of it
-    model, idx = checkpoint.load_model(folder), torch.randint(64, (2, 24))
+    model, idx = pretrained.load_model(folder), torch.randint(64, (2, 24))
     notice = (
         f"{folder}/config.json lacks n_layer, n_head: using transformers' n_layer=12, n_head=12\n"
     )
@@ -662,7 +662,7 @@ def test_files_as_windows_editors_save_them(tmp_path, encoding):
         (folder / name).write_text(
             text, encoding='utf-8-sig' if name == 'tokenizer.json' else encoding
         )
-    back, idx = checkpoint.load_model(folder), torch.randint(60, (2, 64))
+    back, idx = pretrained.load_model(folder), torch.randint(60, (2, 64))
     assert (
         torch.equal(logits(back, idx), logits(model, idx))
         and back.tokenizer.describe() == DESCRIPTIONS['char']
@@ -674,7 +674,7 @@ def test_loading_draws_no_random_numbers(tmp_path):
     model, name = random_model(tied=False), saved(tmp_path / 'model.pt', random_model(tied=False))
     folder, before = exported(tmp_path / 'hf', model), torch.get_rng_state()
     for source in (name, folder):
-        assert same(dict(checkpoint.load_model(source).state_dict()), dict(model.state_dict()))
+        assert same(dict(pretrained.load_model(source).state_dict()), dict(model.state_dict()))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -720,7 +720,7 @@ def test_a_tokenizer_from_elsewhere_goes_along(transformers, foreign, tmp_path):
         single='$A <|endoftext|>', special_tokens=[('<|endoftext|>', 1)]
     )
     as_saved.save(str(folder / 'tokenizer.json'))
-    model = checkpoint.load_model(folder)
+    model = pretrained.load_model(folder)
     assert model.tokenizer.describe() == {
         'kind': 'huggingface',
         'json': (folder / 'tokenizer.json').read_text(),
@@ -738,7 +738,7 @@ def test_a_tokenizer_from_elsewhere_goes_along(transformers, foreign, tmp_path):
 def test_a_tokenizer_of_only_vocab_and_merges(foreign, tmp_path):
     folder = exported(tmp_path, random_model(vocab_size=foreign.get_vocab_size()))
     foreign.model.save(str(folder))
-    own = checkpoint.load_model(folder).tokenizer
+    own = pretrained.load_model(folder).tokenizer
     assert (
         own.describe()['kind'] == 'huggingface'
         and own.encode(TEXT[:2000]) == foreign.encode(TEXT[:2000]).ids

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from training import checkpoint, guard
+from training import checkpoint, guard, resume
+from training.checkpoint import Progress
 from training.guard import (
     FAR,
     FLOOR,
@@ -322,18 +323,18 @@ def test_a_guard_goes_on_from_its_state():
 )
 def test_the_second_time_other_data_cannot_help(stored, at):
     with pytest.raises(ValueError, match='had been rolled back from step 7 to 5'):
-        guard.skip_data(stored, dict(data_offset=0), at, 'out')
+        guard.skip_data(stored, Progress(), at, 'out')
 
 
 def test_the_data_that_led_to_a_divergence_are_skipped():
     before = guard.skip_data(
-        dict(iter_num=10, progress=dict(evaluated=10)), dict(data_offset=3), 17, 'out'
+        dict(iter_num=10, progress=dict(evaluated=10)), Progress(data_offset=3), 17, 'out'
     )
     assert before['progress'] == dict(
         evaluated=10, data_offset=10, diverged_at=17, rolled_back_to=10
     )
     again = guard.skip_data(
-        dict(iter_num=15, progress=before['progress']), before['progress'], 18, 'out'
+        dict(iter_num=15, progress=before['progress']), Progress(**before['progress']), 18, 'out'
     )
     assert again['progress']['data_offset'] == 13
 
@@ -345,7 +346,7 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkey
 
     optimizer, _, params = made(lrs, name)
     monkeypatch.setattr(
-        optimizers, '_is_forbidden', lambda own, *kinds: 'mps' in kinds and own.found_inf.item()
+        optimizers, '_must_skip', lambda own, *kinds: 'mps' in kinds and own.found_inf.item()
     )
     before = [p.detach().clone() for p in params]
     for flag in (1.0, 0.0):
@@ -368,7 +369,7 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkey
 def test_other_data_begin_a_new_average(trained, change, is_kept):
     """Else a run that goes on with harder text would be taken for one that diverges."""
     state = checkpoint.read(trained / 'ckpt.pt')
-    checkpoint.adopt_run(
+    resume.adopt_run_settings(
         state['config'] | change, dict.fromkeys(change, 'command line'), state, 'out'
     )
     assert (state['progress'].get('guard') is not None) == is_kept

@@ -36,7 +36,7 @@ from model import GPTConfig
 from models.parts import construction
 from text import dataset, mixture, sources, textfiles, tokenizer, tokenizer_files, vocabulary
 from text.shards import Shards, read_meta
-from training import checkpoint, metrics
+from training import checkpoint, metrics, pretrained, resume
 
 # bytes that a script may take beside what torch has; with more asked for, it has to say so
 MEMORY = 1 << 30
@@ -550,8 +550,16 @@ def test_large_numbers_that_are_right(warm, text_folder, tmp_path, word):
     'script, word, message',
     [
         ('sample.py', '--num_samples=1000000000', 'num_samples=1000000000 must be at most 1000000'),
-        ('sample.py', '--num_beams=9223372036854775807', 'take at most 10000 beams'),
-        ('sample.py', '--num_beams=2 --length_penalty=1e308', 'a penalty from -100 to 100'),
+        (
+            'sample.py',
+            '--num_beams=9223372036854775807',
+            'num_beams=9223372036854775807 must be at most 10000',
+        ),
+        (
+            'sample.py',
+            '--num_beams=2 --length_penalty=1e308',
+            'length_penalty=1e+308 must be from -100 to 100',
+        ),
         ('sample.py', '--seed=9223372036854775808', 'seed takes a whole number'),
         (
             'sample.py',
@@ -704,8 +712,8 @@ def test_no_file_runs_code(payload, tmp_path, text_folder):
         lambda: read_meta(tmp_path),
         lambda: tokenizer.describe_meta_pkl(content),
         lambda: checkpoint.read_latest(tmp_path),
-        lambda: checkpoint.load_model(tmp_path),
-        lambda: checkpoint.open_model(str(tmp_path / 'ckpt.pt')),
+        lambda: pretrained.load_model(tmp_path),
+        lambda: pretrained.open_model(str(tmp_path / 'ckpt.pt')),
         lambda: huggingface.read(str(tmp_path)),
         lambda: checkpoint.read(tmp_path / 'best.pt'),
     ):
@@ -886,7 +894,7 @@ def test_names_in_an_index_of_weights(tmp_path, name):
         json.dumps({'weight_map': {'w': name}})
     )
     with pytest.raises(ValueError, match='index.json is damaged or not plain weights'):
-        checkpoint.open_model(str(tmp_path / 'hf'))
+        pretrained.open_model(str(tmp_path / 'hf'))
 
 
 @pytest.mark.parametrize(
@@ -955,13 +963,14 @@ def test_json_that_no_reader_takes(text, tmp_path, trained):
         lambda: tokenizer.load({'kind': 'huggingface', 'json': text})
     )
     assert 'does not say what the run was trained on' in said(
-        lambda: checkpoint.dataset_of(tmp_path)
+        lambda: pretrained.dataset_of(tmp_path)
     )
     assert (
-        checkpoint._read_sums(tmp_path) == {} and checkpoint._preference(tmp_path)[0] == 'best.pt'
+        checkpoint._read_sums(tmp_path) == {}
+        and pretrained._preferred_checkpoints(tmp_path)[0] == 'best.pt'
     )
     assert (
-        checkpoint.model_config(dict(model='gpt', init_from='resume', out_dir=str(tmp_path)))
+        resume.model_config(dict(model='gpt', init_from='resume', out_dir=str(tmp_path)))
         is GPTConfig
     )
     assert not metrics._is_before(text, 9, 9)
@@ -1020,7 +1029,7 @@ def test_a_config_json_of_hugging_faces_with_other_numbers(base, change, tmp_pat
         {'model.norm.weight': torch.ones(16), 'wte.weight': torch.ones(65, 16)},
         tmp_path / 'model.safetensors',
     )
-    said(lambda: checkpoint.open_model(str(tmp_path)))
+    said(lambda: pretrained.open_model(str(tmp_path)))
 
 
 def header(size=None, **entries):
@@ -1056,7 +1065,7 @@ def header(size=None, **entries):
 def test_safetensors_with_a_false_header(content, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(SMALL))
     (tmp_path / 'model.safetensors').write_bytes(content)
-    assert 'model.safetensors' in said(lambda: checkpoint.open_model(str(tmp_path)))
+    assert 'model.safetensors' in said(lambda: pretrained.open_model(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -1078,7 +1087,7 @@ def test_safetensors_with_a_false_header(content, tmp_path):
 def test_weights_of_hugging_faces_that_are_others(base, stored, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(base))
     torch.save(stored, tmp_path / 'pytorch_model.bin')
-    said(lambda: checkpoint.open_model(str(tmp_path)))
+    said(lambda: pretrained.open_model(str(tmp_path)))
 
 
 def packed(kind, content, times):

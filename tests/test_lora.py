@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from training import checkpoint, lora, optimizer
+from training import checkpoint, lora, optimizer, pretrained
 from training.watch import Watch
 
 
@@ -76,7 +76,7 @@ def test_muon_is_refused_and_max_norm_leaves_frozen_matrices_alone():
     model = models.build('gpt', block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=16)
     lora.add(model, 2)
     with pytest.raises(
-        ValueError, match='muon_lr is for whole matrices: leave it out with lora_rank'
+        ValueError, match='muon_lr is for whole matrices, and lora_rank trains only thin factors'
     ):
         model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', {'matrix': 0.02})
     own = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', max_norm=1e-3)
@@ -169,17 +169,17 @@ def test_a_run_leaves_the_base_as_it_is_and_learns_beside_it(runs):
     assert same({k: v for k, v in state['model'].items() if k not in own}, base)
     assert len(own) == 8 and all(v.any() for v in own.values())
     assert len(state['optimizer']['state']) == 8  # no moments of what is frozen
-    frozen = checkpoint.load_model(runs / 'base')
-    assert (logits(checkpoint.load_model(runs / 'lora')) - logits(frozen)).abs().max() > 1e-3
+    frozen = pretrained.load_model(runs / 'base')
+    assert (logits(pretrained.load_model(runs / 'lora')) - logits(frozen)).abs().max() > 1e-3
 
 
 def test_what_reads_a_run_gets_a_plain_model_with_the_same_logits(runs, tmp_path):
-    unmerged, _ = checkpoint.restore(checkpoint.read(runs / 'lora' / 'ckpt.pt'))
-    merged = checkpoint.load_model(runs / 'lora' / 'ckpt.pt')
+    unmerged, _ = pretrained.restore_model(checkpoint.read(runs / 'lora' / 'ckpt.pt'))
+    merged = pretrained.load_model(runs / 'lora' / 'ckpt.pt')
     assert merged.state_dict().keys() == checkpoint.read(runs / 'base' / 'ckpt.pt')['model'].keys()
     assert torch.allclose(logits(merged), logits(unmerged), atol=1e-6)
     script('export.py', runs / 'lora' / 'ckpt.pt', tmp_path / 'hf')
-    assert same(logits(checkpoint.load_model(tmp_path / 'hf')), logits(merged))
+    assert same(logits(pretrained.load_model(tmp_path / 'hf')), logits(merged))
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(runs, text_folder, tmp_path):
@@ -207,7 +207,7 @@ def test_a_run_that_begins_with_what_another_learned_so_may_have_another_rank(
         script('train.py', *words, f'--lora_rank={rank}', f'--out_dir={tmp_path}/{rank}')
         weights = checkpoint.read(tmp_path / str(rank) / 'ckpt.pt')['model']
         assert lora.rank_of(weights) == rank
-        merged = checkpoint.load_model(runs / 'lora' / 'ckpt.pt').state_dict()
+        merged = pretrained.load_model(runs / 'lora' / 'ckpt.pt').state_dict()
         assert same({k: v for k, v in weights.items() if '.lora_' not in k}, merged)
     first, second = (
         (tmp_path / rank / 'metrics.jsonl').read_text().splitlines()[0] for rank in '03'

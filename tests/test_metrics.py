@@ -13,7 +13,8 @@ import pytest
 from conftest import TINY, run
 
 from model import GPT, GPTConfig
-from training.metrics import PUBLISHED, Metrics, evaluation_table, loggers
+from training.console import PUBLISHED, evaluation_table
+from training.metrics import Metrics, logger_names
 
 
 def train(out_dir, *arguments, **options):
@@ -41,7 +42,7 @@ def records(out_dir):
     ],
 )
 def test_one_setting_names_the_loggers_and_nanogpts_still_works(log_to, wandb_log, expected):
-    assert loggers(log_to, wandb_log) == expected
+    assert logger_names(log_to, wandb_log) == expected
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_one_setting_names_the_loggers_and_nanogpts_still_works(log_to, wandb_lo
 )
 def test_an_unknown_logger_ends_in_one_line(tmp_path, log_to, near):
     with pytest.raises(ValueError, match=f'nearest is {near!r}'):
-        loggers(log_to)
+        logger_names(log_to)
     if log_to == 'tensorbord':
         done = run(
             'train.py', *TINY, '--dataset=random', f'--log_to={log_to}', f'--out_dir={tmp_path}/out'
@@ -63,13 +64,13 @@ def test_a_missing_package_is_said_and_the_run_goes_on(tmp_path, monkeypatch, ca
     # torch.utils.tensorboard: an earlier test may have imported it, with tensorboard
     for module in ('tensorboard', 'torch.utils.tensorboard', 'wandb'):
         monkeypatch.setitem(sys.modules, module, None)
-    log = Metrics(tmp_path, True, 10)
+    log = Metrics(tmp_path, True)
     log.start({}, ['tensorboard', 'wandb'])
     for line, package in zip(
         capsys.readouterr().out.splitlines(), ('tensorboard', 'wandb'), strict=True
     ):
         assert line.startswith(
-            f'{package} is not installed (pip install {package}): going on without it'
+            f'{package} is not installed (pip install {package}): continuing without it'
         )
     log.log({'iter': 0, 'loss': 2.0})
     log.close()
@@ -178,7 +179,7 @@ def start(monkeypatch, tmp_path):
 
     def call(wandb, *where, wandb_id=None):
         monkeypatch.setitem(sys.modules, 'wandb', wandb)
-        log = Metrics(tmp_path, True, 10, *where)
+        log = Metrics(tmp_path, True, *where)
         log.start({'wandb_project': 'p', 'wandb_run_name': 'r', 'n_layer': 2}, ['wandb'], wandb_id)
         return log
 
@@ -227,7 +228,9 @@ def test_no_login_and_a_wandb_that_does_not_start_are_said(start, capsys, tmp_pa
     wandb.init = lambda **_: (_ for _ in ()).throw(wandb.errors.Error('the disk\nis full'))
     log = start(wandb)
     log.log({'iter': 0, 'loss': 2.0})
-    assert 'wandb does not start (the disk is full): going on without it' in capsys.readouterr().out
+    assert (
+        'wandb does not start (the disk is full): continuing without it' in capsys.readouterr().out
+    )
     assert log.wandb_id is None and len(records(tmp_path)) == 1
 
 

@@ -14,7 +14,7 @@ from interop.huggingface import OPENAI
 from model import GPT, GPTConfig, LanguageModel
 from models import architecture, build
 from models.parts import kernels
-from training import checkpoint
+from training import pretrained, resume
 
 
 @dataclass
@@ -236,7 +236,7 @@ def test_exact_gelu_folder_and_shards_load_too(tmp_path):
     assert len(list((tmp_path / 'b').glob('model-*.safetensors'))) > 1
     idx = batch(B=2, T=32, V=64)[0]
     for folder in 'ab':
-        ours = checkpoint.load_model(tmp_path / folder)
+        ours = pretrained.load_model(tmp_path / folder)
         assert ours.config.gelu == 'exact' and ours.tokenizer is None
         with torch.no_grad():
             assert torch.allclose(ours(idx, idx)[0], theirs(idx).logits, atol=1e-5)
@@ -274,12 +274,14 @@ def test_new_fields_keep_what_a_gpt_was():
         if k not in ('gelu', 'n_inner', 'tied', 'norm_eps', 'eot')
     }
     state = {'model': model.state_dict(), 'model_args': args, 'config': {}}
-    assert torch.equal(checkpoint.restore(state)[0].eval()(idx, idx)[0], model(idx, idx)[0])
+    assert torch.equal(pretrained.restore_model(state)[0].eval()(idx, idx)[0], model(idx, idx)[0])
     config = {'model': 'gpt'} | asdict(model.config)
     with pytest.raises(
-        ValueError, match='out has n_inner=0, command line asks for 48: leave it out'
+        ValueError, match=r'out has n_inner=0, not 48 \(command line\): remove this setting'
     ):
-        checkpoint.adopt_run(config | {'n_inner': 48}, {'n_inner': 'command line'}, state, 'out')
+        resume.adopt_run_settings(
+            config | {'n_inner': 48}, {'n_inner': 'command line'}, state, 'out'
+        )
 
 
 @pytest.mark.parametrize(

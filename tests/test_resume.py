@@ -1,6 +1,7 @@
 """A resumed run is the uninterrupted one, to the bit; and whatever is left out of a saved state,
 that comparison fails."""
 
+import dataclasses
 import functools
 import math
 import shutil
@@ -93,11 +94,11 @@ INFORMS = {  # by the beginning of its name
     'versions.': "says what wrote it, for people",
     'template': "is taken from the data again; sample.py wants it",
     'resolved.': "is what 'auto' meant, and this run says all it wants; the next test is about it",
-    'progress.wall_seconds': "is a time",
-    'progress.train_seconds': "is a time",
-    'progress.wandb_id': "belongs to wandb, which this run does without",
-    'progress.diverged_at': "decides where a second divergence ends the run: tests/test_guard.py",
-    'progress.rolled_back_to': "likewise",
+    **{
+        f'progress.{field.name}': field.metadata['informative']
+        for field in dataclasses.fields(checkpoint.Progress)
+        if 'informative' in field.metadata
+    },
     **dict.fromkeys(
         GUARD_NOW,
         "tells of trouble that this run does not have: test_guard.py resumes in the middle of it",
@@ -108,6 +109,11 @@ GUARD = [
     f'progress.guard.{name}'
     for name in guard.Guard(0.0, 0.0).state()
     if f'progress.guard.{name}' not in GUARD_NOW
+]
+PROGRESS = [
+    f'progress.{field.name}'
+    for field in dataclasses.fields(checkpoint.Progress)
+    if 'informative' not in field.metadata and field.name != 'guard'
 ]
 MATTERS = [  # the others, settings apart
     'model.*',
@@ -125,12 +131,7 @@ MATTERS = [  # the others, settings apart
     'scaler.growth_factor',
     'scaler.backoff_factor',
     'scaler.growth_interval',
-    'progress.evaluated',
-    'progress.bad_evals',
-    'progress.clipped',
-    'progress.data_offset',
-    'progress.diverged_at',
-    'progress.rolled_back_to',
+    *PROGRESS,
     *GUARD,
 ]
 LONG = {

@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, run, same
 from forked import learned, losses, metrics, train
 
 from model import GPT, GPTConfig
-from training import checkpoint
+from training import checkpoint, pretrained
 
 # ---- processes, accumulation ---------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ def test_eval_only_and_finetuning_from_an_out_dir(trained, text_folder, tmp_path
     )
     # not from scratch
     assert metrics(tmp_path / 'tuned')[0]['val_loss'] < metrics(trained)[0]['val_loss'] - 0.04
-    assert checkpoint.load_model(tmp_path / 'tuned').config.block_size == 8
+    assert pretrained.load_model(tmp_path / 'tuned').config.block_size == 8
 
 
 def test_early_stop(text_folder, tmp_path):
@@ -155,9 +155,9 @@ def test_sampling_takes_the_best_weights_or_the_latest(trained, tmp_path):
     state['model'] = {k: v + 1 for k, v in best.items()}  # so that they differ
     checkpoint.save(tmp_path / 'out', 'best.pt', state)
     # always_save_checkpoint
-    assert same(dict(checkpoint.load_model(tmp_path / 'out').state_dict()), dict(latest))
+    assert same(dict(pretrained.load_model(tmp_path / 'out').state_dict()), dict(latest))
     (tmp_path / 'out' / 'config.json').write_text('{"always_save_checkpoint": false}')
-    assert same(dict(checkpoint.load_model(tmp_path / 'out').state_dict()), state['model'])
+    assert same(dict(pretrained.load_model(tmp_path / 'out').state_dict()), state['model'])
 
 
 def test_sample_needs_no_data_folder(trained, tmp_path):
@@ -235,7 +235,7 @@ def test_a_nanogpt_checkpoint_samples_and_resumes(text_folder, tmp_path, prefix)
         },
         tmp_path / 'ckpt.pt',
     )
-    loaded = checkpoint.load_model(tmp_path)
+    loaded = pretrained.load_model(tmp_path)
     assert (
         same(dict(loaded.state_dict()), dict(model.state_dict()))
         and loaded.tokenizer.vocab_size == vocab_size
@@ -256,7 +256,7 @@ def test_a_nanogpt_checkpoint_whose_data_is_gone_says_no_tokenizer(tmp_path):
         },
         tmp_path / 'ckpt.pt',
     )
-    assert checkpoint.load_model(tmp_path).tokenizer is None
+    assert pretrained.load_model(tmp_path).tokenizer is None
 
 
 # ---- another architecture ------------------------------------------------------------------------

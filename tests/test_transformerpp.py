@@ -11,13 +11,13 @@ from conftest import TINY, run, same
 from safetensors.torch import load_file, save_file
 from test_export import check, export, exported, saved
 
-from generation import quantize as weights
+from generation import quantize
 from generation.decode import Context
 from interop import huggingface
 from model import GPT
 from models import build
 from models.parts import layers
-from training import checkpoint
+from training import pretrained
 
 SHAPE = dict(block_size=24, vocab_size=50, n_layer=3, n_head=4, n_embd=32)
 KINDS = {'mha': {}, 'gqa': dict(n_kv_head=2), 'mqa': {}}
@@ -70,7 +70,7 @@ def rotary64(T, D, base=1e4, scale=None):
 
 def as_llama(transformers, model):
     """transformers' model with these weights, which go there as they are exported."""
-    files, weights = huggingface.content(
+    files, weights = huggingface.to_files(
         model, 'transformerpp', str(model.lm_head.weight.dtype).removeprefix('torch.')
     )
     config = transformers.LlamaConfig(
@@ -280,12 +280,12 @@ def test_export_and_back(transformers, tmp_path, fields):
     assert type(theirs).__name__ == 'LlamaForCausalLM'
     ours, logits = model(idx, idx)[0], theirs(idx).logits
     assert (ours - logits).abs().max() / logits.abs().max() < 1e-5
-    back = checkpoint.load_model(folder)
+    back = pretrained.load_model(folder)
     assert same(dict(back.state_dict()), dict(model.state_dict())) and torch.equal(
         back(idx, idx)[0], ours
     )
     theirs.save_pretrained(tmp_path / 'again')
-    assert torch.equal(checkpoint.load_model(tmp_path / 'again')(idx, idx)[0], ours)
+    assert torch.equal(pretrained.load_model(tmp_path / 'again')(idx, idx)[0], ours)
     assert export(f'--init_from={folder}', f'--folder={tmp_path / "twice"}').returncode == 0
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / 'twice' / path.name).read_bytes()
@@ -316,7 +316,7 @@ def test_a_llama_from_elsewhere(transformers, tmp_path, tied):
     (tmp_path / 'config.json').write_text(
         json.dumps(config | {'rope_theta': 100, 'rope_scaling': None})
     )
-    model, idx = checkpoint.load_model(tmp_path), torch.randint(64, (2, 32))
+    model, idx = pretrained.load_model(tmp_path), torch.randint(64, (2, 32))
     assert (model.config.kv_heads, model.config.tied, model.config.rope_theta) == (3, tied, 100)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours, logits = model(idx, idx)[0], theirs(idx).logits
@@ -380,7 +380,7 @@ def test_what_weights_lack_and_what_they_have_too_much_of(transformers, tmp_path
     }
     (folder / 'config.json').write_text(json.dumps(wanted))
     with pytest.raises(ValueError) as caught:
-        checkpoint.open_model(folder)
+        pretrained.open_model(folder)
     assert str(caught.value) == (
         f"{folder}: 18 weights are missing or don't fit its config.json: "
         'transformer.h.0.attn.c_q.weight has the shape (128, 256), by config.json (256, 256); '
@@ -399,7 +399,7 @@ def test_a_stored_head_that_differs_unties_a_llama(transformers, tmp_path, capsy
         stored | {'lm_head.weight': head}, folder / 'model.safetensors', metadata={'format': 'pt'}
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model, idx = checkpoint.load_model(folder), torch.randint(128, (1, 24))
+    model, idx = pretrained.load_model(folder), torch.randint(128, (1, 24))
     assert not model.config.tied and torch.equal(model.lm_head.weight, head)
     assert 'lm_head.weight that differs from the embeddings' in capsys.readouterr().out
     expected = theirs(idx).logits
@@ -408,7 +408,7 @@ def test_a_stored_head_that_differs_unties_a_llama(transformers, tmp_path, capsy
 
 def test_llama_3_2s_angles_are_bit_for_bit_those_of_transformers(transformers, tmp_path):
     theirs, folder = llama_folder(transformers, tmp_path, LLAMA_3_2)
-    model = checkpoint.load_model(folder)
+    model = pretrained.load_model(folder)
     assert (model.config.rope_scaling, model.config.rope_factor, model.config.rope_original) == (
         'llama3',
         32.0,
@@ -431,7 +431,7 @@ def test_llama_3_2s_angles_are_bit_for_bit_those_of_transformers(transformers, t
 def test_llama_3_2_past_its_original_context_and_from_a_cache(transformers, tmp_path):
     scaling = LLAMA_3_2['rope_scaling'] | {'original_max_position_embeddings': 16}
     theirs, folder = llama_folder(transformers, tmp_path, LLAMA_3_2 | {'rope_scaling': scaling})
-    model, idx = checkpoint.load_model(folder), torch.randint(128, (1, 200))
+    model, idx = pretrained.load_model(folder), torch.randint(128, (1, 200))
     expected, ours = theirs(idx).logits, model(idx, idx)[0]
     assert (ours - expected).abs().max() / expected.abs().max() < 1e-5
     plain = build(
@@ -456,11 +456,11 @@ def test_llama_3_2_past_its_original_context_and_from_a_cache(transformers, tmp_
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 def test_new_parts_keep_their_biases_in_weights_for_generation(dtype):
-    if dtype == 'int8' and not weights.can_int8():
+    if dtype == 'int8' and not quantize.has_int8():
         pytest.skip("there is no C compiler")
     model, idx = shaken(**VARIANTS[-1]), torch.randint(50, (1, 24))
     expected = model(idx, idx)[0][0]
-    weights.prepare(model, dtype)
+    quantize.convert_weights(model, dtype)
     cache = model.init_cache(1, 24)
     found = torch.stack([model(idx[:, t : t + 1], cache=cache)[0][0, 0] for t in range(24)])
     assert (found - expected).norm() / expected.norm() < {
@@ -489,7 +489,7 @@ def test_checkpoints_from_before_a_field_hold_the_same_model():
         'model_args': args,
         'config': {},
     }
-    assert torch.equal(checkpoint.restore(state)[0].eval()(idx, idx)[0], model(idx, idx)[0])
+    assert torch.equal(pretrained.restore_model(state)[0].eval()(idx, idx)[0], model(idx, idx)[0])
 
 
 @pytest.mark.parametrize(
@@ -635,7 +635,7 @@ def test_where_rotations_are_said(transformers, tmp_path, change):
     (folder / 'config.json').write_text(json.dumps(config | change))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(idx).logits
     assert (
-        checkpoint.load_model(folder)(idx, idx)[0] - theirs
+        pretrained.load_model(folder)(idx, idx)[0] - theirs
     ).abs().max() / theirs.abs().max() < 1e-5
 
 

@@ -64,7 +64,9 @@ def train(
         if step % log_interval == 0:
             line = dict(iter=step, grad_norm=norm.item())
             line |= watcher.after_step(line)
-            Metrics.log(SimpleNamespace(on=True, path=folder / 'metrics.jsonl', loggers=[]), line)
+            Metrics.log(
+                SimpleNamespace(is_on=True, path=folder / 'metrics.jsonl', loggers=[]), line
+            )
     return watcher
 
 
@@ -363,7 +365,7 @@ def test_histograms_go_to_the_loggers(tmp_path, monkeypatch):
         errors=SimpleNamespace(Error=OSError),
     )
     monkeypatch.setitem(sys.modules, 'wandb', wandb)
-    log = Metrics(tmp_path, True, 10)
+    log = Metrics(tmp_path, True)
     log.start({'wandb_project': 'p', 'wandb_run_name': 'r'}, ['wandb'])
     log.histograms(5, {})
     log.histograms(5, {'gradients/wte': values})
@@ -371,7 +373,7 @@ def test_histograms_go_to_the_loggers(tmp_path, monkeypatch):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = Metrics(tmp_path, True, 10)
+    log = Metrics(tmp_path, True)
     log.start({}, ['tensorboard'])
     log.histograms(5, {'gradients/wte': values})
     log.close()

@@ -11,10 +11,11 @@ themselves are the cause, since it freezes them, and where losses differ widely 
 the high ones are what there is to learn. So at most MOST_SKIPS spikes are skipped, and one more for
 every STEPS_PER_SKIP steps; other updates go through. A finite spike never ends a run.
 
-A run has diverged in two cases: - NOT_FINITE_IN_A_ROW losses or gradients in a row were NaN or
-infinite. The run goes back to its newest
-  checkpoint and skips the data that led there, since the same data would lead there again (as
-  PaLM's authors did by hand, Chowdhery et al. 2022, section 5.1). The second time, it ends.
+A run has diverged in two cases:
+
+- NOT_FINITE_IN_A_ROW losses or gradients in a row were NaN or infinite. The run goes back to its
+  newest checkpoint and skips the data that led there, since the same data would lead there again
+  (as PaLM's authors did by hand, Chowdhery et al. 2022, section 5.1). The second time, it ends.
 - The validation loss and the average training loss both rise far above their lowest values and stay
   there (`divergence`). The run saves its state and ends. Overfitting raises only the validation
   loss, so it is not divergence.
@@ -26,48 +27,50 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 MEMORY = 128  # steps over which the loss is averaged
-FLOOR = 0.02  # nats, least standard deviation of the loss: near a loss of 0 the measured
-# one vanishes, and any bump would be a spike
+# Nats, the least standard deviation of the loss: near a loss of 0 the measured one vanishes, and
+# any bump would be a spike.
+FLOOR = 0.02
 MOST_SKIPS = 3  # spikes that are skipped before updates go through again
 STEPS_PER_SKIP = 32  # steps that allow for another skip, up to MOST_SKIPS
 NOT_FINITE_IN_A_ROW = 5  # steps after which NaN and infinity mean that the weights are the cause
 FAR = 1.0  # nats above the lowest loss: more than twice the perplexity
-LEARNED = 0.9  # a lowest loss above this share of that of guessing says that nothing was
-# learned yet
+# While the lowest loss is above this share of the loss of guessing, nothing has been learned.
+LEARNED = 0.9
 # A run far above its lowest loss has diverged when the gap has not shrunk to RECOVERS of itself for
 # PATIENCE evaluations and LEAST_STEPS steps.
 RECOVERS = 0.98
 PATIENCE = 5
 LEAST_STEPS = 1000
 LARGEST = torch.finfo(torch.float32).max
-READ_AT_ONCE = ('cpu',)  # device types whose results are ready at once: Python numbers are ten
-# times as fast there as tensors
+# Device types whose results are ready at once: there, Python numbers are ten times as fast as
+# tensors.
+READ_AT_ONCE = ('cpu',)
 ADVICE = "lower the learning rate (--learning_rate, or --muon_lr and --embed_lr where they are set)"
 
 
 @dataclass
 class GuardState:
-    """What the guard knows of the run. A checkpoint keeps it, as a dict of numbers."""
+    """What the guard knows of the run; a checkpoint keeps it as a dict. Losses are in nats."""
 
     seen: int = 0  # steps
     skipped: int = 0  # updates
     allowance: float = float(MOST_SKIPS)  # spikes that may be skipped now; below 1: none
     not_finite: int = 0  # steps in a row with a NaN or infinity, up to the last step
-    average: float = 0.0  # of the loss, in nats
+    average: float = 0.0  # of the loss
     variance: float = 0.0  # of the loss
-    lowest_average: float = math.inf  # lowest `average` at any evaluation, in nats
-    lowest_val: float = math.inf  # lowest validation loss, in nats
-    low_since_jump: float = math.inf  # validation loss at the last recovery since it jumped far
-    # above lowest_val, in nats; inf: it has not jumped
-    low_step: int = 0  # step of that recovery
-    evals_since_low: int = 0  # evaluations since that recovery, including its own
+    lowest_average: float = math.inf  # lowest `average` at any evaluation
+    lowest_val: float = math.inf  # lowest validation loss
+    # The validation loss at the last recovery since it jumped far above lowest_val, the step of
+    # that recovery, and the evaluations since then, its own included; inf: it has not jumped.
+    low_since_jump: float = math.inf
+    low_step: int = 0
+    evals_since_low: int = 0
 
 
 def is_sound(saved):
-    """Whether what a checkpoint has of the guard could be continued from: no field has a wrong
-    type.
+    """Whether a guard can continue from what a checkpoint `saved`: no field has a wrong type.
 
-    Another version may have saved other fields, or a list in place of a dict.
+    Other versions may have saved other fields, or a list instead of a dict.
     """
     if not isinstance(saved, dict):
         return True
@@ -77,7 +80,7 @@ def is_sound(saved):
 
 
 def restored(saved):
-    """The GuardState of what a checkpoint has; fields that it lacks begin anew."""
+    """The GuardState that a checkpoint `saved`; fields that it lacks have their defaults."""
     if not isinstance(saved, dict):
         return GuardState()
     names = {field.name for field in fields(GuardState)}
@@ -86,9 +89,9 @@ def restored(saved):
 
 @dataclass
 class SkippedUpdate:
-    """An update that was skipped: the loss of its step, and why."""
+    """An update that was skipped."""
 
-    loss: float
+    loss: float  # of its step
     reason: str
 
 
@@ -108,12 +111,12 @@ class Guard:
         self.pending_limit = math.inf  # the loss above which the last step was a spike
 
     def state(self):
-        """What a checkpoint keeps."""
+        """What a checkpoint saves, as a dict."""
         return asdict(self.now)
 
     @property
     def has_diverged(self):
-        """Whether NaN or infinity came so often in a row that the weights must be the cause."""
+        """Whether so many steps in a row had a NaN or infinity that the weights are the cause."""
         return self.now.not_finite >= NOT_FINITE_IN_A_ROW
 
     @property
@@ -126,15 +129,17 @@ class Guard:
         """Have `optimizer` skip the coming update if the step is bad.
 
         Call it before scaler.step(optimizer), and after `last_skipped`. loss, grad_norm:
-        0-dimensional tensors on the device, the same in all processes. With float16 the scaler
-        looks at the gradients itself, since they often overflow there.
+        0-dimensional tensors on the device, the same in all processes.
         """
         self.pending_limit = self._spike_limit()
         limit = self.pending_limit
         if self.now.allowance < 1:
             limit = LARGEST
         if grad_norm is None or scaler.is_enabled():
+            # With float16 gradients often overflow, and the scaler looks at them itself.
             grad_norm = loss
+
+        # The loss is read from the device in last_skipped, one step later.
         if loss.device.type in READ_AT_ONCE:
             value = loss.item()
             is_finite = math.isfinite(value) and math.isfinite(grad_norm.item())
@@ -144,6 +149,7 @@ class Guard:
             finite = loss.isfinite() & grad_norm.isfinite()
             is_bad = (~finite | (loss > limit)).to(torch.float32)
             self.read_pending = _read_later(torch.stack([finite.to(loss.dtype), loss]))
+
         if scaler.is_enabled():
             for found in scaler._found_inf_per_device(optimizer).values():
                 torch.maximum(found, is_bad, out=found)
@@ -163,11 +169,13 @@ class Guard:
         now = self.now
         if loss == 0:  # a step without a single target, as masked data may have
             return None
+
         now.seen += 1
         may_skip = now.allowance >= 1
         now.allowance = min(float(MOST_SKIPS), now.allowance + 1 / STEPS_PER_SKIP)
         if math.isfinite(loss):
             self._average(min(loss, self.pending_limit))
+
         if not is_finite:
             now.not_finite += 1
             now.skipped += 1
@@ -180,7 +188,7 @@ class Guard:
         return None
 
     def evaluated(self, step, val_loss):
-        """Note the validation loss at `step`. NaN or infinity count as divergence at once."""
+        """Record the validation loss at `step`; NaN or infinity is divergence at once."""
         now = self.now
         if not math.isfinite(val_loss):
             now.not_finite = NOT_FINITE_IN_A_ROW
@@ -191,11 +199,13 @@ class Guard:
             # A rate that is high at first may hold the loss above that of guessing for most of a
             # run, which recovers as the rate decays.
             is_far_above = False
+
         now.lowest_val = min(val_loss, now.lowest_val)
         if now.seen:
             now.lowest_average = min(now.average, now.lowest_average)
+
         if not is_far_above:
-            self._begin_jump_anew()
+            self._forget_jump()
         elif gap < RECOVERS * (now.low_since_jump - now.lowest_val):
             now.low_since_jump = val_loss  # it recovers
             now.low_step = step
@@ -204,9 +214,9 @@ class Guard:
             now.evals_since_low += 1
 
     def divergence(self, step):
-        """What is wrong if the losses stay far above the lowest, as a clause, else ''.
+        """Describe the divergence if the losses stay far above the lowest, else return ''.
 
-        Counting begins anew then, so that a run that is resumed at a lower rate has time to
+        Counting then starts again, so that a run that is resumed at a lower rate has time to
         recover.
         """
         now = self.now
@@ -217,15 +227,15 @@ class Guard:
             f"the run diverged: for {since_low} steps the validation loss has stayed at about "
             f"{now.low_since_jump:.4f}, its lowest was {now.lowest_val:.4f}"
         )
-        self._begin_jump_anew()
+        self._forget_jump()
         return problem
 
     def accept_state(self):
-        """Count NaN and infinity anew: the run that resumes from here has done something about
+        """Count NaN and infinity from 0: whoever resumes from here has done something about
         them."""
         self.now.not_finite = 0
 
-    def _begin_jump_anew(self):
+    def _forget_jump(self):
         self.now.low_since_jump = math.inf
         self.now.evals_since_low = 0
 
@@ -235,7 +245,8 @@ class Guard:
         return self.now.average + self.sigmas * max(math.sqrt(self.now.variance), FLOOR)
 
     def _average(self, loss):
-        """Move average and variance towards `loss`: a plain average first, later a moving one."""
+        """Update average and variance with `loss`: plain ones first, moving ones from MEMORY
+        steps on."""
         now = self.now
         weight = 1 / min(now.seen, MEMORY)
         above = loss - now.average
@@ -244,7 +255,7 @@ class Guard:
 
 
 def all_finite(parameters):
-    """Whether this process's part of the parameters has neither NaN nor infinity."""
+    """Whether this process's shards of the parameters have neither NaN nor infinity."""
     for p in parameters:
         if hasattr(p, 'to_local'):  # sharded
             p = p.to_local()
@@ -254,8 +265,10 @@ def all_finite(parameters):
 
 
 def _read_later(values):
-    """A function that returns the tensor as a list; on CUDA it waits only for the copy to the
-    host."""
+    """A function that returns the tensor as a list, waiting for no more than its values.
+
+    On CUDA they are copied to the host meanwhile, and the function waits for that copy alone.
+    """
     if values.device.type != 'cuda':
         return values.tolist
     on_host = torch.empty(values.shape, pin_memory=True)
@@ -271,8 +284,10 @@ def _read_later(values):
 
 
 def skip_data(stored, progress, iter_num, out_dir):
-    """The checkpoint `stored`, changed so that a run that diverged before step iter_num continues
-    from it past the data that led there. Raises ValueError if that has been tried before.
+    """The checkpoint `stored`, changed so that a run continues from it with later data.
+
+    The run, whose Progress is `progress`, diverged before step iter_num; the data that led there
+    are skipped. Raises ValueError if that has been tried before.
     """
     step = int(stored['iter_num'])
     earlier = stored.get('progress', {})
@@ -281,9 +296,12 @@ def skip_data(stored, progress, iter_num, out_dir):
     if was_rolled_back_here or got_no_further:
         raise ValueError(
             f"the run diverged again, before step {iter_num}: it had been rolled back from step "
-            f"{earlier['diverged_at']} to {earlier['rolled_back_to']} already and had continued with "
-            f"other data; {out_dir}/ckpt.pt has the state of step {step}: {ADVICE}"
+            f"{earlier['diverged_at']} to {earlier['rolled_back_to']} already and had continued "
+            f"with other data; {out_dir}/ckpt.pt has the state of step {step}: {ADVICE}"
         )
-    offset = progress['data_offset'] + iter_num - step
-    changes = dict(data_offset=offset, diverged_at=iter_num, rolled_back_to=step)
+    changes = dict(
+        data_offset=progress.data_offset + iter_num - step,
+        diverged_at=iter_num,
+        rolled_back_to=step,
+    )
     return stored | dict(progress=earlier | changes)

@@ -363,7 +363,7 @@ class Differential(Attention):
 class Up(nn.Linear):
     """A Linear whose matrix is also used in parts.
 
-    As a class of its own it is not among the Linears that quantize.prepare replaces.
+    As a class of its own it is not among the Linears that quantize.convert_weights replaces.
     """
 
 
