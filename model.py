@@ -45,7 +45,7 @@ class LanguageModel(nn.Module):
     # {property that tests/test_zoo.py checks of all models: the reason why it does not hold here}
     exemptions = {}
 
-    # Type of the cache's tensors where it differs from the weights'; set by quantize.convert_weights.
+    # Type of the cache's tensors if it is not the weights'; set by quantize.convert_weights.
     cache_dtype = None
 
     # What the token ids stand for; set by pretrained.load_model.

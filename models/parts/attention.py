@@ -6,6 +6,9 @@ forward(x, rotary, past=None): (B, T, C) -> (B, T, C).
     rotary  the rows of layers.rotary_table for these T positions
     past    a kv_cache.LayerCache, which keeps tensors of `cache_shapes` for each token
 
+A kind overrides of Attention what it changes: init_projections (its matrices), heads (q, k and v of
+x), attend (the weighted sums of values) or forward.
+
 Shapes: B batch, T new tokens, L all tokens, C channels, H heads, G heads of keys and values, D head
 size (C/H unless head_dim is set). mla: R latent channels, E channels that rotate.
 """
