@@ -290,13 +290,13 @@ class GPT(LanguageModel):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
         if cache is None and self.config.eot >= 0:
-            cache = kv_cache.PackedDocuments(self.config.eot)
+            cache = kv_cache.PackedDocuments(self.config.eot)  # attention stays within documents
         if cache is None:
             positions = slice(T)
-            pasts = itertools.repeat(None)
+            pasts = itertools.repeat(None)  # no block has seen earlier tokens
         else:
             positions = cache.extend(idx)  # a slice, or (B, T) where rows differ
-            pasts = cache.layers
+            pasts = cache.layers  # what each block keeps of earlier tokens
 
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[positions]  # (B, T, C)
         x = self.transformer.drop(x)
