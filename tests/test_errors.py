@@ -207,7 +207,7 @@ SETTINGS = [
     ('--gradient_accumulation_steps=0', 'gradient_accumulation_steps=0 must be at least 1'),
     ('--n_embd=17', 'n_embd=17 is not divisible by n_head=2'),
     ('--n_head=0', 'n_head=0: a GPT needs at least 1'),
-    ('--dropout=1', 'dropout=1.0: take a probability from 0 up to'),
+    ('--dropout=1', 'dropout=1.0 must be at least 0 and below 1'),
     ('--dropout=-0.1', 'dropout=-0.1'),
     ('--learning_rate=-1', 'learning_rate=-1'),
     ('--beta2=1', '1.0'),
@@ -237,7 +237,7 @@ SETTINGS = [
     ('--cooldown=1.5', 'cooldown=1.5 must be at most 1'),
     ('--learning_rate=0 --muon_lr=0.1', 'learning_rate=0 with another rate above 0'),
     ('--model=modern --n_embd=18', 'n_embd=18 is not divisible by 2 x n_head=2'),
-    ('--model=modern --ngram=1', 'ngram=1: take 0, or'),
+    ('--model=modern --ngram=1', 'ngram=1: use 0 for none, or'),
     ('--ngram=4', "there is no setting 'ngram'"),
     (
         '--model=modern --muon_lr=0.1 --embed_lr=0.1 --head_lr=0.1',
@@ -248,7 +248,7 @@ SETTINGS = [
     ('--compile=0', 'compile=0 is unknown'),
     (f'--n_embd={2**40}', 'a GPT of these sizes has inf GB of weights, and this machine has'),
     ('--n_embd=1000000', 'a GPT of these sizes has 48,'),
-    (f'--n_layer={10**9}', 'n_layer=1000000000: take at most 10000'),
+    (f'--n_layer={10**9}', 'n_layer=1000000000 must be at most 10000'),
 ]
 
 
@@ -962,7 +962,7 @@ def test_a_folder_of_another_model_type(warm, tmp_path, text_folder, script):
 def test_a_longer_context_than_the_pretrained_model_has(train, trained):
     check(
         train(f'--init_from={trained}', '--block_size=32'),
-        'block_size=32: this model has 16 positions, no more',
+        'block_size=32 must be from 1 to 16, the positions that this model has',
     )
 
 

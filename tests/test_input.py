@@ -469,7 +469,7 @@ def said(call):
 @pytest.mark.parametrize(
     'model, fields, message',
     [
-        ('gpt', dict(n_layer=10**9), 'n_layer=1000000000: take at most 10000'),
+        ('gpt', dict(n_layer=10**9), 'n_layer=1000000000 must be at most 10000'),
         ('gpt', dict(n_layer=9999, n_embd=12288), 'a GPT of these sizes has 72,'),
         ('gpt', dict(n_embd=12 * 2**40), 'a GPT of these sizes has inf GB of weights'),
         ('gpt', dict(vocab_size=2**63 - 1), 'a GPT of these sizes has inf GB of weights'),
@@ -499,7 +499,7 @@ def test_weights_are_counted_without_being_made(name, monkeypatch):
     monkeypatch.setattr(construction, 'memory_bytes', lambda: size)
     models.build(name, vocab_size=50, **fields)
     monkeypatch.setattr(construction, 'memory_bytes', lambda: size - 1)
-    with pytest.raises(ValueError, match='take a smaller model'):
+    with pytest.raises(ValueError, match='use a smaller model'):
         models.build(name, vocab_size=50, **fields)
 
 
