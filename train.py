@@ -469,7 +469,8 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
         is_logged = iter_num % log_interval == 0
         watcher.before_step(is_logged)
         if grad_clip or is_logged:
-            grad_norm = watcher.count(distributed.clip_gradients(model, grad_clip or math.inf))
+            grad_norm = distributed.clip_gradients(model, grad_clip or math.inf)
+            watcher.count_clipped(grad_norm)
         guard.skip_if_bad(optimizer, scaler, loss, grad_norm)
         scaler.step(optimizer)
         scaler.update()
