@@ -60,7 +60,7 @@ with user_errors():
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         fail(f"folder={folder!r} is there and not empty: take another")
     model = pretrained.load_model(out_dir if init_from == 'resume' else init_from)
-    content, weights = huggingface.content(model, models.name_of(model), dtype)
+    content, weights = huggingface.to_files(model, models.name_of(model), dtype)
     fresh = path.with_name(f'.{path.name}.tmp')  # whole or not there
     try:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -132,9 +132,9 @@ class LanguageModel(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens): idx continued, one sampled token after the
         other."""
-        from generation import decode
+        from generation import decode, sampling
 
-        return decode.continue_ids(self, idx, max_new_tokens, decode.Sampling(temperature, top_k))
+        return decode.generate(self, idx, max_new_tokens, sampling.Sampling(temperature, top_k))
 
 
 @dataclass
@@ -327,5 +327,5 @@ class GPT(LanguageModel):
         if own != 'gpt':
             raise ValueError(f"{name} holds no GPT-2 but a {own}: pretrained.load_model opens it")
         model = cls(cls.Config(**fields | overrides))
-        huggingface.fill(model, weights, name)
+        huggingface.load_weights(model, weights, name)
         return model

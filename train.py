@@ -21,7 +21,7 @@ import torch
 
 import models
 from configurator import configure
-from generation import decode as generate
+from generation import final_sample
 from models.parts import kernels
 from system.compilation import compile_model, resolve_compile
 from system.device import (
@@ -188,7 +188,7 @@ with (
         device_type,
         dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
         bfloat16=dtype == 'bfloat16',
-        is_asked=given.get('learning_rate') == 'command line',
+        is_lr_given=given.get('learning_rate') == 'command line',
         name=optimizer,
         max_norm=max_norm,
     )
@@ -345,11 +345,11 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
         compile = compile_model(
             model,
             distributed.parts_to_compile(model),
+            mode=compile,
+            is_required=config['compile'] is True,
             try_step=lambda: micro_step(0, micros[0]),
-            wish=compile,
-            insist=config['compile'] is True,
-            device=device,
             steps=len(micros) * (max_iters - iter_num),
+            device=device,
             any_rank=distributed.any_rank,
         )
     facts = dict(
@@ -375,8 +375,8 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
     clock, saved_at = Stopwatch(device, progress.train_seconds), time.monotonic()
     profiler = make_profiler(profile and distributed.IS_MASTER and f'{out_dir}/profile', device)
     while True:  # evaluate, and save
-        is_stopped, is_late = distributed.any_rank(
-            bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at
+        is_stopped, is_late = distributed.any_rank_each(
+            [bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at]
         )
         is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
         is_due = (is_last or is_round) and progress.evaluated != iter_num and not is_stopped
@@ -507,6 +507,6 @@ if is_stopped:
 stop.release()  # all is saved: Ctrl-C ends the sample
 if distributed.IS_MASTER and not (distributed.IS_LAUNCHED and parallel == 'fsdp'):
     with ctx:
-        generate.closing_sample(
+        final_sample.print_final_sample(
             lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta
         )

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import models
 from configurator import configure
-from generation import decode as generate
-from generation import quantize as weights
+from generation import decode, quantize
+from generation.sampling import Sampling
 from system import files
 from system.checks import check_at_least
 from system.device import (
@@ -75,15 +75,15 @@ def bandwidth(size=2**26):
     return 2 * 4 * size / min(clock(lambda: torch.dot(a, b)) for _ in range(10))
 
 
-def decode(side):
+def token_times(side):
     """Seconds of each further token of num_samples rows, [float]."""
     tokens = torch.randint(n_vocab, (prompt_tokens,)).tolist()
     context, times = (
-        generate.Context(side, [tokens] * num_samples, prompt_tokens + max_new_tokens),
+        decode.Context(side, [tokens] * num_samples, prompt_tokens + max_new_tokens),
         [],
     )
     context.logits()
-    step = generate.stream(context, max_new_tokens + 1, sampling, range(num_samples))
+    step = decode.stream(context, max_new_tokens + 1, sampling, range(num_samples))
     next(step)  # of the prompt, which is read
     for _ in range(max_new_tokens):
         times.append(clock(lambda: next(step)))
@@ -92,7 +92,7 @@ def decode(side):
 
 def products(side):
     """Seconds of the products of one token alone."""
-    linears = [m for m in side.modules() if isinstance(m, (nn.Linear, weights.Linear))]
+    linears = [m for m in side.modules() if isinstance(m, (nn.Linear, quantize.WeightOnlyLinear))]
     rows = {
         n: torch.randn(num_samples, 1, n, device=device)
         for n in {m.weight.shape[1] for m in linears}
@@ -105,7 +105,7 @@ def bytes_read(side):
     tensors = [
         t
         for m in side.modules()
-        if isinstance(m, (nn.Linear, weights.Linear))
+        if isinstance(m, (nn.Linear, quantize.WeightOnlyLinear))
         for t in (m.weight, *m.buffers())
     ]
     cache = side.init_cache(num_samples, 1, 'meta', side.cache_dtype)
@@ -135,11 +135,11 @@ with user_errors():
         if dtypes == 'auto'
         else [dtype for dtype in dtypes.split(',') if dtype]
     )
-    if dtypes == 'auto' and not (device == 'cpu' and weights.can_int8()):
+    if dtypes == 'auto' and not (device == 'cpu' and quantize.has_int8()):
         wishes.remove('int8')
-    if unknown := set(wishes) - weights.DTYPES.keys():
+    if unknown := set(wishes) - quantize.DTYPES.keys():
         fail(
-            f"dtypes={dtypes!r}: {min(unknown)!r} is unknown; take some of {', '.join(weights.DTYPES)}"
+            f"dtypes={dtypes!r}: {min(unknown)!r} is unknown; take some of {', '.join(quantize.DTYPES)}"
         )
     if plot and (
         not Path(plot).parent.is_dir() or Path(plot).suffix not in ('.png', '.svg', '.pdf')
@@ -163,10 +163,10 @@ with user_errors():
         fail(
             f"prompt_tokens + max_new_tokens = {prompt_tokens + max_new_tokens} must be below the context of {block_size}"
         )
-    plain.tokenizer, sampling, sides = None, generate.Sampling(0.8, min(200, n_vocab)), {}
+    plain.tokenizer, sampling, sides = None, Sampling(0.8, min(200, n_vocab)), {}
     for dtype in dict.fromkeys(wishes):
         sides[dtype] = copy.deepcopy(plain)
-        weights.prepare(sides[dtype], dtype)
+        quantize.convert_weights(sides[dtype], dtype)
 if uncached:
     sides['uncached'] = plain
     plain.init_cache = lambda *args: None
@@ -182,7 +182,7 @@ with (
     for _ in range(rounds):
         for name, side in sides.items():
             bar.set_description(name)
-            times[name].append(decode(side))
+            times[name].append(token_times(side))
             with torch.inference_mode():
                 alone[name].append(statistics.median(products(side) for _ in range(5)))
                 prompt = torch.randint(n_vocab, (1, min(prefill_tokens, block_size)), device=device)

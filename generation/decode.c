@@ -1,46 +1,57 @@
-/* One token's way through the weights, for a few rows at once.
+/* The forward pass of one token, for a few rows at once.
 
-   Generation reads every weight once per token and does little with it, so that the memory sets the speed. What helps is to
-   ask for it early (AHEAD bytes were the fastest; a core alone asks for too little), and no pause between two matrices.
-   WEIGHT: the weights' type (n, k): float, uint16_t for bfloat16, or int8_t with a scale per row. CACHE: that of keys and
-   values. Everything else is float32. What a row gives does not depend on the rows beside it. */
+   Generation reads every weight once per token and computes little with it: the memory's speed is
+   the limit. What helps is prefetching (a core by itself asks for too little ahead of time), and
+   no pause between two matrices.
+
+   WEIGHT: the type of the weights (n, k): float, uint16_t for bfloat16, or int8_t with a scale per
+   row. CACHE: the type of keys and values. Everything else is float32. A row's result does not
+   depend on the rows beside it.
+
+   B: rows. C: channels. H: heads. D: head size. k, n: inputs and outputs of a linear layer. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define AHEAD 8192
-#define LANES 64
-#define ALONE (1 << 18)     /* weights that one thread has read before a second one is awake */
+#define AHEAD 8192          /* bytes to prefetch ahead: the fastest of those tried */
+#define LANES 64            /* products that are summed at the same time */
+#define ALONE (1 << 18)     /* so many products are done before a second thread has woken up */
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE float from_float(float v) { return v; }
 INLINE float from_int8_t(int8_t v) { return v; }
-INLINE float from_uint16_t(uint16_t v) { uint32_t bits = (uint32_t)v << 16; float f; memcpy(&f, &bits, 4); return f; }
+INLINE float from_uint16_t(uint16_t v)
+{
+    uint32_t bits = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
 INLINE float to_float(float v) { return v; }
 INLINE uint16_t to_uint16_t(float v)
 {
     uint32_t bits;
     memcpy(&bits, &v, 4);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;    /* the nearest; of two, the even one */
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;    /* round to nearest, ties to even */
 }
 #define JOIN(a, b) a##b
 #define FROM(type) JOIN(from_, type)
 #define TO(type) JOIN(to_, type)
 
-/* `bytes` will be read that lie so far ahead */
-INLINE void soon(const void *from, long bytes, long ahead)
+/* prefetch `bytes` that lie `ahead` bytes after `from` */
+INLINE void prefetch(const void *from, long bytes, long ahead)
 {
     for (long i = 0; i < bytes; i += 64)
         __builtin_prefetch((const char *)from + ahead + i);
 }
 
-/* the products of one row of weights with `rows` rows of x */
+/* dot products of one row of weights with `rows` rows of x (at most 4): y (rows) */
 INLINE void dots(const WEIGHT *w, const float *x, long k, int rows, float *y)
 {
     float sum[4][LANES] = {{0}};
     long j = 0;
     for (; j + LANES <= k; j += LANES) {
-        soon(w + j, LANES * sizeof(WEIGHT), AHEAD);
+        prefetch(w + j, LANES * sizeof(WEIGHT), AHEAD);
         #pragma omp simd
         for (long u = 0; u < LANES; u++) {
             float weight = FROM(WEIGHT)(w[j + u]);
@@ -58,8 +69,10 @@ INLINE void dots(const WEIGHT *w, const float *x, long k, int rows, float *y)
     }
 }
 
-/* x (B, k) -> y (B, n), or onto y, by the threads together; matrix: weights, scale or null, bias or null */
-static void multiply(void **matrix, const float *x, float *y, long B, long n, long k, int onto)
+/* x (B, k) -> y (B, n), or added to y if `accumulate`; the threads share the outputs.
+   matrix: weights (n, k), scale (n) or null, bias (n) or null */
+static void multiply(void **matrix, const float *x, float *y, long B, long n, long k,
+                     int accumulate)
 {
     const WEIGHT *w = matrix[0];
     const float *scale = matrix[1], *bias = matrix[2];
@@ -67,17 +80,22 @@ static void multiply(void **matrix, const float *x, float *y, long B, long n, lo
     for (long i = 0; i < n; i++)
         for (long b = 0; b < B;) {
             float sums[4];
-            int rows = B < 4 ? 1 : 4, old = b + rows > B ? b + rows - B : 0;    /* at the end the last four rows, `old` of them done */
+            /* Four rows at a time, or one by one if there are fewer. The last four may overlap
+               with those before them: `done` of them are computed already. */
+            int rows = B < 4 ? 1 : 4;
+            int done = b + rows > B ? b + rows - B : 0;
             if (rows == 1)
                 dots(w + i * k, x + b * k, k, 1, sums);
             else
-                dots(w + i * k, x + (b - old) * k, k, 4, sums);
-            for (int r = old; r < rows; r++, b++)
-                y[b * n + i] = sums[r] * (scale ? scale[i] : 1) + (bias ? bias[i] : 0) + (onto ? y[b * n + i] : 0);
+                dots(w + i * k, x + (b - done) * k, k, 4, sums);
+            for (int r = done; r < rows; r++, b++)
+                y[b * n + i] = sums[r] * (scale ? scale[i] : 1) + (bias ? bias[i] : 0)
+                               + (accumulate ? y[b * n + i] : 0);
         }
 }
 
-/* by each thread for itself, which is less work than to wait for another */
+/* LayerNorm: each thread computes all of it, which is faster than waiting for another.
+   layer: weight (C), unused, bias (C) or null */
 static void norm(void **layer, const float *x, float *y, long B, long C, float eps)
 {
     const float *weight = layer[0], *bias = layer[2];
@@ -94,17 +112,21 @@ static void norm(void **layer, const float *x, float *y, long B, long C, float e
     }
 }
 
-/* e to the x, to 2e-7, in a form that compilers turn into vectors */
+/* e to the power x, with a relative error of 2e-7, in a form that compilers can vectorize */
 INLINE float fast_exp(float x)
 {
     x = x < -60 ? -60 : x > 60 ? 60 : x;
+    /* x = n ln 2 + r, with ln 2 as the difference of two numbers, for precision */
     float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f, power;
     int32_t bits = ((int32_t)n + 127) << 23;
     memcpy(&power, &bits, 4);
-    return power * (1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720))))));
+    return power * (1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f
+                    + r * (1 / 120.f + r / 720))))));
 }
 
-/* qkv (B, 3, H, D) of the token in column `at`: keeps k and v (B, H, length, D); y (B, H, D): what q finds from `first` on */
+/* Attention of one token per row, in column `at` of the cache: stores its k and v in the cache
+   (B, H, length, D) and writes what its q attends to into y (B, H, D).
+   qkv: (B, 3, H, D). first: the column where each row begins (B), or null if all begin at 0 */
 static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, float *y,
                    long B, long H, long D, long length, long at)
 {
@@ -122,7 +144,7 @@ static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, f
             }
             for (long t = from; t <= at; t++) {
                 float dot = 0;
-                soon(keys + t * D, D * sizeof(CACHE), AHEAD / 4);
+                prefetch(keys + t * D, D * sizeof(CACHE), AHEAD / 4);
                 for (long d = 0; d < D; d++)
                     dot += q[d] * FROM(CACHE)(keys[t * D + d]);
                 weight[t] = dot / sqrtf(D);
@@ -132,14 +154,14 @@ static void attend(const float *qkv, CACHE *k, CACHE *v, const int64_t *first, f
                 sum += weight[t] = fast_exp(weight[t] - most);
             for (long t = from; t <= at; t++) {
                 float share = weight[t] / sum;
-                soon(values + t * D, D * sizeof(CACHE), AHEAD / 4);
+                prefetch(values + t * D, D * sizeof(CACHE), AHEAD / 4);
                 for (long d = 0; d < D; d++)
                     out[d] += share * FROM(CACHE)(values[t * D + d]);
             }
         }
 }
 
-enum {EXACT, TANH, RELU};      /* GELU by erf or by tanh, or ReLU */
+enum {EXACT, TANH, RELU};      /* GELU by erf, GELU by tanh, ReLU */
 
 static void activate(float *x, long n, int activation)
 {
@@ -158,15 +180,17 @@ static void activate(float *x, long n, int activation)
     }
 }
 
+/* A linear layer, as `multiply`. */
 void product(void **matrix, const float *x, float *y, long B, long n, long k)
 {
     #pragma omp parallel if (B * n * k > ALONE)
     multiply(matrix, x, y, B, n, k, 0);
 }
 
-/* GPT-2's blocks, one after the other: x (B, C), in place; layers: of each block the (weight, scale, bias) of ln_1, c_attn,
-   c_proj, ln_2, c_fc and c_proj; kv: its k and v; F: the MLP's channels;
-   space: B (C + max(3 C, F)) floats */
+/* All blocks of a GPT-2, in place on x (B, C).
+   layers: for each block (weight, scale, bias) of ln_1, c_attn, c_proj, ln_2, c_fc and c_proj.
+   kv: for each block the cache's k and v. F: the MLP's hidden channels.
+   space: room for B (C + max(3 C, F)) floats. length, at, first: as in `attend` */
 void blocks(void **layers, long n_layer, float *x, void **kv, const int64_t *first, float *space,
             long B, long C, long H, long F, long length, long at, long activation, float eps)
 {

@@ -1,26 +1,17 @@
-"""Weights for generation, in bfloat16, float16 or int8: a token costs reading them once, so half
-the bytes, half the time.
+"""Weights for generation in bfloat16, float16 or int8. A token takes as long as it takes to read
+all weights once: half the bytes, half the time.
 
-On a CPU, decode.c does a token's products, and GPT-2's whole blocks; it is compiled when it is
-first needed.
+On a CPU, decode.c computes one token's linear layers, and GPT-2's whole blocks.
 """
 
-import contextlib
-import ctypes
-import functools
-import hashlib
 import itertools
-import os
-import platform
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import model as gpt
+from generation import c_library
 
 DTYPES = {
     'float32': torch.float32,
@@ -28,124 +19,136 @@ DTYPES = {
     'float16': torch.float16,
     'int8': torch.int8,
 }
-# decode.c's WEIGHT and CACHE for each; bfloat16 is two bytes to C.
-C_TYPES = {
-    'float32': ('float', 'float'),
-    'bfloat16': ('uint16_t', 'uint16_t'),
-    'int8': ('int8_t', 'uint16_t'),
-}
-ACTIVATIONS = {'exact': 0, 'tanh': 1, 'relu': 2}  # GPTConfig's gelu, as decode.c numbers them
-FEW = 16  # rows, for which decode.c is the faster way
+ACTIVATIONS = {'exact': 0, 'tanh': 1, 'relu': 2}  # GPTConfig.gelu -> decode.c's enum
+MAX_C_ROWS = 16  # for more rows than this, torch's products are faster than decode.c's
+MIN_C_COLUMNS = 64  # decode.c sums 64 products at a time
 
 
-def prepare(model, dtype, compile=False):
-    """Keep the matrices of `model`'s Linears, in place, in dtype, one of DTYPES, and its cache too
-    (int8: in bfloat16).
+def convert_weights(model, dtype, compile=False):
+    """Convert the matrices of the model's nn.Linears, in place, to dtype, one of DTYPES, and let
+    its cache use that dtype too (bfloat16 for int8).
 
-    Embeddings, norms and biases stay float32, and so does what flows between them. compile: by
-    torch.compile, not decode.c. The model has to stay on its device from here on. Raises ValueError
-    where int8 is no gain: it is for decode.c.
+    Embeddings, norms, biases and activations stay float32. compile: use torch.compile in place of
+    decode.c. The model must stay on its device from here on. Raises ValueError for int8 without
+    decode.c, where it would not be faster.
     """
     device = next(model.parameters(), torch.empty(0)).device.type
-    library = (
-        _library(*C_TYPES[dtype]) if device == 'cpu' and dtype in C_TYPES and not compile else None
-    )
+    library = None
+    if device == 'cpu' and not compile:
+        library = c_library.load(dtype)
     if dtype == 'int8' and not library:
         raise ValueError(
-            "dtype='int8' is for a CPU with a C compiler (cc), without --compile=True: take --dtype=auto"
+            "dtype='int8' is for a CPU with a C compiler (cc), without --compile=True: "
+            "use --dtype=auto"
         )
     if compile:
         model.compile()
     if dtype == 'float32' and not library:
         return
+
     model.cache_dtype = torch.bfloat16 if dtype == 'int8' else DTYPES[dtype]
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, Linear(child, DTYPES[dtype], library))
+                setattr(module, name, WeightOnlyLinear(child, DTYPES[dtype], library))
     if library and isinstance(model, gpt.GPT):
-        blocks = Blocks(model.transformer.h, model.config, library, model.cache_dtype)
+        blocks = FusedBlocks(model.transformer.h, model.config, library, model.cache_dtype)
         model.transformer.h = nn.ModuleList([blocks])
 
 
-def can_int8():
-    """Whether int8 is there, on a CPU: with a C compiler."""
-    return _library(*C_TYPES['int8']) is not None
+def has_int8():
+    """Whether int8 works on this machine's CPU: it needs a C compiler."""
+    return c_library.load('int8') is not None
 
 
-class Linear(nn.Module):
-    """An nn.Linear with its matrix in `dtype`. int8: whole numbers up to 127, times a scale per
-    output.
+class WeightOnlyLinear(nn.Module):
+    """An nn.Linear whose matrix is stored in `dtype`; inputs and outputs stay as they are.
 
-    library: decode.c, for up to FEW rows; what one of them gives does not depend on the others, to
-    the bit.
+    int8: integers from -127 to 127, with a float32 scale per output channel. library: decode.c or
+    None; it computes up to MAX_C_ROWS rows, and a row's result is the same bits whatever the
+    others are.
     """
 
     def __init__(self, linear, dtype, library=None):
         super().__init__()
-        weight, scale = linear.weight.detach(), None
+        weight = linear.weight.detach()
+        scale = None
         if dtype == torch.int8:
             scale = weight.abs().amax(1).clamp(min=1e-30) / 127
             weight = (weight / scale[:, None]).round()
+        bias = linear.bias
+        if bias is not None:
+            bias = bias.detach()
         self.register_buffer('weight', weight.to(dtype).contiguous())
         self.register_buffer('scale', scale)
-        self.register_buffer('bias', None if linear.bias is None else linear.bias.detach())
-        # decode.c counts in 64s
-        self.product = library and library.product if weight.size(1) >= 64 else None
-        self.matrix = library and _pointers(self.weight, scale, self.bias)
+        self.register_buffer('bias', bias)
+
+        self.c_product = None
+        if library and weight.size(1) >= MIN_C_COLUMNS:
+            self.c_product = library.product
+            self.c_matrix = c_library.pointers(self.weight, self.scale, self.bias)
 
     def forward(self, x):
-        *before, k = x.shape
-        B, n = x.numel() // k, len(self.weight)
-        if self.product and B <= FEW and x.dtype == torch.float32:
-            x, y = x.contiguous(), x.new_empty(*before, n)
-            self.product(self.matrix, x.data_ptr(), y.data_ptr(), B, n, k)
+        *leading, k = x.shape
+        B = x.numel() // k
+        n = len(self.weight)
+        if self.c_product and B <= MAX_C_ROWS and x.dtype == torch.float32:
+            x = x.contiguous()
+            y = x.new_empty(*leading, n)
+            self.c_product(self.c_matrix, x.data_ptr(), y.data_ptr(), B, n, k)
             return y
-        kind = torch.bfloat16 if self.scale is not None else self.weight.dtype
-        y = F.linear(x.to(kind), self.weight.to(kind)).to(x.dtype)
-        y = y if self.scale is None else y * self.scale
-        return y if self.bias is None else y + self.bias
+
+        dtype = self.weight.dtype
+        if self.scale is not None:
+            dtype = torch.bfloat16  # which has all integers up to 127
+        y = F.linear(x.to(dtype), self.weight.to(dtype)).to(x.dtype)
+        if self.scale is not None:
+            y = y * self.scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y
 
 
-class Blocks(nn.Module):
-    """All Blocks of a GPT: one token of a few rows by decode.c, in x's place; all else by `blocks`,
-    with their Linears."""
+class FusedBlocks(nn.Module):
+    """All blocks of a GPT as one module: decode.c computes one token of up to MAX_C_ROWS rows, in
+    x's memory; the blocks themselves, with their converted Linears, everything else."""
 
     def __init__(self, blocks, config, library, cache_dtype):
         super().__init__()
         self.blocks = blocks
         self.config = config
-        self.run = library.blocks
         self.cache_dtype = cache_dtype
+        self.c_blocks = library.blocks
         tensors = []
-        for b in blocks:
-            for layer in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj):
-                tensors += layer.weight, getattr(layer, 'scale', None), layer.bias
-        self.layers = _pointers(*tensors)
+        for block in blocks:
+            attn, mlp = block.attn, block.mlp
+            for layer in (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj):
+                scale = getattr(layer, 'scale', None)  # int8 has one, a LayerNorm has not
+                tensors += [layer.weight, scale, layer.bias]
+        self.c_layers = c_library.pointers(*tensors)
 
     def forward(self, x, past=None):
-        B, T, C = x.shape
-        if (
-            past is None
-            or T > 1
-            or B > FEW
-            or x.dtype != torch.float32
-            or past.tensors[0].dtype != self.cache_dtype
-        ):
-            for block, own in zip(
-                self.blocks, past.cache.layers if past else itertools.repeat(None)
-            ):
-                x = block(x, own)
+        """x (B, T, C) -> (B, T, C). past: the first layer's LayerCache, or None."""
+        if not self._can_use_c(x, past):
+            layers = itertools.repeat(None)
+            if past is not None:
+                layers = past.cache.layers
+            for block, layer in zip(self.blocks, layers):
+                x = block(x, layer)
             return x
-        config, cache = self.config, past.cache
-        kv = _pointers(*itertools.chain(*cache.kept))
-        first = None if cache.first is None else cache.first.data_ptr()
+
+        B, _, C = x.shape
+        config = self.config
+        cache = past.cache
+        first = None
+        if cache.first is not None:
+            first = cache.first.data_ptr()
         space = x.new_empty(B * (C + max(3 * C, config.inner)))
-        self.run(
-            self.layers,
+        self.c_blocks(  # ctypes has no keywords: the order is that of `blocks` in decode.c
+            self.c_layers,
             len(self.blocks),
             x.data_ptr(),
-            kv,
+            c_library.pointers(*itertools.chain(*cache.kept)),
             first,
             space.data_ptr(),
             B,
@@ -159,68 +162,10 @@ class Blocks(nn.Module):
         )
         return x
 
-
-def _pointers(*tensors):
-    return (ctypes.c_void_p * len(tensors))(
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    )
-
-
-def _loaded(path):
-    """The library at `path`, or None where there is none, or a damaged one."""
-    try:
-        return ctypes.CDLL(str(path)) if path.stat().st_size else None
-    except OSError:
-        return None
-
-
-@functools.cache
-def _library(weight, cache):
-    """decode.c for these types, compiled for this CPU and kept in the user's cache; None where
-    there is no C compiler."""
-    source = Path(__file__).with_name('decode.c')
-    # and sums in any order
-    flags = (
-        f'-DWEIGHT={weight} -DCACHE={cache} -O3 -march=native -shared -fPIC '
-        '-fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno'
-    ).split()
-    flags += ['-mprefer-vector-width=512'] * (platform.machine().lower() in ('x86_64', 'amd64'))
-    about = [source.read_text(encoding='utf-8'), platform.machine(), platform.processor(), *flags]
-    with (
-        contextlib.suppress(OSError),
-        open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file,
-    ):
-        about += [line for line in file if line.startswith(('flags', 'Features', 'model name'))]
-    try:
-        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanogpt'
-        path = folder / f"decode-{hashlib.sha256(''.join(about).encode()).hexdigest()[:16]}.so"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, 'getuid') and folder.stat().st_uid != os.getuid():
-            return None  # code of somebody else's may be in it
-        library = _loaded(path)
-        if library is None:
-            with tempfile.TemporaryDirectory(dir=folder) as fresh:
-                # Apple's compiler has no OpenMP: on one thread, only int8 is faster than torch
-                for threads in [['-fopenmp']] + [[]] * (weight == 'int8_t'):
-                    command = [
-                        'cc',
-                        *flags,
-                        *threads,
-                        str(source),
-                        '-lm',
-                        '-o',
-                        f'{fresh}/decode.so',
-                    ]
-                    if subprocess.run(command, capture_output=True).returncode == 0:
-                        os.replace(f'{fresh}/decode.so', path)
-                        break
-            library = _loaded(path)
-        if library is None:
-            return None
-    except (OSError, RuntimeError):  # no compiler, nowhere to write, no home
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    library.product.argtypes, library.product.restype = [pointer] * 3 + [number] * 3, None
-    library.blocks.argtypes = [pointer, number, *[pointer] * 4, *[number] * 7, ctypes.c_float]
-    library.blocks.restype = None
-    return library
+    def _can_use_c(self, x, past):
+        """Whether x is one float32 token of few rows, with a cache of the dtype that decode.c was
+        compiled for."""
+        B, T, _ = x.shape
+        if past is None or T > 1 or B > MAX_C_ROWS:
+            return False
+        return x.dtype == torch.float32 and past.tensors[0].dtype == self.cache_dtype

@@ -1,1 +1,1 @@
-"""The machine and the process: devices, compilation, errors, files, downloads. Nothing about models or text."""
+"""The machine and the process: device, compilation, errors, files, downloads."""

@@ -1,4 +1,4 @@
-"""torch.compile: whether it pays here, and doing it so that a failure leaves the model as it was."""
+"""torch.compile: whether it pays on this machine, and trying it so that a failure costs nothing."""
 
 import math
 import os
@@ -10,67 +10,63 @@ import torch
 
 from system.device import synchronize
 
-# From how many seconds of eager training on it pays to compile. It takes about 50 s on two CPU
-# cores and saves a sixth of a step there; the figure for GPUs is a guess, not measured.
+# The seconds of eager training above which compiling pays. On two CPU cores it takes about 50 s and
+# makes a step a sixth faster. The figure for GPUs is an estimate, not measured.
 COMPILE_PAYS = {'cuda': 120, 'cpu': 300}
 
 
-def resolve_compile(wish, device):
-    """True | False | 'auto' -> whether to compile. auto stays 'auto', for compile_model, where it
-    may pay."""
-    if str(wish) not in ('True', 'False', 'auto'):
-        raise ValueError(f"compile={wish!r} is unknown: take True, False or auto")
-    if wish != 'auto':
-        return wish
-    can = device == 'cpu' or (
-        device.startswith('cuda') and torch.cuda.get_device_capability(device)[0] >= 7
-    )
-    return 'auto' if can else False
+def resolve_compile(mode, device):
+    """True | False | 'auto' -> True, False, or 'auto' where compiling may pay, or ValueError.
+
+    compile_model decides on 'auto' once it has timed a step.
+    """
+    if str(mode) not in ('True', 'False', 'auto'):
+        raise ValueError(f"compile={mode!r} is unknown: use True, False or auto")
+    if mode != 'auto' or device == 'cpu':
+        return mode
+    if device.startswith('cuda') and torch.cuda.get_device_capability(device)[0] >= 7:
+        return mode
+    return False
 
 
-def compile_model(model, parts, *, try_step, wish, insist, device, steps, any_rank):
-    """Compile `parts` of `model` in place (state-dict names stay clean) and prove it on
-    `try_step()`; returns whether they are.
+def compile_model(model, parts, *, mode, is_required, try_step, steps, device, any_rank):
+    """Compile `parts` of `model` in place and test them on a step; returns whether it succeeded.
 
-    wish: True, or 'auto': only where `steps` more of these would take so long uncompiled that it
-    pays. any_rank: tells whether a flag is true in any process, so that all decide alike. Where it
-    can't be done (no C compiler, an old GPU): ValueError if `insist`, else one line, and the
-    model stays as it was. Gradients and buffers that the trial changed are put back.
+    mode: True, or 'auto', which compiles only if training for `steps` more calls of try_step()
+    would take long enough uncompiled that it pays. try_step() runs one micro-batch forward and
+    backward; the gradients and buffers that it changes are restored. any_rank(flag): whether the
+    flag is true in any process, so that all of them decide alike.
+
+    Where compilation fails (no C compiler, an old GPU), the model stays as it was and one line on
+    stderr says why; if is_required, that line is a ValueError. Names in the state dict never
+    change.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    if wish != 'auto' or any_rank(
-        steps > 0 and _seconds_of(try_step, device) * steps > COMPILE_PAYS[device.split(':')[0]]
-    ):
-        try:
-            if os.environ.get('RANK', '0') == '0':
-                print("compiling, which takes a minute", flush=True)
-            for part in parts:
-                part.compile()
-            with warnings.catch_warnings():
-                # the traceback of a step that Ctrl-C ends
-                warnings.filterwarnings('ignore', 'Error detected in')
-                try_step()
-        except Exception as error:  # the compiler's ways to fail are many and undocumented
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-            if insist:
-                raise ValueError(f"{reason}; take --compile=False") from None
-            print(f"{reason}; going on without it", file=sys.stderr)
-            for part in parts:
-                part._compiled_call_impl = None
+    is_compiled = False
+    if mode != 'auto' or any_rank(_pays(try_step, steps, device)):
+        is_compiled = _try_compile(parts, try_step, is_required)
+
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     model.zero_grad(set_to_none=True)
     if device.startswith('cuda'):
         torch.cuda.reset_peak_memory_stats(device)
-    return parts[0]._compiled_call_impl is not None
+    return is_compiled
+
+
+def _pays(try_step, steps, device):
+    """Whether `steps` uncompiled steps take so long that compiling saves time."""
+    if steps <= 0:
+        return False
+    return _seconds_of(try_step, device) * steps > COMPILE_PAYS[device.split(':')[0]]
 
 
 def _seconds_of(try_step, device):
-    """How long `try_step()` takes, once it has been done before; for ever if it does not fit:
-    compiled, it may."""
+    """The seconds that `try_step()` takes after a first call to warm up.
+
+    Infinity if it does not fit into memory: compiled, it may.
+    """
     try:
         try_step()
         synchronize(device)
@@ -81,3 +77,28 @@ def _seconds_of(try_step, device):
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return math.inf
+
+
+def _try_compile(parts, try_step, is_required):
+    """Compile the parts and run try_step(), which triggers it; returns whether that worked."""
+    if os.environ.get('RANK', '0') == '0':
+        print("compiling, which takes a minute", flush=True)
+    try:
+        for part in parts:
+            part.compile()
+        with warnings.catch_warnings():
+            # Autograd would print the traceback of the forward pass if Ctrl-C ends the step.
+            warnings.filterwarnings('ignore', 'Error detected in')
+            try_step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many undocumented ways
+        text = ' '.join(str(error).split())[:120]
+        reason = f"torch.compile does not work here ({type(error).__name__}: {text})"
+        if is_required:
+            raise ValueError(f"{reason}; set --compile=False") from None
+        print(f"{reason}; continuing without it", file=sys.stderr)
+        for part in parts:
+            part._compiled_call_impl = None  # undoes compile()
+        return False
+    return True

@@ -1,4 +1,7 @@
-"""The device: which one, number format, threads, memory, randomness, peak speed, profiler."""
+"""The device: which one, its number format, threads, memory, random numbers, peak speed, profiler.
+
+A device is a string everywhere: 'cpu', 'cuda', 'cuda:1' or 'mps'.
+"""
 
 import contextlib
 import ctypes
@@ -20,106 +23,143 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 
 def resolve_device(device, recorded=None):
-    """'auto' | 'cpu' | 'cuda[:N]' | 'mps' -> a device that is there. Raises ValueError where it
-    isn't.
+    """'auto' | 'cpu' | 'cuda[:N]' | 'mps' -> a device that this machine has, or ValueError.
 
-    'auto' is the fastest device; where a run is resumed, the one that it used before (`recorded`),
-    if this machine has it. No other device than the one named is asked about: a run on the CPU must
-    work where a GPU is full or reserved.
+    'auto' is the fastest device; in a resumed run it is the device that the run used before
+    (`recorded`), if this machine has it. Only the named device is queried: a run on the CPU must
+    work where the GPU is full or reserved.
     """
     if device == 'auto' and recorded:
-        try:
-            return resolve_device(recorded)
-        except ValueError:
-            fastest = _fastest_device()
-            if os.environ.get('RANK', '0') == '0':
-                print(
-                    f"the run used device={recorded!r}, which can't be used here: "
-                    f"it goes on with device={fastest!r}",
-                    flush=True,
-                )
-            return fastest
+        return _recorded_device(recorded)
     if device == 'auto':
         return _fastest_device()
+
     kind, _, index = str(device).partition(':')
-    if kind not in ('cpu', 'cuda', 'mps') or (index and not (kind == 'cuda' and index.isdigit())):
+    is_known = kind in ('cpu', 'cuda', 'mps')
+    has_valid_index = not index or (kind == 'cuda' and index.isdigit())
+    if not is_known or not has_valid_index:
         raise ValueError(
-            f"device={device!r} is unknown: take auto, cpu, cuda, cuda:0, cuda:1, … or mps"
+            f"device={device!r} is unknown: use auto, cpu, cuda, cuda:0, cuda:1, … or mps"
         )
     if kind == 'cpu':
         return 'cpu'
+
     backend = torch.cuda if kind == 'cuda' else torch.backends.mps
     if not backend.is_available():
         raise ValueError(
-            f"device={device!r} is not available here: take --device=auto, or install a torch built for it"
+            f"device={device!r} is not available here: use --device=auto, or install a torch "
+            "built for it"
         )
-    if kind == 'cuda' and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={device!r}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0"
-        )
-    if kind == 'cuda' and (missing := _missing_kernels(device)):
-        raise ValueError(f"{missing}; install an older torch or take --device=cpu")
+    if kind == 'cuda':
+        _check_gpu(device, int(index or 0))
     return str(device)
 
 
+def _recorded_device(recorded):
+    """The device that a resumed run used before, or the fastest one if this machine lacks it."""
+    try:
+        return resolve_device(recorded)
+    except ValueError:
+        fastest = _fastest_device()
+
+    if os.environ.get('RANK', '0') == '0':
+        print(
+            f"the run used device={recorded!r}, which can't be used here: "
+            f"it continues with device={fastest!r}",
+            flush=True,
+        )
+    return fastest
+
+
 def _fastest_device():
-    """cuda, mps or cpu: the first of them that this machine and the installed torch have."""
+    """cuda, mps or cpu: the first of them that this machine and the installed torch support."""
     if torch.cuda.is_available():
-        missing = _missing_kernels('cuda')
-        if not missing:
+        problem = _missing_kernels('cuda')
+        if not problem:
             return 'cuda'
-        print(f"{missing}; using the CPU", file=sys.stderr)
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+        print(f"{problem}; using the CPU", file=sys.stderr)
+    if torch.backends.mps.is_available():
+        return 'mps'
+    return 'cpu'
+
+
+def _check_gpu(device, index):
+    """Raise ValueError if there is no GPU `index`, or the installed torch can't run on it."""
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r}: this machine has {torch.cuda.device_count()} GPU(s), counted "
+            "from cuda:0"
+        )
+    if problem := _missing_kernels(device):
+        raise ValueError(f"{problem}; install an older torch or use --device=cpu")
 
 
 def _missing_kernels(device):
-    """Why the installed torch has no kernels for this GPU, or ''."""
-    if torch.version.hip:  # AMD's names follow another scheme
+    """A sentence if the installed torch has no kernels for this GPU, '' if it has them.
+
+    Compiled kernels (sm_XY) run on GPUs of the same major capability and at least the same minor
+    one. PTX (compute_XY) is compiled when it is loaded, for any later GPU.
+    """
+    if torch.version.hip:  # AMD names its architectures differently
         return ''
     major, minor = torch.cuda.get_device_capability(device)
-    built = [arch.split('_')[1].rstrip('af') for arch in torch.cuda.get_arch_list()]
-    if not built or any(int(b[:-1]) == major and int(b[-1]) <= minor for b in built):
+    architectures = torch.cuda.get_arch_list()
+    capabilities = [name.split('_')[1].rstrip('af') for name in architectures]
+    if not capabilities:
         return ''
-    newest_ptx = [a for a in torch.cuda.get_arch_list() if a.startswith('compute_')]
-    if newest_ptx and all(int(b[:-1]) <= major for b in built):
+
+    if any(int(c[:-1]) == major and int(c[-1]) <= minor for c in capabilities):
         return ''
-    return f"this torch has no kernels for {torch.cuda.get_device_name(device)} (capability {major}.{minor})"
+    has_ptx = any(name.startswith('compute_') for name in architectures)
+    if has_ptx and all(int(c[:-1]) <= major for c in capabilities):
+        return ''
+    return (
+        f"this torch has no kernels for {torch.cuda.get_device_name(device)} "
+        f"(capability {major}.{minor})"
+    )
 
 
 def resolve_dtype(dtype, device):
-    """'auto' | 'float32' | 'bfloat16' | 'float16' -> the format to compute in. Raises ValueError
-    where the device can't.
+    """'auto' | 'float32' | 'bfloat16' | 'float16' -> the format to compute in, or ValueError.
 
-    auto is bfloat16 where the chip has it in hardware; on CUDA otherwise float16; elsewhere
-    float32.
+    'auto' is bfloat16 where the hardware supports it, else float16 on CUDA and float32 elsewhere.
     """
     kind = device.split(':')[0]
-    has_bf16 = {
-        'cuda': kind == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 8,
-        'mps': False,
-        'cpu': cpu_has_bfloat16(),
-    }[kind]
+    has_bfloat16 = _has_bfloat16(device)
     if dtype == 'auto':
-        return 'bfloat16' if has_bf16 else 'float16' if kind == 'cuda' else 'float32'
+        if has_bfloat16:
+            return 'bfloat16'
+        return 'float16' if kind == 'cuda' else 'float32'
+
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown: take auto, float32, bfloat16 or float16")
-    # a CPU without it computes right, only slowly
-    if dtype == 'bfloat16' and not has_bf16 and kind != 'cpu':
+        raise ValueError(f"dtype={dtype!r} is unknown: use auto, float32, bfloat16 or float16")
+    # A CPU without hardware support computes the same numbers, only slowly.
+    if dtype == 'bfloat16' and not has_bfloat16 and kind != 'cpu':
         raise ValueError(
-            f"dtype='bfloat16': {device} has no bfloat16 in hardware; take --dtype=float16 or float32"
+            f"dtype='bfloat16': {device} has no bfloat16 in hardware; use --dtype=float16 or "
+            "float32"
         )
     return dtype
 
 
+def _has_bfloat16(device):
+    """Whether the device computes in bfloat16 in hardware, as far as we use it."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device == 'cpu' and cpu_has_bfloat16()
+
+
 def cpu_has_bfloat16():
-    """Whether the CPU multiplies bfloat16 in hardware (x86: AVX-512 BF16 or AMX; Arm: the BF16
-    extension)."""
+    """Whether the CPU multiplies bfloat16 in hardware.
+
+    On x86 that takes AVX-512 BF16 or AMX, on Arm the BF16 extension.
+    """
     if platform.machine().lower() in ('x86_64', 'amd64'):
-        probes = (
-            getattr(torch.cpu, name, None)
-            for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-        )
-        return any(probe() for probe in probes if probe)
+        for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+            probe = getattr(torch.cpu, name, None)  # private, so it may be missing
+            if probe and probe():
+                return True
+        return False
     try:
         with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as cpuinfo:
             return ' bf16' in cpuinfo.read()
@@ -128,14 +168,14 @@ def cpu_has_bfloat16():
 
 
 def autocast(device, dtype):
-    """The context in which forward passes run: mixed precision, or nothing for float32."""
+    """The context for forward passes: mixed precision, or a null context for float32."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.split(':')[0], DTYPES[dtype])
 
 
 def library_versions():
-    """What a checkpoint was made with."""
+    """{name: version} of Python and the libraries that a checkpoint was made with."""
     return {
         'torch': str(torch.__version__),
         'numpy': np.__version__,
@@ -143,32 +183,46 @@ def library_versions():
     }
 
 
-def set_threads(threads):
-    """Use `threads` CPU threads, unless the user's OMP_NUM_THREADS says otherwise; returns the
-    number in use.
+# ---- speed ---------------------------------------------------------------------------------------
 
-    Sums are split by thread: the same number gives the same bits.
+
+def set_threads(threads):
+    """Use `threads` CPU threads (None: torch's default); returns the number in use.
+
+    OMP_NUM_THREADS, if the user has set it, wins. A checkpoint records the number because sums are
+    split by thread: the same number of threads gives the same bits.
     """
     if threads and 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 
+# glibc's mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+
+
 def tune_for_speed():
-    """TF32 where the chip has it. On a CPU large pages, if this comes before the first tensor (a
-    step takes 3 to 5 % less); and ask glibc to keep freed memory for the next step: handing it back
-    and faulting it in again costs 10 %."""
+    """Enable TF32 on GPUs that have it, and large pages and memory reuse on CPUs.
+
+    Large pages need this call before the first tensor; they make a step 3 to 5 % faster. Keeping
+    freed memory in the process saves 10 %, the cost of returning it to the system and faulting it
+    in again.
+    """
     os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
     torch.set_float32_matmul_precision('high')
+
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD: take large blocks from the heap too
-        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which never shrinks
+        # Allocate large blocks on the heap too, which then never shrinks. Some versions of glibc
+        # refuse thresholds above 32 MiB.
+        if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def to_device(device, *arrays):
-    """NumPy arrays as tensors on the device; towards a GPU the copy does not wait."""
+    """NumPy arrays as a list of tensors on the device; copies to a GPU are asynchronous."""
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     if device.startswith('cuda'):
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
@@ -176,16 +230,18 @@ def to_device(device, *arrays):
 
 
 def synchronize(device):
-    """Wait until the device has done what was asked of it, so that a clock tells the truth."""
+    """Wait until the device has finished its queued work, so that it can be timed."""
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
     elif device == 'mps':
         torch.mps.synchronize()
 
 
+# ---- memory --------------------------------------------------------------------------------------
+
+
 def peak_memory(device):
-    """The most bytes that tensors took on the GPU, or that the process took on a CPU; 0 where
-    nobody counts."""
+    """Peak memory in bytes: of tensors on the GPU, or of the process on a CPU; 0 if unknown."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated(device)
     if device == 'mps':
@@ -194,9 +250,8 @@ def peak_memory(device):
         import resource
     except ImportError:  # Windows
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == 'darwin' else 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak  # Linux counts in KiB
 
 
 @contextlib.contextmanager
@@ -215,25 +270,28 @@ def memory_errors(advice):
         raise
 
 
-# ---- randomness ----------------------------------------------------------------------------------
+# ---- random numbers ------------------------------------------------------------------------------
 
 
 def seed_everything(*key, device):
     """Make torch's random numbers, on the CPU and on `device`, a function of `key` alone.
 
-    key: non-negative integers, the last not 0.
+    key: non-negative integers, of which the last is not 0.
     """
-    number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    torch.default_generator.manual_seed(number)  # torch.manual_seed takes ten times as long
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    seed = int(state >> np.uint64(1))  # torch's seeds are signed
+    torch.default_generator.manual_seed(seed)  # ten times as fast as torch.manual_seed
     if device.startswith('cuda'):
-        torch.cuda.manual_seed_all(number)
+        torch.cuda.manual_seed_all(seed)
     elif device == 'mps':
-        torch.mps.manual_seed(number)
+        torch.mps.manual_seed(seed)
 
 
 def use_deterministic_algorithms(flag):
-    """If wished, bit-identical repeats on CUDA too, at some cost in speed; call before anything
-    runs on the GPU."""
+    """If `flag`, make repeated runs bit-identical on CUDA too, at some cost in speed.
+
+    Must be called before anything runs on the GPU.
+    """
     if flag:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
@@ -241,8 +299,8 @@ def use_deterministic_algorithms(flag):
 
 # ---- peak speed ----------------------------------------------------------------------------------
 
-# Dense TFLOP/s by the makers' data sheets: 16-bit formats with 32-bit sums, and float32 as TF32
-# where the chip has it.
+# Dense TFLOP/s from the vendors' data sheets: 16-bit formats with 32-bit accumulation, and float32
+# as TF32 where the chip has it.
 GPU_PEAKS = {  # part of the name: (16-bit, float32)
     'B200': (2250, 1125),
     'GB200': (2500, 1250),
@@ -271,32 +329,33 @@ GPU_PEAKS = {  # part of the name: (16-bit, float32)
 
 
 def gpu_peak_flops(name, dtype):
-    """Peak FLOP/s of the GPU called `name` in `dtype`, or None for one that the table does not
-    know."""
+    """Peak FLOP/s of the GPU called `name` in `dtype`, or None if it is not in the table."""
     words = name.replace('-', ' ').split()
-    # slower or faster relatives of the same name
+    # Variants of a listed name that are slower or faster than it.
     if {'Laptop', 'Ti', 'SUPER', 'D', 'MIG'} & set(words):
         return None
     for known, (half, single) in GPU_PEAKS.items():
-        parts = known.split()
-        if any(words[i : i + len(parts)] == parts for i in range(len(words))):
+        # The words of the listed name, next to each other: 'A10' is not in 'NVIDIA A100'.
+        if f" {known} " in f" {' '.join(words)} ":
             return (single if dtype == 'float32' else half) * 1e12
     return None
 
 
 def peak_flops(device, dtype):
-    """Peak FLOP/s of a device for MFU, or None where it is not known (also a T4 or V100 asked for
-    bfloat16)."""
+    """Peak FLOP/s of a GPU from the table, to compute MFU; None for other devices."""
     if not device.startswith('cuda'):
         return None
     return gpu_peak_flops(torch.cuda.get_device_name(device), dtype)
 
 
 def measured_peak_flops(dtype, size=2048, seconds=1.0):
-    """FLOP/s that a CPU reaches in one large square matrix product in `dtype`: the best of repeats
-    within `seconds`."""
+    """FLOP/s of the CPU in a matrix product: the best of repetitions during `seconds`.
+
+    The product is of two size x size matrices in `dtype`.
+    """
     a = torch.randn(size, size).to(DTYPES[dtype])
-    best, end = float('inf'), time.perf_counter() + seconds
+    best = float('inf')
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ a
@@ -304,12 +363,14 @@ def measured_peak_flops(dtype, size=2048, seconds=1.0):
     return 2 * size**3 / best
 
 
-# ---- profiling ------------------------------------------------------------------------------------
+# ---- profiling -----------------------------------------------------------------------------------
 
 
 def make_profiler(folder, device):
-    """A profiler that skips 5 steps, warms up for 5, and writes the next 5 as a trace into
-    `folder`; call its step(). Without a folder it does nothing."""
+    """A profiler whose step() is to be called after each step; without a folder it does nothing.
+
+    It skips 5 steps, warms up for 5, and writes a trace of the next 5 to `folder`.
+    """
     if not folder:
         return SimpleNamespace(step=lambda: None)
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -1,8 +1,7 @@
-"""How a script ends: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and
-exit code 130.
+"""How a script ends: a user's mistake is one line and exit code 2, Ctrl-C one line and code 130.
 
 Every script calls `begin_script` before its other imports, so this module imports nothing slow
-(runtime.py loads torch).
+(system.device loads torch).
 """
 
 import atexit
@@ -13,39 +12,46 @@ import signal
 import sys
 import time
 
-STOPPED = 128 + signal.SIGINT  # a shell's exit codes: of a program that Ctrl-C ended,
-# and of one whose output nobody reads any more (SIGPIPE, which Windows does not have)
+# A shell's exit codes for a program that Ctrl-C ended, and for one whose output nobody reads any
+# more: SIGPIPE, which is 13, and which Windows does not have.
+STOPPED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + 13
-REPLACED = 'nanogpt-replaced'  # the name of the error handler below
-_lacking = set()  # encodings of standard output that lacked a character of what was printed
+REPLACED = 'nanogpt-replaced'  # the name of the error handler that begin_script registers
 
 
 def begin_script():
-    """Prepare the process for a user at a terminal; the first call of every script.
+    """Prepare the process for a user at a terminal; every script calls it first.
 
-    Ctrl-C, from here on until the process ends, is one line and exit code 130. A closed pipe (`|
-    head`) ends the script without a word. A character that standard output can't encode is printed
-    as `?`, and a line at the end says so.
+    From here on until the process ends, Ctrl-C prints one line and exits with code 130. A closed
+    pipe (`| head`) ends the script silently. A character that standard output can't encode is
+    printed as `?`, and a line at the end says so.
     """
-    # otherwise nohup, for example, ignores it
+    # Only Python's own handler is replaced: nohup, for example, has the signal ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop_at_once)
     if hasattr(signal, 'pthread_sigmask'):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see no_interrupt
-    sys.excepthook = _end
-    sys.unraisablehook = _end_where_nobody_catches
-    codecs.register_error(REPLACED, _replaced)
+    sys.excepthook = _end_after_exception
+    sys.unraisablehook = _end_after_unraisable
+
+    lacking = set()  # encodings of standard output that lacked a character of what was printed
+
+    def replace_character(error):
+        lacking.add(sys.stdout.encoding)
+        return codecs.replace_errors(error)
+
+    codecs.register_error(REPLACED, replace_character)
     if hasattr(sys.stdout, 'reconfigure') and sys.stdout.errors in ('strict', 'surrogateescape'):
-        sys.stdout.reconfigure(errors=REPLACED)  # stderr writes backslashes, which never fails
+        sys.stdout.reconfigure(errors=REPLACED)  # stderr never fails, as it writes backslashes
     atexit.unregister(_finish_output)
-    atexit.register(_finish_output)
+    atexit.register(_finish_output, lacking)
 
 
 # ---- a user's mistakes ---------------------------------------------------------------------------
 
 
 def fail(message):
-    """End the script on a user's mistake: one line on stderr, exit code 2."""
+    """End the script because of a user's mistake: one line on stderr, exit code 2."""
     line = one_line(message)
     with contextlib.suppress(OSError):
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -53,27 +59,28 @@ def fail(message):
     raise SystemExit(2)
 
 
-MOST = 480  # characters of a line,
-MOST_WITH_COMMAND = 2000  # and of one with a `command`, which would not work if it were cut
+MAX_LENGTH = 480  # characters of a line
+MAX_LENGTH_WITH_COMMAND = 2000  # of one with a `command`, which must not be cut
 
 
 def one_line(message):
-    """A message as one printable line of moderate length."""
+    """A message as one printable line of moderate length; a long one is cut near its end."""
     line = ' '.join(str(message).split())
-    # File names and rows may hold anything.
+    # File names and rows of a dataset may hold any character.
     line = ''.join(c if c.isprintable() else '\ufffd' for c in line)
-    most = MOST_WITH_COMMAND if line.count('`') > 1 else MOST
-    if len(line) <= most:
+    has_command = line.count('`') > 1
+    max_length = MAX_LENGTH_WITH_COMMAND if has_command else MAX_LENGTH
+    if len(line) <= max_length:
         return line
-    return f"{line[: most - 110]} … {line[-90:]}"
+    return f"{line[: max_length - 110]} … {line[-90:]}"
 
 
 def tell_torchrun(line):
-    """Under torchrun, have it repeat `line` at its end, as the reason why this process failed."""
+    """Under torchrun, make it repeat `line` at its end, as the reason why this process failed."""
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not path:
         return
-    import json  # here, since it takes 5 ms, in which Ctrl-C would print a traceback
+    import json  # here, as it takes 5 ms, during which Ctrl-C would print a traceback
 
     with contextlib.suppress(OSError), open(path, 'w', encoding='utf-8') as file:
         json.dump({'message': line, 'timestamp': int(time.time())}, file)
@@ -81,9 +88,12 @@ def tell_torchrun(line):
 
 @contextlib.contextmanager
 def user_errors():
-    """The project's modules raise ValueError and OSError with a line for the user; inside this,
-    that line ends the script. Only around calls that check what a user gave."""
-    # the imports are done: from now on there is work to clean up
+    """In the body, ValueError and OSError end the script with their message, and exit code 2.
+
+    The project's modules raise them with a line for the user. Use this only around calls that check
+    what a user gave.
+    """
+    # The imports are done: from now on Ctrl-C raises KeyboardInterrupt, so that work is cleaned up.
     if signal.getsignal(signal.SIGINT) is _stop_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -96,7 +106,7 @@ def user_errors():
             fail(f"{error.filename}: {error.strerror}")
         fail(error)
     except KeyboardInterrupt:
-        _say_stopped()
+        _print_stopped()
         raise SystemExit(STOPPED) from None
 
 
@@ -104,16 +114,21 @@ def user_errors():
 
 
 def _stop_at_once(number, frame):
-    """The handler of SIGINT during imports. There is nothing to clean up, and an exception could be
-    caught there."""
-    _say_stopped()
+    """The handler of SIGINT during imports, when there is nothing to clean up.
+
+    An exception instead could be caught by what is being imported.
+    """
+    _print_stopped()
     os._exit(STOPPED)
 
 
 @contextlib.contextmanager
 def no_interrupt():
-    """Hold Ctrl-C back until this block ends. Processes started inside inherit the blocked signal,
-    so it never reaches them; only the project's own scripts unblock it, in begin_script."""
+    """Hold Ctrl-C back until this block ends.
+
+    Processes started inside inherit the blocked signal, so it never reaches them; only the
+    project's own scripts unblock it, in begin_script.
+    """
     if not hasattr(signal, 'pthread_sigmask'):  # Windows
         yield
         return
@@ -124,20 +139,22 @@ def no_interrupt():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _say_stopped():
-    with contextlib.suppress(ValueError):  # not in the main thread
-        # pressed again: do not clean up
+def _print_stopped():
+    with contextlib.suppress(ValueError):  # this is not the main thread
+        # A second Ctrl-C does not wait for any cleaning up.
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(STOPPED))
-    # stderr is closed; the signal came during a print
+    # OSError: stderr is closed. RuntimeError: the signal arrived during another print.
     with contextlib.suppress(OSError, RuntimeError):
         print("stopped", file=sys.stderr, flush=True)
 
 
-def _end(kind, error, traceback):
-    """sys.excepthook, for what user_errors did not catch: one line for Ctrl-C, nothing for a closed
-    pipe, otherwise a traceback."""
+def _end_after_exception(kind, error, traceback):
+    """sys.excepthook, for what user_errors did not catch.
+
+    Prints one line for Ctrl-C, nothing for a closed pipe, otherwise the traceback.
+    """
     if _was_interrupted(error):
-        _say_stopped()
+        _print_stopped()
         raise SystemExit(STOPPED)  # from an excepthook, this sets the exit code
     if isinstance(error, BrokenPipeError):
         _discard_output()
@@ -145,9 +162,19 @@ def _end(kind, error, traceback):
     sys.__excepthook__(kind, error, traceback)
 
 
+def _end_after_unraisable(unraisable):
+    """sys.unraisablehook, for exceptions in destructors and functions of atexit.
+
+    Python ignores those, and so it would ignore Ctrl-C.
+    """
+    if _was_interrupted(unraisable.exc_value):
+        _print_stopped()
+        os._exit(STOPPED)
+    sys.__unraisablehook__(unraisable)
+
+
 def _was_interrupted(error):
-    """Whether KeyboardInterrupt is what happened first: libraries turn it into errors of their
-    own."""
+    """Whether `error` was caused by KeyboardInterrupt, which libraries wrap in their own errors."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -155,40 +182,24 @@ def _was_interrupted(error):
     return False
 
 
-def _end_where_nobody_catches(unraisable):
-    """sys.unraisablehook: Python drops an exception in a destructor or in a function of atexit, and
-    Ctrl-C with it."""
-    if _was_interrupted(unraisable.exc_value):
-        _say_stopped()
-        os._exit(STOPPED)
-    sys.__unraisablehook__(unraisable)
-
-
 # ---- standard output -----------------------------------------------------------------------------
 
 
-def _replaced(error):
-    """The error handler of standard output: `?` for each character that its encoding lacks."""
-    _lacking.add(sys.stdout.encoding)
-    return codecs.replace_errors(error)
-
-
 def _discard_output():
-    """Redirect stdout and stderr to os.devnull where they have no reader, so that the flush at exit
-    can't fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Redirect stdout and stderr to os.devnull if nobody reads them, or the flush at exit fails."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            os.dup2(nowhere, stream.fileno())
+            os.dup2(devnull, stream.fileno())
 
 
-def _finish_output():
-    """At the end: write what is left, and say whether something could not be printed.
+def _finish_output(lacking):
+    """At exit: write what is left, and report characters that could not be printed.
 
-    Ctrl-C is ignored from then on. Python is about to remove its own handlers, and the system's
-    would kill a script that has done its work.
+    lacking: the encodings that lacked one. Ctrl-C is ignored at the end, because Python is about to
+    remove its own handlers, and the system's would kill a script that has finished its work.
     """
     try:
         sys.stdout.flush()
@@ -202,13 +213,13 @@ def _finish_output():
                 flush=True,
             )
         os._exit(2)
-    for encoding in sorted(_lacking):
-        hint = (
-            '' if codecs.lookup(encoding).name == 'utf-8' else '; PYTHONIOENCODING=utf-8 prints it'
-        )
+
+    for encoding in sorted(lacking):
+        line = f"? stands for characters that standard output can't encode, as it is {encoding}"
+        # UTF-8 lacks only lone surrogates, as in a file's name that is not UTF-8: no encoding has
+        # those.
+        if codecs.lookup(encoding).name != 'utf-8':
+            line += "; to print them, set PYTHONIOENCODING=utf-8"
         with contextlib.suppress(OSError):
-            print(
-                f"? stands for text that standard output can't show, as it is {encoding}{hint}",
-                file=sys.stderr,
-            )
+            print(line, file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -40,7 +40,7 @@ PRELOAD = [
     'torch.distributed.launcher.api',
     'torch._dynamo',
     'configurator',
-    'generation.decode',
+    'generation.final_sample',
     'models',
     'system.device',
     'text.mixture',
@@ -150,7 +150,7 @@ def run_here(script, words, hook=None):
 
     Returns the exit code that `python SCRIPT` would have, its excepthook included.
     """
-    importlib.import_module('generation.decode').closing_sample = lambda *args: None
+    importlib.import_module('generation.final_sample').print_final_sample = lambda *args: None
     sys.argv = [script, *words]
     try:
         try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from generation import quantize as weights
+from generation import quantize
 from generation.decode import Context
 from models import build
 from models.parts import attention, layers
@@ -437,13 +437,13 @@ def test_matrices_one_above_the_other_are_told_to_muon(name, n):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 @pytest.mark.parametrize('kind', ['gqa', 'mla', 'gated', 'sinks', 'differential'])
 def test_weights_in_fewer_bits(kind, dtype):
-    if dtype == 'int8' and not weights.can_int8():
+    if dtype == 'int8' and not quantize.has_int8():
         pytest.skip("no C compiler")
     torch.manual_seed(0)
     model = build('transformerpp', **{**SHAPE, 'n_embd': 128}, attention_kind=kind).eval()
     idx = torch.randint(50, (2, 24))
     expected = model(idx)[0]
-    weights.prepare(model, dtype)
+    quantize.convert_weights(model, dtype)
     cache = model.init_cache(2, 24)
     for t in range(24):
         logits, _ = model(idx[:, t : t + 1], cache=cache)

@@ -14,7 +14,8 @@ from conftest import ROOT
 from test_ready_sets import needs_gpt2
 
 import models
-from generation import decode as generate
+from generation import decode
+from generation.sampling import Sampling
 from text import chat
 from text.chat import Dialogue, Template
 from text.dataset import Dataset
@@ -191,7 +192,7 @@ def test_the_oldest_turns_are_left_out_where_all_do_not_fit():
         said(ids)
         == '### User:\n2?\n\n### Assistant:\n2\n### End\n\n### User:\n3?\n\n### Assistant:\n'
     )
-    # generate.Context says what it thinks of that
+    # decode.Context says what it thinks of that
     assert talk.left_out == 4 and len(talk.ask('x' * 200)) > 200
 
 
@@ -286,8 +287,8 @@ def test_a_conversation_knows_what_was_said(sample):
 
 def test_an_answer_ends_at_the_end_of_text(parrot):
     model, talk = pretrained.load_model(parrot), Dialogue(Template(), ByteTokenizer(), room=150)
-    context = generate.Context(model, [talk.ask('Hi')], 200)
-    news = list(generate.texts(context, 50, generate.Sampling(temperature=0), ends=[ord('!')]))
+    context = decode.Context(model, [talk.ask('Hi')], 200)
+    news = list(decode.stream_text(context, 50, Sampling(temperature=0), stop_ids=[ord('!')]))
     assert ''.join(new for (new,) in news) == 'Hello' and len(news) == 6
 
 

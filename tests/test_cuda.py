@@ -389,7 +389,7 @@ def test_a_run_of_the_gpu_is_resumed_and_used_where_there_is_none(text_folder, t
     succeed(['train.py', *no_device, f'--dataset={text_folder}', f'--out_dir={tmp_path}'])
     assert resolved(tmp_path)['device'] == 'cuda'  # as auto is the fastest
     out = train_without_gpu(tmp_path, '--init_from=resume', '--max_iters=8')
-    assert "the run used device='cuda'" in out and "it goes on with device='cpu'" in out
+    assert "the run used device='cuda'" in out and "it continues with device='cpu'" in out
     assert len(losses(tmp_path)) > 8
     done = run('sample.py', f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=5')
     assert done.returncode == 0, done.stderr

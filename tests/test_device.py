@@ -136,7 +136,8 @@ def test_auto_goes_on_where_a_run_was(monkeypatch, capsys):
     assert resolve_device('auto', 'cuda') == 'cpu'
     (line,) = capsys.readouterr().out.splitlines()
     assert (
-        line == "the run used device='cuda', which can't be used here: it goes on with device='cpu'"
+        line
+        == "the run used device='cuda', which can't be used here: it continues with device='cpu'"
     )
 
 
@@ -173,7 +174,7 @@ def test_auto_is_kept_as_the_wish_it_is(automatic):
 def test_a_run_of_a_cpu_that_comes_to_a_machine_with_a_gpu_goes_on_as_it_was(automatic, tmp_path):
     out_dir = shutil.copytree(automatic, tmp_path / 'out')
     out = train(out_dir, '--init_from=resume', '--max_iters=8', hook=forbid_cuda)
-    assert 'machine: 1 x cpu' in out and 'it goes on with' not in out
+    assert 'machine: 1 x cpu' in out and 'it continues with' not in out
 
 
 def test_a_run_of_a_gpu_that_comes_to_a_machine_without_goes_on_on_the_cpu(automatic, tmp_path):
@@ -183,5 +184,5 @@ def test_a_run_of_a_gpu_that_comes_to_a_machine_without_goes_on_on_the_cpu(autom
     (tmp_path / 'out').mkdir()
     checkpoint.save(tmp_path / 'out', 'ckpt.pt', state)
     out = train(tmp_path / 'out', '--init_from=resume', '--max_iters=8')
-    assert "the run used device='cuda'" in out and "it goes on with device='cpu'" in out
+    assert "the run used device='cuda'" in out and "it continues with device='cpu'" in out
     assert f"machine: 1 x cpu, {resolve_dtype('auto', 'cpu')}" in out

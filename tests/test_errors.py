@@ -37,7 +37,7 @@ import json, os, runpy, signal, sys, tempfile, time, traceback
 import configurator, model, models, numpy.ma, torch
 import system.device, text.mixture, training.checkpoint, training.lora, training.metrics
 import training.optimizer
-from generation import decode as generate
+from generation import final_sample
 try:
     import resource
 except ImportError:
@@ -58,7 +58,7 @@ for line in sys.stdin:
             sys.stdout.reconfigure(encoding=asked['env']['PYTHONIOENCODING'], errors='strict')
             sys.stderr.reconfigure(encoding=asked['env']['PYTHONIOENCODING'])
         if not asked['sample']:
-            generate.closing_sample = lambda *args: None
+            final_sample.print_final_sample = lambda *args: None
         if asked['memory']:
             used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + asked['memory'],) * 2)
@@ -212,9 +212,9 @@ SETTINGS = [
     ('--learning_rate=-1', 'learning_rate=-1'),
     ('--beta2=1', '1.0'),
     ('--model=mamba9', "model='mamba9' is unknown; the nearest is"),
-    ('--device=gpu', "device='gpu' is unknown: take auto, cpu, cuda"),
-    ('--dtype=fp16', "dtype='fp16' is unknown: take auto, float32, bfloat16 or float16"),
-    ('--compile=maybe', "compile='maybe' is unknown: take True, False or auto"),
+    ('--device=gpu', "device='gpu' is unknown: use auto, cpu, cuda"),
+    ('--dtype=fp16', "dtype='fp16' is unknown: use auto, float32, bfloat16 or float16"),
+    ('--compile=maybe', "compile='maybe' is unknown: use True, False or auto"),
     ('--attention=flash', "attention='flash' is unknown: use auto, sdpa or plain"),
     *[
         (word, word[2:].split('=')[0])
@@ -285,14 +285,14 @@ def test_processes_share_the_micro_batches_evenly(warm, text_folder):
 def test_cuda_where_there_is_none():
     for device in ('cuda', 'cuda:1'):
         with pytest.raises(
-            ValueError, match=f"device='{device}' is not available here: take --device=auto"
+            ValueError, match=f"device='{device}' is not available here: use --device=auto"
         ):
             resolve_device(device)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
 def test_mps_where_there_is_none():
-    with pytest.raises(ValueError, match="device='mps' is not available here: take --device=auto"):
+    with pytest.raises(ValueError, match="device='mps' is not available here: use --device=auto"):
         resolve_device('mps')
 
 
@@ -305,7 +305,7 @@ def test_mps_where_there_is_none():
         (lambda: resolve_dtype(16, 'cpu'), 'dtype=16 is unknown'),
         (
             lambda: resolve_dtype('bfloat16', 'mps'),
-            'mps has no bfloat16 in hardware; take --dtype=float16',
+            'mps has no bfloat16 in hardware; use --dtype=float16',
         ),
         (lambda: models.build('nope'), "model='nope' is unknown"),
         (lambda: tokenizer.load({'kind': 'bpe'}), 'its kind must be char'),
@@ -1026,7 +1026,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_resumed(warm, copy, fills):
         ('--top_k=-1', 'top_k=-1'),
         ('--top_k=0.5', 'top_k takes a whole number, not 0.5'),
         ('--max_new_tokens=-1', 'max_new_tokens=-1 must be at least 0'),
-        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line'),
+        ('--start=LINES:/dev/null', 'LINES:/dev/null has no line that is not empty'),
         ('--num_samples=0', 'num_samples=0 must be at least 1'),
         ('--seed=-1', 'seed=-1'),
         ('--device=gpu', "device='gpu' is unknown"),

@@ -541,7 +541,7 @@ def test_that_a_run_which_does_not_listen_loses_everything(text_folder, tmp_path
 
 
 def hang_in_saves(grace):
-    stop.GRACE = grace
+    stop.GRACE_SECONDS = grace
     around_saves(lambda *args: time.sleep(60))
 
 
@@ -612,7 +612,7 @@ def test_a_second_signal_ends_at_once(text_folder, tmp_path):
     )
     wait_for(lambda: steps_logged(tmp_path) > 2)
     run.kill(signal.SIGTERM)
-    wait_for(lambda: 'once more ends without saving' in run.text())
+    wait_for(lambda: 'a second signal ends without saving' in run.text())
     time.sleep(2.1)  # sooner, it counts as the same one
     run.kill(signal.SIGTERM)
     assert run.wait(5).returncode == 128 + signal.SIGTERM
@@ -678,7 +678,9 @@ def test_a_lost_process_without_restarts_ends_the_run(text_folder, tmp_path):
     os.kill(processes_of(parent=run.pid)[1], signal.SIGKILL)
     began, done = time.monotonic(), run.wait()
     assert done.returncode == 1 and time.monotonic() - began < 30
-    assert 'error: process 0 lost another one' in done.output and not processes_of(session=run.pid)
+    assert 'error: process 0 lost contact with another one' in done.output and not processes_of(
+        session=run.pid
+    )
 
 
 # ---- an error in one of several processes --------------------------------------------------------
@@ -755,7 +757,7 @@ def test_an_error_in_one_process_ends_all(text_folder, tmp_path, rank, where, nu
     # torch.distributed's excepthook writes the rank in front of each line of a traceback
     lines = [line.removeprefix(f'[rank{rank}]: ') for line in done[rank].output.splitlines()]
     assert any(line.startswith(words) for line in lines), done[rank].output
-    assert f'error: process {1 - rank} lost another one' in done[1 - rank].output
+    assert f'error: process {1 - rank} lost contact with another one' in done[1 - rank].output
 
 
 @campaign

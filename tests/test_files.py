@@ -139,7 +139,14 @@ def test_a_connection_that_breaks_is_taken_up_where_it_was(server, path, pauses,
         'bytes=600000-',
         f'bytes={1_200_000 if knows_ranges else 600_000}-',
     ]
-    assert pauses == [1, 1]
+    assert pauses == [1, 1 if knows_ranges else 2]  # the same bytes again are no progress
+
+
+def test_a_server_that_always_starts_anew_and_breaks_is_given_up(server, path, pauses):
+    server.most, server.broken, server.knows_ranges = 600_000, 100, False
+    with pytest.raises(OSError, match='it ended after 600,000 of 1,500,000 bytes'):
+        files.download(server.url, path, DIGEST, NAME)
+    assert pauses == [1, 2, 4, 8, 16]
 
 
 def test_pauses_grow_while_nothing_comes_and_what_came_is_kept_for_the_next_call(
@@ -244,7 +251,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_has_come(server, path):
     try:
         with pytest.raises(
             OSError,
-            match=rf'cannot write .*\.part: {os.strerror(errno.EFBIG)}; what has come is kept',
+            match=rf'cannot write .*\.part: {os.strerror(errno.EFBIG)}; what was downloaded is kept',
         ):
             files.download(server.url, path, DIGEST, NAME)
     finally:
@@ -256,7 +263,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_has_come(server, path):
 
 def test_a_text_of_ones_own_is_not_downloaded_over(server, path):
     path.write_text("my own words")
-    with pytest.raises(ValueError, match='input.txt is there, but is not'):
+    with pytest.raises(ValueError, match='input.txt exists, but is not'):
         files.download(server.url, path, DIGEST, NAME)
     assert path.read_text() == "my own words" and server.requests == []
 

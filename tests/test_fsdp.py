@@ -315,9 +315,7 @@ def count_matrices():
 
 
 def test_a_model_without_parameters_is_refused():
-    with pytest.raises(
-        ValueError, match="parallel='fsdp': Bigram has nothing that an optimizer learns"
-    ):
+    with pytest.raises(ValueError, match="parallel='fsdp': Bigram has no parameters to train"):
         fsdp.shard_model(models.build('bigram', block_size=8, vocab_size=5), 'cpu')
 
 
@@ -746,7 +744,7 @@ def write_apart(folder):
 def test_machines_that_share_no_disk_are_told_so(together, tmp_path):
     for line, left in together(2, write_apart, tmp_path):
         assert (
-            'has no __1_0.distcp, which another process wrote: out_dir has to be on a disk' in line
+            'has no __1_0.distcp, which another process wrote: out_dir must be on a disk' in line
             and left == []
         )
 

@@ -9,8 +9,9 @@ import torch
 from conftest import ROOT
 
 import models
-from generation import decode as generate
-from generation.decode import Context, Sampling, Text, stream
+from generation import decode, sampling
+from generation.decode import Context, TextStream, stream
+from generation.sampling import Sampling
 from text.tokenizer import ByteTokenizer, CharTokenizer
 
 NAMES = ['gpt', *sorted(path.stem for path in Path(ROOT, 'models').glob('[a-z]*.py'))]
@@ -155,7 +156,9 @@ def test_a_window_that_moves_is_counted_without_a_cache_too(model):
     for _ in stream(context, 35, Sampling(0)):
         pass
     assert context.rows[0] == uncached(model, [1, 2, 3], 35)
-    assert context.history() == '; full 5 times, the context went on from its last 32 tokens'
+    assert context.describe_slides() == (
+        'the context filled up 5 times; its last 32 tokens were kept'
+    )
 
 
 def test_generate_crops_a_prompt_as_nanogpt_did(model):
@@ -220,7 +223,7 @@ def test_filters_are_those_of_transformers(settings):
 @pytest.mark.parametrize('V, k', [(50257, 200), (50257, 1), (1300, 10), (1300, 11)])
 def test_the_greatest_of_many_logits_are_found(V, k):
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
-    values, ids = generate.top(logits, k)
+    values, ids = sampling.topk(logits, k)
     assert values.equal(logits.topk(k).values) and values.equal(logits.gather(1, ids))
 
 
@@ -247,7 +250,7 @@ def test_ids_that_are_padding_are_never_drawn():
 
 
 def test_no_token_is_drawn_where_there_are_no_probabilities():
-    with pytest.raises(ValueError, match='the model gives no probabilities, but NaN'):
+    with pytest.raises(ValueError, match="the model's probabilities are NaN"):
         draws(torch.full((7,), float('nan')))
 
 
@@ -308,7 +311,7 @@ def test_beams_are_those_of_transformers(num_beams, length_penalty):
         return_dict_in_generate=True,
         output_scores=True,
     )
-    found = generate.beam_search(
+    found = decode.beam_search(
         Context(mine, [[3, 1, 4]], 32), 12, num_beams, length_penalty, lambda ids: ids[-1] == 7
     )
     assert len(found) == num_beams
@@ -324,7 +327,7 @@ def test_beams_are_those_of_transformers(num_beams, length_penalty):
 def test_no_beam_is_likelier_than_the_best_of_all_texts():
     model = build('gpt')
     # as wide as the vocabulary: exact
-    (score, ids), *_ = generate.beam_search(Context(model, [[1]], 4), 2, 50)
+    (score, ids), *_ = decode.beam_search(Context(model, [[1]], 4), 2, 50)
     first = model(torch.tensor([[1]]))[0][0, -1].log_softmax(-1)
     second = torch.stack(
         [model(torch.tensor([[1, i]]))[0][0, -1].log_softmax(-1) for i in range(50)]
@@ -339,7 +342,7 @@ def test_no_beam_is_likelier_than_the_best_of_all_texts():
 
 
 def test_text_comes_a_whole_character_at_a_time():
-    text, out = 'añ日🙂', Text(ByteTokenizer())
+    text, out = 'añ日🙂', TextStream(ByteTokenizer())
     assert [out.add([byte]) for byte in text.encode()] == [
         'a',
         '',
@@ -356,7 +359,7 @@ def test_text_comes_a_whole_character_at_a_time():
 
 
 def test_a_stop_ends_a_text_and_is_held_back_until_then():
-    out = Text(ByteTokenizer(), ['END', '\n\n'])
+    out = TextStream(ByteTokenizer(), ['END', '\n\n'])
     assert [out.add([byte]) for byte in b'aE\nENbEND'] == [
         'a',
         '',
@@ -369,7 +372,7 @@ def test_a_stop_ends_a_text_and_is_held_back_until_then():
         '',
     ]
     assert out.done and out.add(list(b'more')) == ''
-    out = Text(ByteTokenizer(), ['END'])
+    out = TextStream(ByteTokenizer(), ['END'])
     assert out.add(list(b'xEN')) == 'x' and out.add([], final=True) == 'EN'
 
 
@@ -379,7 +382,9 @@ def test_an_id_of_ends_ends_a_row_and_is_no_part_of_its_text():
     model = build('gpt')
     model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])
     context = Context(model, [[1], [2], [3]], 32)
-    news = list(generate.texts(context, 30, Sampling(3.0), [1, 2, 3], ends=[4, 5, 6, 7, None]))
+    news = list(
+        decode.stream_text(context, 30, Sampling(3.0), [1, 2, 3], stop_ids=[4, 5, 6, 7, None])
+    )
     assert len(news) < 31 and all(set(row[1:]) & {4, 5, 6, 7} for row in context.rows)
     for row, parts in zip(context.rows, zip(*news)):
         until = next(at for at, i in enumerate(row) if at and i in (4, 5, 6, 7))
@@ -390,7 +395,7 @@ def test_an_id_of_ends_completes_a_beam():
     model = build('gpt')
     model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])
     ends = list(range(0, 50, 2))
-    found = generate.likeliest(Context(model, [[1]], 10), 8, 3, ends=ends)
+    found = decode.beam_search_text(Context(model, [[1]], 10), 8, 3, stop_ids=ends)
     assert len(found) == 3 and not any(
         set(model.tokenizer.encode(text)) & set(ends) for _, text in found
     )
@@ -400,7 +405,7 @@ def test_texts_go_on_until_every_row_has_its_stop():
     model = build('gpt')
     model.tokenizer = CharTokenizer([chr(65 + i) for i in range(50)])
     news = list(
-        generate.texts(
+        decode.stream_text(
             Context(model, [[1], [2], [3]], 32), 30, Sampling(3.0), [1, 2, 3], stops='BCDE'
         )
     )

@@ -346,7 +346,7 @@ def test_a_kernel_that_does_not_look_at_the_flag_is_not_called(lrs, name, monkey
 
     optimizer, _, params = made(lrs, name)
     monkeypatch.setattr(
-        optimizers, '_is_forbidden', lambda own, *kinds: 'mps' in kinds and own.found_inf.item()
+        optimizers, '_must_skip', lambda own, *kinds: 'mps' in kinds and own.found_inf.item()
     )
     before = [p.detach().clone() for p in params]
     for flag in (1.0, 0.0):

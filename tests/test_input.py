@@ -550,8 +550,16 @@ def test_large_numbers_that_are_right(warm, text_folder, tmp_path, word):
     'script, word, message',
     [
         ('sample.py', '--num_samples=1000000000', 'num_samples=1000000000 must be at most 1000000'),
-        ('sample.py', '--num_beams=9223372036854775807', 'take at most 10000 beams'),
-        ('sample.py', '--num_beams=2 --length_penalty=1e308', 'a penalty from -100 to 100'),
+        (
+            'sample.py',
+            '--num_beams=9223372036854775807',
+            'num_beams=9223372036854775807 must be at most 10000',
+        ),
+        (
+            'sample.py',
+            '--num_beams=2 --length_penalty=1e308',
+            'length_penalty=1e+308 must be from -100 to 100',
+        ),
         ('sample.py', '--seed=9223372036854775808', 'seed takes a whole number'),
         (
             'sample.py',

@@ -76,7 +76,7 @@ def test_muon_is_refused_and_max_norm_leaves_frozen_matrices_alone():
     model = models.build('gpt', block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=16)
     lora.add(model, 2)
     with pytest.raises(
-        ValueError, match='muon_lr is for whole matrices: leave it out with lora_rank'
+        ValueError, match='muon_lr is for whole matrices, and lora_rank trains only thin factors'
     ):
         model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', {'matrix': 0.02})
     own = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', max_norm=1e-3)

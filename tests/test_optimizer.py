@@ -146,7 +146,7 @@ def test_a_state_of_other_optimizers_is_refused(first, then):
     def opt(lrs):
         return small().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', lrs=lrs)
 
-    with pytest.raises(ValueError, match='muon_lr, embed_lr and head_lr'):
+    with pytest.raises(ValueError, match='muon_lr, embed_lr or head_lr'):
         optimizer.load_optimizer_state(opt(then), opt(first).state_dict())
 
 
@@ -401,7 +401,7 @@ def test_sgd_is_its_equation_and_no_row_gets_longer_than_max_norm():
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(name='adam'), "optimizer='adam' is unknown: take adamw or sgd"),
+        (dict(name='adam'), "optimizer='adam' is unknown: use adamw or sgd"),
         (dict(name='sgd', lrs=LRS), 'muon_lr is for optimizer=adamw'),
     ],
 )

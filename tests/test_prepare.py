@@ -1402,7 +1402,7 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, capsys):
     (tmp_path / 'a.txt').write_text('some words\n' * 99)
     (tmp_path / 'out').mkdir()
     held = files.lock(tmp_path / 'out/.lock')
-    assert 'another process prepares' in failure(
+    assert 'another process is preparing' in failure(
         capsys, tmp_path / 'out', tmp_path / 'a.txt', '--tokenizer=byte'
     )
     assert list(contents(tmp_path / 'out')) == []

@@ -151,7 +151,7 @@ COMPILE_ALWAYS = '''
 import runpy, sys
 sys.path.insert(0, '.')
 import system.compilation
-system.compilation.resolve_compile = lambda wish, device: wish in (True, 'auto')
+system.compilation.resolve_compile = lambda mode, device: mode in (True, 'auto')
 runpy.run_path('train.py', run_name='__main__')
 '''
 
@@ -176,11 +176,11 @@ def test_auto_compiles_where_the_run_is_long_enough(steps, others, is_compiled):
     compiled = compile_model(
         model,
         [model],
+        mode='auto',
+        is_required=False,
         try_step=try_step,
-        wish='auto',
-        insist=False,
-        device='cpu',
         steps=steps,
+        device='cpu',
         any_rank=lambda flag: flag or others,
     )
     assert compiled == is_compiled and model.seen == 0 and model.weight.grad is None

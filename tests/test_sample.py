@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, run
 
 import models
-import prompts
-from generation import quantize as weights
+from generation import quantize
+from text import prompts
 from text.tokenizer import BYTES, HuggingFaceTokenizer
 from text.tokenizer_files import byte_level
 from training import checkpoint
@@ -60,18 +60,18 @@ def test_a_prompt_that_is_not_utf8_is_told_in_words(tmp_path, monkeypatch):
     (tmp_path / 'prompt').write_bytes('für'.encode('latin-1'))
     for kind in ('FILE', 'LINES'):
         with pytest.raises(ValueError, match=r'prompt is not UTF-8 at byte 1: `iconv -f ITS_ENC'):
-            prompts.read(f'{kind}:{tmp_path}/prompt')
+            prompts.read_prompts(f'{kind}:{tmp_path}/prompt')
     for errors in ('strict', 'surrogateescape'):  # the C locale has the latter
         stdin = io.TextIOWrapper(io.BytesIO(b'f\xfcr'), encoding='utf-8', errors=errors)
         monkeypatch.setattr(sys, 'stdin', stdin)
         with pytest.raises(ValueError, match='standard input is not utf-8 text at byte 1: `iconv'):
-            prompts.read('-')
+            prompts.read_prompts('-')
 
 
 def test_line_ends_of_a_prompt_are_those_of_standard_input(tmp_path):
     (tmp_path / 'prompt').write_bytes(b'\xef\xbb\xbfone\r\ntwo\r\n')
-    assert prompts.read(f'FILE:{tmp_path}/prompt') == ['one\ntwo\n']
-    assert prompts.read(f'LINES:{tmp_path}/prompt') == ['one', 'two']
+    assert prompts.read_prompts(f'FILE:{tmp_path}/prompt') == ['one\ntwo\n']
+    assert prompts.read_prompts(f'LINES:{tmp_path}/prompt') == ['one', 'two']
 
 
 def test_a_stop_ends_a_sample(sample):
@@ -113,7 +113,7 @@ MARKS = HuggingFaceTokenizer(
     ],
 )
 def test_how_stops_are_said(value, texts):
-    assert prompts.stops(value, MARKS) == texts
+    assert prompts.parse_stops(value, MARKS) == texts
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_stops_that_may_mean_two_things_are_an_error_with_both_as_lists(value, p
     with pytest.raises(
         ValueError, match=re.escape(f'as a list, --stop="{[value]}" or --stop="{parts}"')
     ):
-        prompts.stops(value, MARKS)
+        prompts.parse_stops(value, MARKS)
 
 
 def test_a_stop_that_is_a_special_token_ends_a_sample_at_its_id(warm, tmp_path):
@@ -180,7 +180,7 @@ def test_a_stop_that_is_a_special_token_ends_a_sample_at_its_id(warm, tmp_path):
 def test_a_full_context_is_told(sample):
     out, err = sample('--start=def', '--max_new_tokens=40')
     assert len(out.split(f'\n{RULE}')[0]) == 43
-    assert 'tokens/s; full 6 times, the context went on from its last 12 tokens' in err
+    assert 'tokens/s; the context filled up 6 times; its last 12 tokens were kept' in err
 
 
 def test_beams_are_printed_best_first_with_their_scores(sample):
@@ -198,7 +198,7 @@ def test_a_conversation_keeps_its_context_and_survives_a_mistake(sample):
     ).groups()
     assert re.fullmatch(
         r"error: the character 'ß' at position 0 is not among the \d+ that this model knows\n"
-        r"full 1 times, the context went on from its last 12 tokens\n",
+        r"the context filled up once; its last 12 tokens were kept\n",
         err,
     )
     told = f'def{first}\nif'
@@ -221,7 +221,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(trained):
     assert len(done.stdout) == 5 and not done.stderr
 
 
-@pytest.mark.skipif(not weights.can_int8(), reason="there is no C compiler")
+@pytest.mark.skipif(not quantize.has_int8(), reason="there is no C compiler")
 @pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
 def test_a_sample_of_any_format_does_not_change_with_its_batch(sample, dtype):
     texts = sample(f'--dtype={dtype}', '--num_samples=4')[0].split(f'\n{RULE}\n')

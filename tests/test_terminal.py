@@ -13,8 +13,8 @@ import forked
 import pytest
 from conftest import ROOT, TINY, run
 
-import prompts
 from system import errors
+from text import prompts
 
 SCRIPTS = [
     'train.py',
@@ -285,7 +285,8 @@ def test_a_sample_that_cannot_be_printed_is_said_to_be_replaced(text_folder, tmp
     )
     assert (done.returncode, done.stderr) == (
         0,
-        "? stands for text that standard output can't show, as it is ascii; PYTHONIOENCODING=utf-8 prints it\n",
+        "? stands for characters that standard output can't encode, as it is ascii; "
+        "to print them, set PYTHONIOENCODING=utf-8\n",
     )
     assert '/??????: ' in done.stdout
 
@@ -308,7 +309,7 @@ def test_what_an_encoding_lacks_is_printed_as_a_question_mark(encoding, text, pr
         0,
         [printed],
     )
-    assert ('? stands for text' in done.stderr.decode()) == ('?' in printed)
+    assert ('? stands for characters' in done.stderr.decode()) == ('?' in printed)
 
 
 def test_the_plain_locale_prints_everything_or_question_marks():
@@ -373,12 +374,12 @@ def typed(monkeypatch):
 def test_a_prompt_that_cannot_be_decoded_is_one_line(typed, content, encoding, message):
     typed(content, encoding)
     with pytest.raises(ValueError, match=re.escape(message)):
-        prompts.read('-')
+        prompts.read_prompts('-')
 
 
 def test_a_line_that_cannot_be_decoded_is_an_error_and_the_next_one_is_read(typed, capsys):
     typed('один\r\n'.encode() + b'\xe9\n' + 'два'.encode())
-    assert list(prompts.typed()) == ['один', 'два']
+    assert list(prompts.typed_lines()) == ['один', 'два']
     assert capsys.readouterr().err == (
         "error: the line is not utf-8 text at byte 0: `iconv -f ITS_ENCODING -t UTF-8` "
         "converts it\n"
@@ -387,4 +388,4 @@ def test_a_line_that_cannot_be_decoded_is_an_error_and_the_next_one_is_read(type
 
 def test_a_word_of_the_command_line_that_cannot_be_decoded():
     with pytest.raises(ValueError, match='the prompt is not utf-8 text at byte 3'):
-        prompts.read('caf\udce9')
+        prompts.read_prompts('caf\udce9')

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
-from generation.decode import Text
+from generation.decode import TextStream
 from text import tokenizer, tokenizer_files, vocabulary
 from text.bins import write_bins
 
@@ -198,7 +198,7 @@ def test_a_text_that_comes_token_by_token_is_the_text_that_they_are(name):
     for text in (*HARD, TEXT[:300], '日本語 naïve 🚀. The end!'):
         ids = own.encode(text)
         for start in range(1, len(ids), 7):
-            out, prompt = Text(own), own.decode(ids[:start])
+            out, prompt = TextStream(own), own.decode(ids[:start])
             if '\ufffd' not in prompt:  # else half of a character is in it
                 said = ''.join(out.add([i]) for i in ids[start:]) + out.add([], final=True)
                 assert prompt + said == own.decode(ids)

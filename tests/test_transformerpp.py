@@ -11,7 +11,7 @@ from conftest import TINY, run, same
 from safetensors.torch import load_file, save_file
 from test_export import check, export, exported, saved
 
-from generation import quantize as weights
+from generation import quantize
 from generation.decode import Context
 from interop import huggingface
 from model import GPT
@@ -70,7 +70,7 @@ def rotary64(T, D, base=1e4, scale=None):
 
 def as_llama(transformers, model):
     """transformers' model with these weights, which go there as they are exported."""
-    files, weights = huggingface.content(
+    files, weights = huggingface.to_files(
         model, 'transformerpp', str(model.lm_head.weight.dtype).removeprefix('torch.')
     )
     config = transformers.LlamaConfig(
@@ -456,11 +456,11 @@ def test_llama_3_2_past_its_original_context_and_from_a_cache(transformers, tmp_
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 def test_new_parts_keep_their_biases_in_weights_for_generation(dtype):
-    if dtype == 'int8' and not weights.can_int8():
+    if dtype == 'int8' and not quantize.has_int8():
         pytest.skip("there is no C compiler")
     model, idx = shaken(**VARIANTS[-1]), torch.randint(50, (1, 24))
     expected = model(idx, idx)[0][0]
-    weights.prepare(model, dtype)
+    quantize.convert_weights(model, dtype)
     cache = model.init_cache(1, 24)
     found = torch.stack([model(idx[:, t : t + 1], cache=cache)[0][0, 0] for t in range(24)])
     assert (found - expected).norm() / expected.norm() < {

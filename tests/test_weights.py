@@ -3,6 +3,7 @@
 import copy
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,20 +11,20 @@ from conftest import run
 from torch import nn
 
 import models
-from generation import quantize as weights
+from generation import c_library, quantize
 from generation.decode import Context
 
 DTYPES = ['float32', 'bfloat16', 'int8']
-needs_compiler = pytest.mark.skipif(not weights.can_int8(), reason="there is no C compiler")
+needs_compiler = pytest.mark.skipif(not quantize.has_int8(), reason="there is no C compiler")
 
 
 def prepared(model, dtype):
     """(model prepared, a model that holds the stored weights in ordinary Linears and the same kind
     of cache)."""
     theirs = copy.deepcopy(model)
-    weights.prepare(model, dtype)
+    quantize.convert_weights(model, dtype)
     for name, child in model.named_modules():
-        if isinstance(child, weights.Linear):
+        if isinstance(child, quantize.WeightOnlyLinear):
             weight = child.weight.float() * (1 if child.scale is None else child.scale[:, None])
             theirs.get_submodule(name.replace('.0.blocks.', '.')).weight = nn.Parameter(weight)
     theirs.cache_dtype = model.cache_dtype
@@ -34,18 +35,18 @@ def prepared(model, dtype):
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('k', [64, 100, 200])
 def test_a_linear_is_the_product_with_its_stored_weights(dtype, k, library):
-    library = weights._library(*weights.C_TYPES[dtype]) if library else None
+    library = c_library.load(dtype) if library else None
     linear = nn.Linear(k, 31).eval()
-    mine = weights.Linear(linear, weights.DTYPES[dtype], library)
+    mine = quantize.WeightOnlyLinear(linear, quantize.DTYPES[dtype], library)
     stored = mine.weight.double() * (1 if mine.scale is None else mine.scale[:, None])
     assert (stored - linear.weight).abs().max() <= {
         'float32': 0,
         'bfloat16': 2**-8,
         'int8': 0.5 / 127,
     }[dtype] * k**-0.5
-    for B in (1, 2, 4, 7, weights.FEW, weights.FEW + 1):
+    for B in (1, 2, 4, 7, quantize.MAX_C_ROWS, quantize.MAX_C_ROWS + 1):
         x = torch.randn(B, 1, k)
-        is_exact = dtype == 'float32' or (library and B <= weights.FEW)
+        is_exact = dtype == 'float32' or (library and B <= quantize.MAX_C_ROWS)
         with torch.inference_mode():
             assert (mine(x) - (x.double() @ stored.T + linear.bias)).abs().max() < (
                 1e-5 if is_exact else 0.05
@@ -55,9 +56,9 @@ def test_a_linear_is_the_product_with_its_stored_weights(dtype, k, library):
 @needs_compiler
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_what_a_row_gives_does_not_depend_on_the_others(dtype):
-    library = weights._library(*weights.C_TYPES[dtype])
+    library = c_library.load(dtype)
     mine, x = (
-        weights.Linear(nn.Linear(100, 31), weights.DTYPES[dtype], library),
+        quantize.WeightOnlyLinear(nn.Linear(100, 31), quantize.DTYPES[dtype], library),
         torch.randn(9, 100),
     )
     together = mine(x)
@@ -87,7 +88,7 @@ def test_gpt2s_blocks_in_c_are_those_of_model_py(dtype, bias, fields):
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     model, theirs = prepared(model, dtype)
-    assert isinstance(model.transformer.h[0], weights.Blocks)
+    assert isinstance(model.transformer.h[0], quantize.FusedBlocks)
     rows = [torch.randint(101, (n,)).tolist() for n in (5, 9, 2, 7, 5)]
     mine, theirs = Context(model, rows, 40), Context(theirs, rows, 40)
     for _ in range(20):  # the same cache in both, so that only a token's own way differs
@@ -124,7 +125,7 @@ def test_a_cache_of_another_type_goes_the_other_way():
     model = models.build(
         'gpt', block_size=64, vocab_size=101, n_layer=2, n_embd=64, n_head=4
     ).eval()
-    weights.prepare(model, 'bfloat16')
+    quantize.convert_weights(model, 'bfloat16')
     idx, own, other = (
         torch.randint(101, (1, 9)),
         model.init_cache(1, 9),
@@ -145,20 +146,20 @@ def test_int8_stays_near_the_model(name):
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
     before = Context(model, [[1, 2, 3]], 10).logits()
-    weights.prepare(model, 'int8')
+    quantize.convert_weights(model, 'int8')
     after = Context(model, [[1, 2, 3]], 10).logits()
     assert not after.equal(before) and (after - before).abs().max() < 0.1 * before.std()
 
 
 def test_without_a_compiler_torch_does_it_and_int8_is_refused(monkeypatch):
-    monkeypatch.setattr(weights, '_library', lambda *types: None)
+    monkeypatch.setattr(c_library, 'load', lambda dtype: None)
     model = models.build('gpt', block_size=16, vocab_size=50, n_layer=1, n_embd=16, n_head=2).eval()
     with pytest.raises(ValueError, match="dtype='int8' is for a CPU with a C compiler"):
-        weights.prepare(model, 'int8')
+        quantize.convert_weights(model, 'int8')
     expected = Context(model, [[1, 2]], 10).logits()
-    weights.prepare(model, 'float32')
+    quantize.convert_weights(model, 'float32')
     assert Context(model, [[1, 2]], 10).logits().equal(expected)
-    weights.prepare(model, 'bfloat16')
+    quantize.convert_weights(model, 'bfloat16')
     assert (Context(model, [[1, 2]], 10).logits() - expected).abs().max() < 0.05 * expected.std()
 
 
@@ -186,7 +187,7 @@ def test_decode_c_is_compiled_once_and_kept(trained, tmp_path):
 
 @needs_compiler
 def test_decode_c_compiles_without_a_warning(tmp_path):
-    for weight, cache in weights.C_TYPES.values():
+    for weight, cache in c_library.TYPES.values():
         command = [
             'cc',
             '-Wall',
@@ -197,7 +198,7 @@ def test_decode_c_compiles_without_a_warning(tmp_path):
             f'-DCACHE={cache}',
             '-fopenmp',
             '-c',
-            str(weights.Path(weights.__file__).with_name('decode.c')),
+            str(Path(c_library.__file__).with_name('decode.c')),
             '-o',
             str(tmp_path / 'decode.o'),
         ]

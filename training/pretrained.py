@@ -64,7 +64,7 @@ def _open_huggingface(source, folder, settings):
     config = Model.Config(**fields | _changeable_fields(Model.Config, settings))
     given = [weight for weight in weights.values() if weight is not None]
     model = construction.construct(Model, config, _most_bytes(given))
-    huggingface.fill(model, weights, source)
+    huggingface.load_weights(model, weights, source)
 
     description = tokenizer_files.from_files(folder)
     if not description and model.config.vocab_size == 50257:
