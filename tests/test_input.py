@@ -26,9 +26,10 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, same
-from test_config import train_settings
-from test_errors import check
+from support.mistakes import check
+from support.outcomes import same
+from support.scripts import ROOT, TINY
+from support.settings import train_settings
 
 import models
 from interop import huggingface
