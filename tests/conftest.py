@@ -24,7 +24,8 @@ from support.forked import Warm
 from support.scripts import TINY, run
 from support.servers import Hub
 
-from text import journal, sources
+from text import journal
+from text.sources import cutting
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # a worker per core
     torch.set_num_threads(1)
@@ -88,7 +89,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces so small that a few kilobytes have all there is: many pieces, large documents."""
-    monkeypatch.setattr(sources, 'PIECE', 256)
-    monkeypatch.setattr(sources, 'LARGE', 1024)
+    monkeypatch.setattr(cutting, 'PIECE', 256)
+    monkeypatch.setattr(cutting, 'LARGE', 1024)
     monkeypatch.setattr(journal, 'SAVE_SECONDS', -1)  # a journal after every piece
     monkeypatch.setattr(os, 'fsync', lambda descriptor: None)  # which takes its time

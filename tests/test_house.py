@@ -50,7 +50,10 @@ def imports(path, is_lazy=True):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
+            inside = {f'{node.module}.{alias.name}' for alias in node.names}
+            found |= inside
+            if not inside <= names:  # otherwise only modules of a package, not what it defines
+                found.add(node.module)
     return found & names - {module_name(path)}
 
 
@@ -135,7 +138,7 @@ def test_files_of_text_say_their_encoding(path):
 
 def opens_text(call):
     """Whether a call is open(…), .read_text(…) or .write_text(…) of a file of text."""
-    if ast.unparse(call.func) == 'textfiles.read_text':  # which reads UTF-8
+    if ast.unparse(call.func) == 'formats.read_text':  # which reads UTF-8
         return False
     if isinstance(call.func, ast.Attribute):
         return call.func.attr in ('read_text', 'write_text')

@@ -35,8 +35,12 @@ import models
 from interop import huggingface
 from model import GPTConfig
 from models.parts import construction
-from text import dataset, mixture, sources, textfiles, tokenizer, tokenizer_files, vocabulary
+from text import dataset, mixture, sources, tokenizer, tokenizer_files, vocabulary
 from text.shards import Shards, read_meta
+from text.sources import cutting
+from text.sources.compression import opened
+from text.sources.formats import JsonLines, source_file
+from text.sources.hub_dataset import is_wanted
 from training import checkpoint, metrics, pretrained, resume
 
 # bytes that a script may take beside what torch has; with more asked for, it has to say so
@@ -870,7 +874,7 @@ def test_only_what_lies_in_data_prepares_itself(tmp_path, monkeypatch, name):
     ],
 )
 def test_names_in_a_listing_of_the_hub(name, is_taken):
-    assert bool(textfiles._is_wanted(name, '')) is is_taken
+    assert is_wanted(name) is is_taken
 
 
 @pytest.mark.parametrize(
@@ -975,7 +979,7 @@ def test_json_that_no_reader_takes(text, tmp_path, trained):
         is GPTConfig
     )
     assert not metrics._is_before(text, 9, 9)
-    assert 'not JSON' in said(lambda: sources._parsed(b'{"text": ' + text.encode()))
+    assert 'not JSON' in said(lambda: JsonLines.parse(b'{"text": ' + text.encode()))
 
 
 @pytest.mark.parametrize(
@@ -1105,16 +1109,15 @@ def packed(kind, content, times):
 def test_a_bomb_is_read_in_pieces(kind, name, tmp_path, monkeypatch):
     """A small file that unpacks to 300 MB on one line is never whole in memory; as a row it is
     refused."""
-    monkeypatch.setattr(sources, 'MOST', 1 << 24)
+    monkeypatch.setattr(cutting, 'LONGEST_ROW', 1 << 24)
     path = tmp_path / f'{name}.{kind}'
     path.write_bytes(packed(kind, b'x' * (1 << 20), 300))
     assert path.stat().st_size < 400_000
-    file = textfiles._file(path.name, path, None)
+    file = source_file(path.name, path)
     tracemalloc.start()
-    with textfiles.reading(file) as (_, stream):
-        chunks = sources._cut(
-            file, stream, stream.read(sources.PIECE + 1), sources.DIVISIONS['line'], None
-        )
+    with opened(file) as (_, stream):
+        head = stream.read(cutting.PIECE + 1)
+        chunks = cutting.cut(file, stream, head, cutting.DIVISIONS['line'])
         if name == 'bomb.jsonl':
             assert 'is a row of more than 16,777,216 bytes' in said(lambda: list(chunks))
         else:

@@ -27,9 +27,11 @@ from support.scripts import ROOT
 from support.servers import COMMIT
 
 from system import files
-from text import dataset, journal, sources, textfiles
-from text.bins import Part
+from text import dataset, journal, sources
 from text.dataset import Dataset
+from text.documents import Part, Remark
+from text.sources import conversion, cutting
+from text.sources.hub_dataset import is_wanted
 from text.tokenizer import load
 
 DOCUMENTS = [
@@ -176,14 +178,14 @@ def test_a_text_encoded_in_parts_has_the_ids_of_the_whole(small_pieces, pattern)
         '\x1c',
     ]
     texts = [
-        Path(sources.__file__).read_text(),
+        Path(ROOT / 'text/sources/source.py').read_text(),
         'no line end ' * 999,
         ''.join(rng.choices(signs, k=9000)),
     ]
     for text in texts:
         data, parts = text.encode(), []
         while data:
-            n = sources._safe_end(data[:1024]) if len(data) > 1024 else len(data)
+            n = cutting.safe_end(data[:1024]) if len(data) > 1024 else len(data)
             parts.append(data[:n].decode())
             data = data[n:]
         assert len(parts) > 5
@@ -336,7 +338,7 @@ def test_documents_do_not_depend_on_where_a_text_is_read_in_pieces(tmp_path, mon
             )
         lines = [paragraph.rstrip() for paragraph in documents]
     for size in range(20, 60):
-        monkeypatch.setattr(sources, 'PIECE', size)
+        monkeypatch.setattr(cutting, 'PIECE', size)
         source = sources.open([tmp_path / 'text.txt'], document=document)
         assert [text for piece in source.pieces() for _, text in source.read(piece)] == [
             x for x in lines if x.strip()
@@ -360,7 +362,7 @@ def test_a_large_document_goes_to_one_split_in_parts(tmp_path, small_pieces, doc
         '--split=0.5,0.5',
     )
     keys = {
-        text: hashlib.sha256(text.encode()[: sources._safe_end(text.encode()[:1024])]).digest()[:16]
+        text: hashlib.sha256(text.encode()[: cutting.safe_end(text.encode()[:1024])]).digest()[:16]
         for text in large
     }
     found = dict.fromkeys(('train', 'val'), b'')
@@ -417,7 +419,7 @@ def documents_of(folder, words, **options):
     found, parts = [], []
     for piece in source.pieces():
         for _, document in source.read(piece):
-            if isinstance(document, journal.Remark):
+            if isinstance(document, Remark):
                 continue
             if isinstance(document, Part):
                 parts.append(document.text)
@@ -455,9 +457,9 @@ def test_separators_are_found_wherever_a_text_is_read_in_pieces(
     (tmp_path / 'text.txt').write_text(text, encoding='utf-8', newline='')
     wanted = re.split(re.escape(separator).replace('\\\n', '\r?\n'), text)
     wanted = [document.strip('\r\n') for document in wanted if document.strip()]
-    monkeypatch.setattr(sources, 'LARGE', large)
+    monkeypatch.setattr(cutting, 'LARGE', large)
     for size in range(20, 60):
-        monkeypatch.setattr(sources, 'PIECE', size)
+        monkeypatch.setattr(cutting, 'PIECE', size)
         assert documents_of(tmp_path, [tmp_path / 'text.txt'], document=separator) == wanted
 
 
@@ -465,13 +467,13 @@ def test_separators_are_found_wherever_a_text_is_read_in_pieces(
 def test_a_separator_where_a_large_document_is_cut_is_found(tmp_path, monkeypatch, line_end):
     """The last byte that fits into a part is any of those of the separator and around it."""
     large = 300
-    monkeypatch.setattr(sources, 'LARGE', large)
+    monkeypatch.setattr(cutting, 'LARGE', large)
     for n in range(large - 30, large + 20):
         document = ('word ' * large)[: n - 1] + '.'
         text = f'{document}{line_end}{MARK}{line_end}{document}{line_end}{MARK}the end'
         (tmp_path / 'text.txt').write_text(text, newline='')
         for size in (20, 33, large):
-            monkeypatch.setattr(sources, 'PIECE', size)
+            monkeypatch.setattr(cutting, 'PIECE', size)
             found = documents_of(tmp_path, [tmp_path / 'text.txt'], document=MARK)
             assert found == [document, document, 'the end']
 
@@ -480,10 +482,10 @@ def test_the_bins_do_not_depend_on_where_a_text_is_read_in_pieces(tmp_path, monk
     large = 'a line of a long story\n' * 30
     text = f'\n{MARK}\n'.join(f'{i} {large if i % 9 == 0 else "short"}' for i in range(80))
     (tmp_path / 'text.txt').write_text(text)
-    monkeypatch.setattr(sources, 'LARGE', 256)
+    monkeypatch.setattr(cutting, 'LARGE', 256)
     found = []
     for size in (20, 33, 256):
-        monkeypatch.setattr(sources, 'PIECE', size)
+        monkeypatch.setattr(cutting, 'PIECE', size)
         words = [tmp_path / 'out', tmp_path / 'text.txt', f'--document={MARK}', '--tokenizer=byte']
         prepare(*words)
         found.append(contents(tmp_path / 'out'))
@@ -988,10 +990,11 @@ def test_bins_that_are_replaced_only_in_part_are_refused(
 SCRIPT = f"""if True:
     import runpy, sys, time
     sys.path.insert(0, {str(ROOT)!r})
-    from text import journal, sources
+    from text import journal
+    from text.sources import cutting
     save = journal.Output.save
     journal.Output.save = lambda output: (save(output), time.sleep(0.01))       # or it would be done before it is killed
-    sources.PIECE, sources.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None
+    cutting.PIECE, cutting.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None
     sys.argv[0] = {str(ROOT / 'data/prepare.py')!r}
     runpy.run_path(sys.argv[0], run_name='__main__')"""
 
@@ -1109,7 +1112,7 @@ def test_a_row_without_a_text_is_passed_over_and_no_batch_is_larger_than_its_row
     'name', ['../../private.txt', '/private.txt', 'a/../../private.txt', 'C:\\private.txt']
 )
 def test_a_servers_names_lead_nowhere_else(name):
-    assert textfiles._is_wanted('a..b/private.txt', '') and not textfiles._is_wanted(name, '')
+    assert is_wanted('a..b/private.txt') and not is_wanted(name)
 
 
 def test_max_bytes_ends_at_the_same_piece_wherever_it_goes_on(tmp_path):
@@ -1240,7 +1243,7 @@ def test_what_is_wrong_is_one_line_and_the_old_bins_stay(
     tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
-    monkeypatch.setattr(textfiles, 'SNIFF', 1000)
+    monkeypatch.setattr(conversion, 'SNIFF', 1000)
     (tmp_path / 'in/empty').mkdir(parents=True)
     for name, content in FILES.items():
         (tmp_path / 'in' / name).write_bytes(content)
