@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run, same
+from support.outcomes import same
+from support.scripts import TINY, run
 
 from generation.decode import Context
 from models import build

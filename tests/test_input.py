@@ -26,9 +26,10 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, same
-from test_config import train_settings
-from test_errors import check
+from support.mistakes import check
+from support.outcomes import same
+from support.scripts import ROOT, TINY
+from support.settings import train_settings
 
 import models
 from interop import huggingface
@@ -619,7 +620,7 @@ def test_large_numbers_that_are_right_elsewhere(warm, trained, text_folder, tmp_
         (['--num_proc=1000000000'], 'num_proc=1000000000 must be at most 1024'),
         (
             ['--tokenizer=train:bpe:99999999999999999999'],
-            'take a vocabulary of less than ten million entries',
+            'use a vocabulary of less than ten million entries',
         ),
         (
             ['--tokenizer=train:bpe:300', '--max_piece_length=9223372036854775808'],

@@ -7,9 +7,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY, run, same
 from safetensors.torch import load_file, save_file
-from test_export import check, export, exported, saved
+from support.exporting import export, exported, saved
+from support.mistakes import check
+from support.outcomes import same
+from support.scripts import TINY, run
 
 from generation import quantize
 from generation.decode import Context

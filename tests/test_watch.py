@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run, same
+from support.outcomes import same
+from support.scripts import ROOT, TINY, run
 from torch import nn
 from torch.nn import functional as F
 
