@@ -73,7 +73,7 @@ class Mixture(Dataset):
     """
 
     def __init__(self, words, block_size, batch_size, batches_per_step=1, seed=1337):
-        self._settings(words, block_size, batch_size, batches_per_step, seed)
+        self._set_sizes(words, block_size, batch_size, batches_per_step, seed)
         names, self.weights = zip(*parse(words))
         self.parts = [
             open_single(name, block_size, batch_size, batches_per_step, seed) for name in names
