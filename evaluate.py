@@ -39,9 +39,9 @@ from system import files
 from system.checks import check_at_least
 from system.device import autocast, memory_errors, resolve_device, resolve_dtype, to_device
 from system.errors import fail, user_errors
-from text import textfiles
 from text.dataset_option import open_unmixed
 from text.folders import DATA_FOLDER
+from text.sources import formats
 from training import pretrained
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def read_text():
     ValueError, OSError."""
     name = dataset or (pretrained.dataset_of(out_dir) if init_from == 'resume' else 'shakespeare')
     if Path(name).is_file():
-        text = textfiles.read_text(name)
+        text = formats.read_text(name)
         try:
             ids = np.array(own.encode(text), np.int64)
         except ValueError as error:
@@ -182,7 +182,7 @@ def read_examples(task, path, read):
                 if isinstance(error, json.JSONDecodeError):
                     what = f"it is not JSON ({error.msg})"
                 elif isinstance(error, UnicodeDecodeError):
-                    what = f"it {textfiles.not_utf8(error.start)}"
+                    what = f"it {formats.not_utf8(error.start)}"
                 raise ValueError(f"{path}, line {i}: {what}") from None
     if not examples:
         raise ValueError(f"{path} holds no examples")

@@ -62,8 +62,9 @@ if __name__ == '__main__':
 
 from system import files
 from system.errors import fail, user_errors
-from text import bins, sources, textfiles, tokenizer, vocabulary
+from text import bins, sources, tokenizer, vocabulary
 from text.folders import is_path
+from text.sources.formats import read_text
 
 FLAGS = 'dedup', 'skip_bad_rows', 'as_text'  # options without a value
 # vocabulary.open's options
@@ -271,7 +272,7 @@ def name_of(name, folder):
 
 
 def template_of(path):
-    text = textfiles.read_text(path, as_text=True)
+    text = read_text(path, as_text=True)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

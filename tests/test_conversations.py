@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -12,21 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support import preparing
+from support.preparing import COMMAND, interrupt_at
 
 from system.errors import one_line, user_errors
-from text import chat, conversations, journal, sources, textfiles
-from text.conversations import Conversations
+from text import chat, sources
+from text.sources import conversion
+from text.sources.conversations import Conversations
+from text.sources.find import find
+from text.sources.formats import JsonLines
+from text.sources.rows import PlainTexts, reader
 from text.tokenizer import ByteTokenizer
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
-COMMAND = runpy.run_path(str(ROOT / 'data/prepare.py'), run_name='data/prepare.py')
 END = '\n### End\n\n'
 
 
 def read(row, field=None, template=None):
     """((role's mark, text, is it learned) of each turn, what is not used) of a row by itself."""
-    parts, unused = conversations.reader(row, field, template).parts(row)
+    parts, unused = reader(row, field, template).parts(row)
     marks = [text for text, _ in parts[0::3]]
     assert all(
         learned == end_learned for (_, learned), (_, end_learned) in zip(parts[1::3], parts[2::3])
@@ -94,13 +97,13 @@ def test_alpacas_input_follows_its_instruction_after_a_blank_line():
 
 
 def test_a_field_that_later_rows_lack_is_empty_there():
-    reader = conversations.reader({'q': 'Add.', 'c': '2, 2', 'a': '4'}, 'q,c,a')
-    parts, _ = reader.parts({'q': '2+2?', 'a': '4'})
+    of_three = reader({'q': 'Add.', 'c': '2, 2', 'a': '4'}, 'q,c,a')
+    parts, _ = of_three.parts({'q': '2+2?', 'a': '4'})
     assert ''.join(text for text, _ in parts) == f'### User:\n2+2?\n\n### Assistant:\n4{END}'
     with pytest.raises(
         ValueError, match='the first rows have no field \'cc\', only q, c, a: .* add "cc": null'
     ):
-        conversations.reader({'q': 'Add.', 'c': '2, 2', 'a': '4'}, 'q,cc,a')
+        reader({'q': 'Add.', 'c': '2, 2', 'a': '4'}, 'q,cc,a')
 
 
 def test_of_a_prompt_and_its_completion_only_the_completion_is_learned():
@@ -186,9 +189,9 @@ def test_a_prompt_has_the_ids_that_were_learned_from_with_every_role_and_weight(
         {'role': 'tool', 'content': '4'},
         {'role': 'assistant', 'content': '\nfour'},
     ]
-    reader = Conversations(['messages'], template)
-    ids, learned = chat.encode(ByteTokenizer(), reader.parts(messages)[0])
-    prompt, _ = chat.encode(ByteTokenizer(), reader.template.prompt(messages[:-1]))
+    in_template = Conversations(['messages'], template)
+    ids, learned = chat.encode(ByteTokenizer(), in_template.parts(messages)[0])
+    prompt, _ = chat.encode(ByteTokenizer(), in_template.template.prompt(messages[:-1]))
     assert ids[: len(prompt)] == prompt
     assert learned == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
@@ -199,7 +202,7 @@ def test_a_row_of_weight_0_is_left_out(key):
     for weight in (1, True, 1.0, None, ''):
         assert turns({**row, key: weight}) == SUM
     for weight in (0, False, 0.0):
-        parts, unused = conversations.reader(row).parts({**row, key: weight})
+        parts, unused = reader(row).parts({**row, key: weight})
         assert parts is None and unused == ['row(s) with weight 0, which are left out']
 
 
@@ -356,15 +359,15 @@ def test_a_conversation_is_prepared_and_not_the_text_beside_it(capsys, row, fiel
         f"the conversation in {fields} is prepared, and not the 'text' beside it; to prepare the "
         'text, use --field=text\n'
     )
-    assert conversations.reader(row, 'text') is None
+    assert isinstance(reader(row, 'text'), PlainTexts)
     assert capsys.readouterr().out == ''
 
 
 def test_text_is_prepared_where_the_first_row_has_no_conversation_beside_it(capsys):
-    assert conversations.reader({'text': 'a', 'messages': None}) is None
+    assert isinstance(reader({'text': 'a', 'messages': None}), PlainTexts)
     said = capsys.readouterr().out
     assert "'text', which is prepared" in said and '--field=messages\n' in said
-    assert conversations.reader({'text': 'a', 'conversation': 'thread-12'}) is None
+    assert isinstance(reader({'text': 'a', 'conversation': 'thread-12'}), PlainTexts)
     assert capsys.readouterr().out == ''
 
 
@@ -491,18 +494,15 @@ def test_what_is_not_a_conversation_is_said_in_one_line(row, field, message):
 # ---- the command ---------------------------------------------------------------------------------
 
 
+BY_BYTES = ['--tokenizer=byte', '--split=0.5,0.5']
+
+
 def prepare(*words):
-    with user_errors():
-        COMMAND['main']([*map(str, words), '--tokenizer=byte', '--split=0.5,0.5'])
+    preparing.prepare(*words, *BY_BYTES)
 
 
 def failure(capsys, *words):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        prepare(*words)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
-    return error
+    return preparing.failure(capsys, *words, *BY_BYTES)
 
 
 def write_lines(path, rows):
@@ -681,7 +681,7 @@ def test_one_conversation_alone_as_an_array_of_its_messages(
     lines = follow(re.search('`(.*)` writes its rows as lines', error)[1])
     assert lines == 'a.jsonl'
     assert [json.loads(line) for line in open(lines, encoding='utf-8')] == [ROWS['bare'](0)]
-    assert textfiles.find(lines)[0].kind == 'jsonl'
+    assert find(lines)[0].kind == 'jsonl'
 
 
 @pytest.mark.parametrize('options', [[], ['--field=messages']], ids=['', 'field'])
@@ -739,8 +739,9 @@ ROWS_OF_IT, ONE_ROW = 'for row in json.load(', 'for row in [json.load('
 )
 def test_lines_that_are_arrays_are_told_from_one_array(tmp_path, text, message):
     (tmp_path / 'a.jsonl').write_text(text)
-    file = textfiles.File('a.jsonl', tmp_path / 'a.jsonl', 'jsonl', '', len(text), 0)
-    wrong = textfiles._what_is_wrong(file)
+    file = JsonLines('a.jsonl', tmp_path / 'a.jsonl', '', len(text), 0)
+    not_text, wrong = file.judge()
+    assert not not_text
     assert message in wrong and bool(message) == bool(wrong)
 
 
@@ -757,8 +758,8 @@ def test_lines_that_are_arrays_are_told_from_one_array(tmp_path, text, message):
     ],
 )
 def test_the_command_that_makes_lines_of_an_array(name, packed, end):
-    file = textfiles.File(name, None, 'jsonl', packed, 0, 0)
-    assert textfiles._command(file, f'for row in {textfiles._parsed(file)}').endswith(end)
+    file = JsonLines(name, None, packed, 0, 0)
+    assert conversion._command(file, f'for row in {conversion._parsed(file)}').endswith(end)
 
 
 def test_the_advice_about_a_long_path_is_not_cut(tmp_path, monkeypatch, capsys):
@@ -827,7 +828,7 @@ def test_rows_of_text_and_of_parquet_and_of_bad_bytes_are_skipped_too(
         )
     )
     monkeypatch.setattr(
-        textfiles, 'SNIFF', 100
+        conversion, 'SNIFF', 100
     )  # the bad byte lies beyond what a file is judged by
     assert 'a.jsonl, line 10: not UTF-8 at byte 16 of the line' in failure(
         capsys, tmp_path / 'out', tmp_path / 'a.jsonl'
@@ -847,13 +848,6 @@ def test_rows_of_text_and_of_parquet_and_of_bad_bytes_are_skipped_too(
     )
 
 
-@pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(sources, 'PIECE', 256)
-    monkeypatch.setattr(journal, 'SAVE_SECONDS', -1)
-    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)
-
-
 def reports(said):
     """What is reported of the rows."""
     return [line for line in said.splitlines() if 'row(s)' in line or line.startswith('    ')]
@@ -871,15 +865,7 @@ def test_the_count_is_right_after_a_stop_and_for_any_number_of_processes(
         and told[1].startswith('120 row(s) skipped')
         and len(told) == 7
     )
-    real, calls = journal.Output.add, []
-
-    def interrupted(output, piece, encoded):
-        calls.append(piece)
-        if len(calls) in (7, 20):
-            raise KeyboardInterrupt
-        return real(output, piece, encoded)
-
-    monkeypatch.setattr(journal.Output, 'add', interrupted)
+    calls = interrupt_at(monkeypatch, 7, 20)
     for _ in range(2):
         with pytest.raises(SystemExit):
             prepare(tmp_path / 'stopped', *words)

@@ -26,9 +26,10 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, same
-from test_config import train_settings
-from test_errors import check
+from support.mistakes import check
+from support.outcomes import same
+from support.scripts import ROOT, TINY
+from support.settings import train_settings
 
 import models
 from interop import huggingface
@@ -40,13 +41,16 @@ from text import (
     folders,
     meta_pkl,
     sources,
-    textfiles,
     tokenizer,
     tokenizer_files,
     vocabulary,
 )
 from text.meta import read_meta
 from text.shards import Shards
+from text.sources import cutting
+from text.sources.compression import opened
+from text.sources.formats import JsonLines, source_file
+from text.sources.hub_dataset import is_wanted
 from training import checkpoint, metrics, pretrained, resume
 
 # bytes that a script may take beside what torch has; with more asked for, it has to say so
@@ -466,7 +470,7 @@ def said(call):
 @pytest.mark.parametrize(
     'model, fields, message',
     [
-        ('gpt', dict(n_layer=10**9), 'n_layer=1000000000: take at most 10000'),
+        ('gpt', dict(n_layer=10**9), 'n_layer=1000000000 must be at most 10000'),
         ('gpt', dict(n_layer=9999, n_embd=12288), 'a GPT of these sizes has 72,'),
         ('gpt', dict(n_embd=12 * 2**40), 'a GPT of these sizes has inf GB of weights'),
         ('gpt', dict(vocab_size=2**63 - 1), 'a GPT of these sizes has inf GB of weights'),
@@ -496,7 +500,7 @@ def test_weights_are_counted_without_being_made(name, monkeypatch):
     monkeypatch.setattr(construction, 'memory_bytes', lambda: size)
     models.build(name, vocab_size=50, **fields)
     monkeypatch.setattr(construction, 'memory_bytes', lambda: size - 1)
-    with pytest.raises(ValueError, match='take a smaller model'):
+    with pytest.raises(ValueError, match='use a smaller model'):
         models.build(name, vocab_size=50, **fields)
 
 
@@ -616,7 +620,7 @@ def test_large_numbers_that_are_right_elsewhere(warm, trained, text_folder, tmp_
         (['--num_proc=1000000000'], 'num_proc=1000000000 must be at most 1024'),
         (
             ['--tokenizer=train:bpe:99999999999999999999'],
-            'take a vocabulary of less than ten million entries',
+            'use a vocabulary of less than ten million entries',
         ),
         (
             ['--tokenizer=train:bpe:300', '--max_piece_length=9223372036854775808'],
@@ -880,7 +884,7 @@ def test_only_what_lies_in_data_prepares_itself(tmp_path, monkeypatch, name):
     ],
 )
 def test_names_in_a_listing_of_the_hub(name, is_taken):
-    assert bool(textfiles._is_wanted(name, '')) is is_taken
+    assert is_wanted(name) is is_taken
 
 
 @pytest.mark.parametrize(
@@ -985,7 +989,7 @@ def test_json_that_no_reader_takes(text, tmp_path, trained):
         is GPTConfig
     )
     assert not metrics._is_before(text, 9, 9)
-    assert 'not JSON' in said(lambda: sources._parsed(b'{"text": ' + text.encode()))
+    assert 'not JSON' in said(lambda: JsonLines.parse(b'{"text": ' + text.encode()))
 
 
 @pytest.mark.parametrize(
@@ -1115,16 +1119,15 @@ def packed(kind, content, times):
 def test_a_bomb_is_read_in_pieces(kind, name, tmp_path, monkeypatch):
     """A small file that unpacks to 300 MB on one line is never whole in memory; as a row it is
     refused."""
-    monkeypatch.setattr(sources, 'MOST', 1 << 24)
+    monkeypatch.setattr(cutting, 'LONGEST_ROW', 1 << 24)
     path = tmp_path / f'{name}.{kind}'
     path.write_bytes(packed(kind, b'x' * (1 << 20), 300))
     assert path.stat().st_size < 400_000
-    file = textfiles._file(path.name, path, None)
+    file = source_file(path.name, path)
     tracemalloc.start()
-    with textfiles.reading(file) as (_, stream):
-        chunks = sources._cut(
-            file, stream, stream.read(sources.PIECE + 1), sources.DIVISIONS['line'], None
-        )
+    with opened(file) as (_, stream):
+        head = stream.read(cutting.PIECE + 1)
+        chunks = cutting.cut(file, stream, head, cutting.DIVISIONS['line'])
         if name == 'bomb.jsonl':
             assert 'is a row of more than 16,777,216 bytes' in said(lambda: list(chunks))
         else:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,43 +21,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMMIT, ROOT
+from support.needs import MIRROR, needs_gpt2, needs_shakespeare
+from support.preparing import COMMAND, failure, interrupt_at, prepare
+from support.scripts import ROOT
+from support.servers import COMMIT
 
 from system import files
-from system.errors import user_errors
-from text import folders, journal, sources, textfiles
-from text.bins import Part
+from text import folders, journal, sources
 from text.dataset import Dataset
+from text.documents import Part, Remark
+from text.sources import conversion, cutting
+from text.sources.hub_dataset import is_wanted
 from text.tokenizer import load
 
-MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
-needs_shakespeare = pytest.mark.skipif(
-    not (MIRROR / 'shakespeare/input.txt').is_file(), reason="NANOGPT_MIRROR has no Shakespeare"
-)
-needs_gpt2 = pytest.mark.skipif(
-    not os.environ.get('TIKTOKEN_CACHE_DIR'), reason="TIKTOKEN_CACHE_DIR has no vocabulary"
-)
-COMMAND = runpy.run_path(str(ROOT / 'data/prepare.py'), run_name='data/prepare.py')
 DOCUMENTS = [
     f"Document {i}: {'ü€🎉 ' * (i % 4)}\n{'line ' * (1 + i * 7 % 50)}\r\nend {i % 90}"
     for i in range(100)
 ]
-
-
-def prepare(*words):
-    """The command, in this process."""
-    with user_errors():
-        COMMAND['main'](list(map(str, words)))
-
-
-def failure(capsys, *words):
-    """What the command says when it fails, which is one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        prepare(*words)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
-    return error
 
 
 def contents(folder):
@@ -103,15 +82,6 @@ def decoded(folder, suffix='.bin'):
         assert suffix != '.bin' or hashlib.sha256(raw).hexdigest() == facts['sha256']
         found[split] = bytes(tokens.astype('u1'))
     return found
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    """Pieces so small that a few kilobytes have all there is: many pieces, large documents."""
-    monkeypatch.setattr(sources, 'PIECE', 256)
-    monkeypatch.setattr(sources, 'LARGE', 1024)
-    monkeypatch.setattr(journal, 'SAVE_SECONDS', -1)  # a journal after every piece
-    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)  # which takes its time
 
 
 def write_rows(path, rows):
@@ -208,14 +178,14 @@ def test_a_text_encoded_in_parts_has_the_ids_of_the_whole(small_pieces, pattern)
         '\x1c',
     ]
     texts = [
-        Path(sources.__file__).read_text(),
+        Path(ROOT / 'text/sources/source.py').read_text(),
         'no line end ' * 999,
         ''.join(rng.choices(signs, k=9000)),
     ]
     for text in texts:
         data, parts = text.encode(), []
         while data:
-            n = sources._safe_end(data[:1024]) if len(data) > 1024 else len(data)
+            n = cutting.safe_end(data[:1024]) if len(data) > 1024 else len(data)
             parts.append(data[:n].decode())
             data = data[n:]
         assert len(parts) > 5
@@ -368,7 +338,7 @@ def test_documents_do_not_depend_on_where_a_text_is_read_in_pieces(tmp_path, mon
             )
         lines = [paragraph.rstrip() for paragraph in documents]
     for size in range(20, 60):
-        monkeypatch.setattr(sources, 'PIECE', size)
+        monkeypatch.setattr(cutting, 'PIECE', size)
         source = sources.open([tmp_path / 'text.txt'], document=document)
         assert [text for piece in source.pieces() for _, text in source.read(piece)] == [
             x for x in lines if x.strip()
@@ -392,7 +362,7 @@ def test_a_large_document_goes_to_one_split_in_parts(tmp_path, small_pieces, doc
         '--split=0.5,0.5',
     )
     keys = {
-        text: hashlib.sha256(text.encode()[: sources._safe_end(text.encode()[:1024])]).digest()[:16]
+        text: hashlib.sha256(text.encode()[: cutting.safe_end(text.encode()[:1024])]).digest()[:16]
         for text in large
     }
     found = dict.fromkeys(('train', 'val'), b'')
@@ -449,7 +419,7 @@ def documents_of(folder, words, **options):
     found, parts = [], []
     for piece in source.pieces():
         for _, document in source.read(piece):
-            if isinstance(document, journal.Remark):
+            if isinstance(document, Remark):
                 continue
             if isinstance(document, Part):
                 parts.append(document.text)
@@ -487,9 +457,9 @@ def test_separators_are_found_wherever_a_text_is_read_in_pieces(
     (tmp_path / 'text.txt').write_text(text, encoding='utf-8', newline='')
     wanted = re.split(re.escape(separator).replace('\\\n', '\r?\n'), text)
     wanted = [document.strip('\r\n') for document in wanted if document.strip()]
-    monkeypatch.setattr(sources, 'LARGE', large)
+    monkeypatch.setattr(cutting, 'LARGE', large)
     for size in range(20, 60):
-        monkeypatch.setattr(sources, 'PIECE', size)
+        monkeypatch.setattr(cutting, 'PIECE', size)
         assert documents_of(tmp_path, [tmp_path / 'text.txt'], document=separator) == wanted
 
 
@@ -497,13 +467,13 @@ def test_separators_are_found_wherever_a_text_is_read_in_pieces(
 def test_a_separator_where_a_large_document_is_cut_is_found(tmp_path, monkeypatch, line_end):
     """The last byte that fits into a part is any of those of the separator and around it."""
     large = 300
-    monkeypatch.setattr(sources, 'LARGE', large)
+    monkeypatch.setattr(cutting, 'LARGE', large)
     for n in range(large - 30, large + 20):
         document = ('word ' * large)[: n - 1] + '.'
         text = f'{document}{line_end}{MARK}{line_end}{document}{line_end}{MARK}the end'
         (tmp_path / 'text.txt').write_text(text, newline='')
         for size in (20, 33, large):
-            monkeypatch.setattr(sources, 'PIECE', size)
+            monkeypatch.setattr(cutting, 'PIECE', size)
             found = documents_of(tmp_path, [tmp_path / 'text.txt'], document=MARK)
             assert found == [document, document, 'the end']
 
@@ -512,10 +482,10 @@ def test_the_bins_do_not_depend_on_where_a_text_is_read_in_pieces(tmp_path, monk
     large = 'a line of a long story\n' * 30
     text = f'\n{MARK}\n'.join(f'{i} {large if i % 9 == 0 else "short"}' for i in range(80))
     (tmp_path / 'text.txt').write_text(text)
-    monkeypatch.setattr(sources, 'LARGE', 256)
+    monkeypatch.setattr(cutting, 'LARGE', 256)
     found = []
     for size in (20, 33, 256):
-        monkeypatch.setattr(sources, 'PIECE', size)
+        monkeypatch.setattr(cutting, 'PIECE', size)
         words = [tmp_path / 'out', tmp_path / 'text.txt', f'--document={MARK}', '--tokenizer=byte']
         prepare(*words)
         found.append(contents(tmp_path / 'out'))
@@ -581,15 +551,7 @@ def test_special_tokens_are_counted_right_when_a_run_was_stopped(
 ):
     write_rows(tmp_path / 'rows.jsonl', [{'text': f'{i} {MARK} {MARK}'} for i in range(200)])
     words = [tmp_path / 'out', tmp_path / 'rows.jsonl']
-    real, calls = journal.Output.add, []
-
-    def interrupted(output, piece, encoded):
-        calls.append(piece)
-        if len(calls) in (5, 9):
-            raise KeyboardInterrupt
-        return real(output, piece, encoded)
-
-    monkeypatch.setattr(journal.Output, 'add', interrupted)
+    interrupt_at(monkeypatch, 5, 9)
     for _ in range(2):
         with pytest.raises(SystemExit):
             prepare(*words)
@@ -961,15 +923,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bins(
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, capsys):
     prepare(tmp_path / 'whole', *corpus)
-    real, calls = journal.Output.add, []
-
-    def interrupted(output, piece, encoded):
-        calls.append(piece)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        return real(output, piece, encoded)
-
-    monkeypatch.setattr(journal.Output, 'add', interrupted)
+    calls = interrupt_at(monkeypatch, 20)
     monkeypatch.setattr(journal, 'SAVE_SECONDS', 1000)
     with pytest.raises(SystemExit) as end:
         prepare(tmp_path / 'stopped', *corpus)
@@ -1036,10 +990,11 @@ def test_bins_that_are_replaced_only_in_part_are_refused(
 SCRIPT = f"""if True:
     import runpy, sys, time
     sys.path.insert(0, {str(ROOT)!r})
-    from text import journal, sources
+    from text import journal
+    from text.sources import cutting
     save = journal.Output.save
     journal.Output.save = lambda output: (save(output), time.sleep(0.01))       # or it would be done before it is killed
-    sources.PIECE, sources.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None
+    cutting.PIECE, cutting.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None
     sys.argv[0] = {str(ROOT / 'data/prepare.py')!r}
     runpy.run_path(sys.argv[0], run_name='__main__')"""
 
@@ -1157,7 +1112,7 @@ def test_a_row_without_a_text_is_passed_over_and_no_batch_is_larger_than_its_row
     'name', ['../../private.txt', '/private.txt', 'a/../../private.txt', 'C:\\private.txt']
 )
 def test_a_servers_names_lead_nowhere_else(name):
-    assert textfiles._is_wanted('a..b/private.txt', '') and not textfiles._is_wanted(name, '')
+    assert is_wanted('a..b/private.txt') and not is_wanted(name)
 
 
 def test_max_bytes_ends_at_the_same_piece_wherever_it_goes_on(tmp_path):
@@ -1288,7 +1243,7 @@ def test_what_is_wrong_is_one_line_and_the_old_bins_stay(
     tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.setenv('NANOGPT_MIRROR', '/nowhere')
-    monkeypatch.setattr(textfiles, 'SNIFF', 1000)
+    monkeypatch.setattr(conversion, 'SNIFF', 1000)
     (tmp_path / 'in/empty').mkdir(parents=True)
     for name, content in FILES.items():
         (tmp_path / 'in' / name).write_bytes(content)

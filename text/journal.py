@@ -16,52 +16,14 @@ import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
 
 import numpy as np
 
 from system import files
-from system.errors import one_line
+from text.documents import SKIPPED, count_remarks
 
 SAVE_SECONDS = 5  # between two journals
 SPLITS = 'train', 'val', 'test'
-
-
-SKIPPED = "row(s) skipped by --skip_bad_rows"
-SHOWN = 5  # remarks of a kind that are kept word for word; the others are counted
-
-
-class Remark(NamedTuple):
-    """In place of a document: what to report at the end. Those about the same thing are counted."""
-
-    about: str  # SKIPPED, what `report` says after the count, or the source's own word
-    detail: str  # where: file and line, and what was wrong there
-    n: int = 1  # how often
-
-
-def count_remarks(remarks, before):
-    """{about: [how often, the first SHOWN details]} of these remarks and of the counts `before`,
-    which are not changed."""
-    counts = {about: [n, list(details)] for about, (n, details) in before.items()}
-    for about, detail, n in remarks:
-        count = counts.setdefault(about, [0, []])
-        count[0] += n
-        if len(count[1]) < SHOWN:
-            count[1].append(detail)
-    return counts
-
-
-def report(counts):
-    """The lines to print of remarks, counted as above; those that were skipped come last."""
-    for about, (n, details) in counts.items():
-        if about != SKIPPED:
-            yield one_line(f"{n:,} {about}; the first is {details[0]}")
-    if SKIPPED in counts:
-        n, details = counts[SKIPPED]
-        of_which = '' if n == len(details) else ', of which the first are'
-        yield f"{n:,} {SKIPPED}{of_which}:"
-        for detail in details:
-            yield f"    {one_line(detail)}"
 
 
 class Stream:

@@ -6,7 +6,7 @@ import io
 import re
 import sys
 
-from text import textfiles
+from text.sources import formats
 
 MARK = r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]'  # how special tokens are spelled: <|im_end|>, [|endofturn|]
 
@@ -23,7 +23,7 @@ def read_prompts(text):
         return [_decoded(text, "the prompt", sys.getfilesystemencoding())]
     kind, _, path = text.partition(':')
     try:
-        content = textfiles.read_text(path, as_text=True)
+        content = formats.read_text(path, as_text=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or error
         raise ValueError(f"{text} can't be read as UTF-8 text ({reason})") from None

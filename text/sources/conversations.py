@@ -16,6 +16,7 @@ can't be (UNCLEAR_KEYS): nothing that its author may have masked is learned.
 """
 
 from text.chat import ASSISTANT, USER, Template
+from text.sources.fields import value, value_or_none
 
 SYSTEM = 'system'
 
@@ -105,114 +106,22 @@ HARMLESS_KEYS = {
 # to learn. So only those are reported that are known to hold a part of the conversation.
 ROW_KEYS = ('tools', 'functions', 'image', 'images', 'audio', 'audios', 'video', 'videos')
 NOT_USED = "beside the conversation, which is not used"
-WHICH_FIELD = (
-    "--field=NAME says which one is the text, --field=ASKED,ANSWERED which are a conversation"
-)
 EMPTY = None, '', [], {}, '[]'  # some datasets keep a list as JSON in a text
-
-
-def value(row, field):
-    """The value of a field of a row. Raises ValueError if it is missing.
-
-    'a.b' is row['a']['b'], unless the row has the key 'a.b'.
-    """
-    keys = [field] if field in row else field.split('.')
-    found = row
-    for key in keys:
-        if not isinstance(found, dict) or key not in found:
-            there = ', '.join(map(str, row)) or 'none'
-            raise ValueError(f"there is no field {field!r}, only {there}: {WHICH_FIELD}")
-        found = found[key]
-    return found
 
 
 def is_message(item):
     return isinstance(item, dict) and any(key in item for key in ROLE_KEYS)
 
 
-def reader(row, field=None, template=None):
-    """The Conversations that reads rows like this one, or None if they are plain text.
-
-    field: comma-separated names, used as Conversations' `fields`; None: found by FORMS. template: a
-    chat template; None: chat.DEFAULT. Raises ValueError if a field is missing.
-    """
-    if field is not None:
-        fields = field.split(',')
-        if len(fields) == 1 and not isinstance(row, list) and not _holds_messages(row, field):
-            return None
-        # Rows may lack the fields between the first and the last, but one of the first rows has to
-        # have them: otherwise a misspelled name would silently be left out everywhere.
-        if row and isinstance(row, dict) and (missing := _missing(row, fields[1:-1])):
-            raise ValueError(
-                f"the first rows have no field {missing[0]!r}, only {', '.join(row)}: "
-                f'if the name is right, add "{missing[0]}": null to the first one'
-            )
-        return Conversations(fields, template)
-    if isinstance(row, list):
-        return Conversations(['messages'], template)
-    fields = _recognized(row)
-    if fields is None:
-        return None
-    if 'text' in row:
-        names = ','.join(fields)
-        if row[fields[-1]] is None:
-            print(
-                "the rows have 'text', which is prepared; to prepare their conversations, use "
-                f"--field={names}",
-                flush=True,
-            )
-            return None
-        print(
-            f"the conversation in {names} is prepared, and not the 'text' beside it; to prepare "
-            "the text, use --field=text",
-            flush=True,
-        )
-    return Conversations(fields, template)
-
-
-def tells_how_to_read(row, field=None):
-    """Whether this row shows how its file is to be read: it has 'text', a known conversation, or
-    the given fields."""
-    if isinstance(row, list):
-        return any(map(is_message, row))
-    if field is None:
-        return 'text' in row or _recognized(row) is not None
-    names = field.split(',')
-    if len(names) == 1:
-        return _value_or_none(row, field) is not None
-    return not _missing(row, names)
-
-
-def _recognized(row):
+def recognized_fields(row):
     """The first of FORMS that a row has, or None."""
     for fields in FORMS:
-        if fields[0] not in row or fields[-1] not in row:
+        first, last = fields[0], fields[-1]
+        if first not in row or last not in row:
             continue
-        if len(fields) > 1 or row[fields[0]] is None or isinstance(row[fields[0]], list):
+        if len(fields) > 1 or row[first] is None or isinstance(row[first], list):
             return fields
     return None
-
-
-def _holds_messages(row, field):
-    return isinstance(_value_or_none(row, field), list)
-
-
-def _value_or_none(row, field):
-    try:
-        return value(row, field)
-    except ValueError:
-        return None
-
-
-def _missing(row, names):
-    """Those of these fields that a row does not have."""
-    missing = []
-    for name in names:
-        try:
-            value(row, name)
-        except ValueError:
-            missing.append(name)
-    return missing
 
 
 class Conversations:
@@ -223,9 +132,12 @@ class Conversations:
     the list of messages.
     """
 
+    unit = 'conversation'
+
     def __init__(self, fields, template=None):
         self.fields = fields
         self.template = Template(template)
+        self.facts = {'masked': True, 'template': self.template.description}  # for meta.json
         self.required = list(dict.fromkeys([fields[0], fields[-1]]))
         self.optional = [
             *fields[1:-1],
@@ -357,7 +269,7 @@ class Conversations:
             return [{**message, 'weight': 0} for message in self._messages(asked, unused)]
         texts = [_text(asked, first)]
         for name in middle:
-            text = _value_or_none(row, name)
+            text = value_or_none(row, name)
             if text is not None and _text(text, name).strip():
                 texts.append(text)
         return [{'role': USER, 'content': '\n\n'.join(texts)}]
