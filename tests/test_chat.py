@@ -203,7 +203,7 @@ def test_what_can_not_be_asked_leaves_the_dialogue_as_it_was(text, message):
     talk = Dialogue(Template(), ByteTokenizer(), room=100)
     with pytest.raises(ValueError, match=message):
         talk.ask(text)
-    assert talk.said == []
+    assert talk.messages == []
 
 
 CONVERSATION = [

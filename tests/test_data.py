@@ -720,7 +720,7 @@ def test_missing_bins_are_named_with_what_to_do(text_folder, tmp_path, missing):
     for name in (f'{there}.bin', 'meta.json'):
         (tmp_path / name).write_bytes((text_folder / name).read_bytes())
     with pytest.raises(
-        FileNotFoundError, match=rf'{missing}\.bin is missing: dataset= takes a folder'
+        FileNotFoundError, match=rf'{missing}\.bin is missing: dataset= names a folder'
     ):
         Dataset(tmp_path, block_size=8, batch_size=2)
     (tmp_path / 'prepare.py').touch()

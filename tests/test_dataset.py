@@ -265,7 +265,7 @@ def test_a_folder_that_is_there_is_no_mixture_whatever_its_name(tmp_path):
         ('a:1,b:0', 'weights must be above 0'),
         ('a:0,b:0', 'above 0'),
         ('a:1,a:2', 'names a dataset twice'),
-        ('a:0.1234567,b:1', 'take fewer digits'),
+        ('a:0.1234567,b:1', 'use fewer digits'),
         ('a:1,b:-1', 'a weight behind each name'),
     ],
 )

@@ -1,11 +1,11 @@
-"""Conversations as text: how their turns are written, and which parts of them a model learns.
+"""Conversations as text: how a template writes their turns, and which parts a model learns.
 
 A template is a plain dict {role: [before, after]}, which meta.json and checkpoints keep: a turn is
-`before`, what was said, `after`. A model learns what the assistant says and the `after` behind it,
-the sign that it has finished; everything else is only read. Use an `after` for the assistant that
-no answer contains: sample.py ends an answer there, or at the tokenizer's end of text, or where
-another turn begins. A message may not contain the template's own marks, or it could pass for
-another turn.
+`before`, what was said, `after`. A model learns what the assistant says and the `after` that
+follows, the sign that it has finished; it only reads the rest. Use an `after` for the assistant
+that no answer contains: sample.py ends an answer there, at the tokenizer's end of text, or where
+another turn begins. A message may not contain the template's marks, or it could pass for another
+turn.
 """
 
 ASSISTANT, USER = 'assistant', 'user'
@@ -119,44 +119,51 @@ def _without_copies(texts):
 
 
 class Dialogue:
-    """What a user and the assistant have said, as ids of at most `room`; where it is more, the
-    oldest turns are left out, so many: `left_out`. `stops` and `end`, the id of the end of text or
-    None, are where an answer ends.
+    """What a user and the assistant have said, as at most `room` ids.
 
-    In front stands the end of text, as it does between documents that are learned from.
+    left_out: how many of the oldest messages were dropped to stay below that. An answer ends at one
+    of the texts `stops`, or at the id `end`, that of the end of text or None. The ids begin with
+    the end of text, as after another document in training.
     """
 
     def __init__(self, template, tokenizer, room):
-        self.template, self.tokenizer, self.room = template, tokenizer, room
-        self.stops, self.end = template.stops, tokenizer.eot
-        if not tokenizer.lossless:  # it writes them in its own way
+        self.template = template
+        self.tokenizer = tokenizer
+        self.room = room
+        self.stops = template.stops
+        self.end = tokenizer.eot
+        if not tokenizer.lossless:  # it writes the stops in its own way
             self.stops = [tokenizer.decode(tokenizer.encode(stop)) for stop in self.stops]
-        self.said, self.asked, self.left_out = [], None, 0
+        self.messages = []
+        self.question = None
+        self.left_out = 0
 
     def ask(self, text):
         """The ids that a model continues with the answer to what the user says now. Raises
-        ValueError."""
+        ValueError if that is empty, or if the template can't write it."""
         if not text.strip():
             raise ValueError("an empty turn: type, or give by --start, what the user says")
-        self.asked = {'role': USER, 'content': text}
+        self.question = {'role': USER, 'content': text}
         while True:
-            parts = self.template.prompt([*self.said[self.left_out :], self.asked])
+            parts = self.template.prompt([*self.messages[self.left_out :], self.question])
             ids, _ = encode(self.tokenizer, parts)
             if self.end is not None:
                 ids = [self.end, *ids]
-            if len(ids) <= self.room or self.left_out == len(self.said):
+            if len(ids) <= self.room or self.left_out == len(self.messages):
                 return ids
             self.left_out += 2  # a question and its answer
 
     def answer(self, text):
-        """What the assistant said to the last question."""
-        self.said += [self.asked, {'role': ASSISTANT, 'content': text}]
+        """Add what the assistant said to the last question."""
+        self.messages += [self.question, {'role': ASSISTANT, 'content': text}]
 
 
 def encode(tokenizer, parts):
-    """(ids, learned) of [(text, is_learned)]: each part on its own, so that an answer's prompt has
-    the same ids when it is learned and when it is sampled. Only in a Marker do the names of special
-    tokens become these tokens."""
+    """(ids, [whether each is learned]) of [(text, is_learned)].
+
+    Each part is encoded on its own, so that a prompt has the same ids in training and in sampling.
+    The names of special tokens become these tokens only in a Marker.
+    """
     ids, learned = [], []
     for text, is_learned in parts:
         encode_text = tokenizer.encode if isinstance(text, Marker) else tokenizer.encode_ordinary

@@ -13,71 +13,74 @@ from text.dataset import Dataset, open_single
 from text.folders import is_path
 from text.mixture import Mixture, parse
 
+# A download of this size is not started unasked.
+LARGE_MB = 100
+
 
 def open_dataset(words, *args):
-    """The dataset, or the Mixture of several, that --dataset= names; the arguments are theirs."""
-    return (open_single if len(parse(words)) == 1 else Mixture)(words, *args)
+    """The dataset that --dataset= names, or the Mixture of several; the arguments are theirs."""
+    if len(parse(words)) == 1:
+        return open_single(words, *args)
+    return Mixture(words, *args)
 
 
 def open_unmixed(words):
-    """The one dataset that --dataset= names, to read it token by token. ValueError where it is a
-    mixture."""
-    if len(parts := parse(words)) > 1:
+    """The one dataset that --dataset= names, to read it token by token; prepares it first where
+    that is a small download. Raises ValueError if it is a mixture."""
+    parts = parse(words)
+    if len(parts) > 1:
         raise ValueError(f"{words} is a mixture: give one of them, as --dataset={parts[0][0]}")
-    _prepare_if_small(words)
-    data = Dataset(words, 1, 1)
+    prepare_if_small(words)
+    data = Dataset(words, block_size=1, batch_size=1)
     if data.masks:
         print(
-            f"{data.folder} marks what is learned: evaluated is all of its text, not as in training that alone",
+            f"{data.folder} marks what is learned: all of its text is evaluated here, unlike in "
+            "training",
             file=sys.stderr,
         )
     return data
 
 
 def prepare_if_small(words):
-    """Run data/NAME/prepare.py of each dataset whose bins are missing, where it says that it
-    downloads less than 100 MB."""
+    """Run data/NAME/prepare.py of each dataset whose bins are missing, if it downloads less than
+    LARGE_MB."""
     for name, _ in parse(words):
-        _prepare_if_small(name)
+        if not is_path(name):  # only the project's own scripts run, those in data/
+            _prepare_if_small(name)
 
 
 def _prepare_if_small(name):
-    """Run data/NAME/prepare.py where the bins are missing and it says that it downloads less than
-    100 MB."""
-    script = folders.DATA_FOLDER / name / 'prepare.py'
-    if is_path(name):  # only the scripts in data/ are run, and nothing else
+    folder = folders.DATA_FOLDER / name
+    script = folder / 'prepare.py'
+    is_prepared = any((folder / bin).is_file() for bin in ('train.bin', 'train-00000.bin'))
+    if is_prepared or not script.is_file():
         return
-    if (
-        any(
-            (folders.DATA_FOLDER / name / first).is_file()
-            for first in ('train.bin', 'train-00000.bin')
-        )
-        or not script.is_file()
-    ):
+    source = script.read_text(encoding='utf-8')
+    megabytes = re.search(r'^DOWNLOAD_MB = ([\d._]+)', source, re.MULTILINE)
+    if not megabytes:  # not one of ours: Dataset says what is missing
         return
-    size = re.search(r'^DOWNLOAD_MB = ([\d._]+)', script.read_text(encoding='utf-8'), re.MULTILINE)
-    if not size:  # Dataset says what is missing
-        return
-    if float(size[1]) >= 100:
+    if float(megabytes[1]) >= LARGE_MB:
         raise FileNotFoundError(
-            f"data/{name} is not prepared, and it is large: run `python data/{name}/prepare.py` first"
+            f"data/{name} is not prepared, and it is large: run `python data/{name}/prepare.py` "
+            "first"
         )
     print(f"data/{name} is not prepared yet: running data/{name}/prepare.py", flush=True)
     code = run_script(script)
     if code:
-        raise SystemExit(code)  # it has said why
+        raise SystemExit(code)  # the script has said why
 
 
 def run_script(script):
     """Run a script of the project to its end; returns its exit code.
 
-    A terminal sends Ctrl-C to the script too, which cleans up and says so. KeyboardInterrupt where
-    it was not told.
+    A terminal sends Ctrl-C to the script too, which cleans up and says so. Raises KeyboardInterrupt
+    if the script did not get it.
     """
-    interrupts = []  # when: an exception in the wait could lose the exit code
+    # A handler that only notes the time: an exception during the wait could lose the exit code.
+    interrupts = []
     with errors.no_interrupt():
         process = subprocess.Popen([sys.executable, str(script)])
-        before = signal.signal(
+        previous_handler = signal.signal(
             signal.SIGINT, lambda number, frame: interrupts.append(time.monotonic())
         )
     try:
@@ -86,7 +89,7 @@ def run_script(script):
             if interrupts and time.monotonic() > interrupts[0] + 5:
                 process.terminate()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
     if interrupts and process.returncode != errors.STOPPED:
         raise KeyboardInterrupt
     return process.returncode

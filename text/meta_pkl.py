@@ -8,7 +8,7 @@ import numpy as np
 
 
 class _NumpyType:
-    """What stands for numpy.dtype while a meta.pkl is read."""
+    """Stands for numpy.dtype while a meta.pkl is read."""
 
     def __init__(self, code, *flags):
         self.code = code
@@ -19,7 +19,7 @@ class _NumpyType:
 
 
 class _NumpyScalar:
-    """What stands for the function with which NumPy's scalars are unpickled.
+    """Stands for the function with which NumPy's scalars are unpickled.
 
     It makes a plain int, bool, float or str.
     """
@@ -35,7 +35,7 @@ class _NumpyScalar:
 
 
 class _NotRead:
-    """What stands for a NumPy array and its bytes, and for the type of a defaultdict's values.
+    """Stands for a NumPy array and its bytes, and for the type of a defaultdict's values.
 
     It keeps nothing, so that the rest of the file can be read.
     """
@@ -53,7 +53,7 @@ class _NotRead:
 
 
 class _EmptyDict:
-    """What stands for OrderedDict and defaultdict. It makes a plain dict, whose entries follow.
+    """Stands for OrderedDict and defaultdict. It makes a plain dict, whose entries follow.
 
     It copies nothing: a small file could ask for many copies of its largest list.
     """
@@ -71,7 +71,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
     """An unpickler of plain types and NumPy's scalars, and of dicts of other kinds as plain ones.
 
     NumPy's arrays are not read, but may be there. Anything else is refused. It is the unpickler in
-    Python: the one in C would make room for two billion objects, if asked to.
+    Python: the one in C would allocate room for two billion objects if a file asked it to.
     """
 
     # numpy._core since NumPy 2; __builtin__ and _codecs (an array's bytes) up to protocol 2.
@@ -176,7 +176,10 @@ def _problem_without_entries(itos):
     if itos is None:
         return "and no itos"
     if isinstance(itos, dict) and itos:
-        return f"and its itos of {len(itos)} entries does not have one for each id from 0 to {len(itos) - 1}"
+        return (
+            f"and its itos of {len(itos)} entries does not have one for each id from 0 to "
+            f"{len(itos) - 1}"
+        )
     if isinstance(itos, (dict, list, tuple, str)):
         return "and its itos is empty"
     if isinstance(itos, _NotRead):

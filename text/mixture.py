@@ -1,9 +1,9 @@
 """Several datasets in one run, each with a share of the windows: --dataset=NAME:WEIGHT,NAME:WEIGHT.
 
-The rows of all batches of a run, one behind the other, are dealt out, so that after any of them
-each dataset has had its share, up to rounding. Which one has row r depends on r and the weights
-alone, in whole numbers: nothing has to be remembered, a run resumes, and any number of processes
-and micro-batches see the same. Each dataset keeps epochs of its own.
+All rows of a run's batches, one after the other, are dealt out to the datasets, so that after any
+number of rows each dataset has had its share, up to rounding. Which dataset has row r depends on r
+and the weights alone, in whole numbers: there is no state to save, a run resumes, and any number of
+processes and micro-batches see the same. Each dataset has epochs of its own.
 """
 
 import fractions
@@ -17,47 +17,65 @@ import numpy as np
 from text.dataset import Dataset, open_single
 from text.folders import folder_of
 
+# Times a row's number, the sum of the weights stays below 2^63 up to 2^43 rows.
+MOST_PARTS = 10**6
+
 
 def parse(words):
-    """[(name, weight)] of what --dataset= says, the weights whole numbers; of one dataset [(name,
-    1)]. ValueError."""
-    found = [re.fullmatch(r'\s*(.+):(\d*\.?\d+)\s*', word) for word in str(words).split(',')]
-    if len(found) == 1 or os.path.isdir(folder_of(words)):  # which may have a comma in its name
+    """[(name, weight)] of what --dataset= says, with whole-numbered weights; [(name, 1)] for one
+    dataset. Raises ValueError."""
+    matches = [re.fullmatch(r'\s*(.+):(\d*\.?\d+)\s*', word) for word in str(words).split(',')]
+    if len(matches) == 1:
         return [(words, 1)]
-    if not all(found):
+    if os.path.isdir(folder_of(words)):  # a folder with a comma in its name
+        return [(words, 1)]
+    if not all(matches):
         raise ValueError(
-            f"dataset={words!r}: a mixture is NAME:WEIGHT,NAME:WEIGHT, a weight behind each name; a "
-            "name in it has no comma"
+            f"dataset={words!r}: a mixture is NAME:WEIGHT,NAME:WEIGHT, a weight behind each name; "
+            "a name in it has no comma"
         )
-    if max(len(match[2]) for match in found) > 20:
-        raise ValueError(f"dataset={words[:60]}… has a weight of more than 20 digits: take fewer")
-    weights = [fractions.Fraction(match[2]) for match in found]
-    one = fractions.Fraction(
-        math.gcd(*(w.numerator for w in weights)), math.lcm(*(w.denominator for w in weights))
-    )
-    weights = [int(w / one) for w in weights] if one else [0]
+    names = [match[1] for match in matches]
+    digits = [match[2] for match in matches]
+    if max(map(len, digits)) > 20:
+        raise ValueError(f"dataset={words[:60]}… has a weight of more than 20 digits: use fewer")
+    weights = _whole_numbers([fractions.Fraction(text) for text in digits])
     if not all(weights):
         raise ValueError(f"dataset={words!r}: weights must be above 0")
-    if sum(weights) > 10**6:  # times a row's number this stays below 2^63 up to 2^43 rows
+    if sum(weights) > MOST_PARTS:
         raise ValueError(
-            f"dataset={words!r}: these weights divide rows into {sum(weights):,} parts: take fewer digits"
+            f"dataset={words!r}: these weights divide rows into {sum(weights):,} parts: use fewer "
+            "digits"
         )
-    if len({match[1] for match in found}) < len(found):
+    if len(set(names)) < len(names):
         raise ValueError(f"dataset={words!r} names a dataset twice")
-    return [(match[1], weight) for match, weight in zip(found, weights)]
+    return list(zip(names, weights))
+
+
+def _whole_numbers(ratios):
+    """The smallest whole numbers with the ratios of these ones."""
+    unit = fractions.Fraction(
+        math.gcd(*(fraction.numerator for fraction in ratios)),
+        math.lcm(*(fraction.denominator for fraction in ratios)),
+    )
+    if not unit:  # all are 0
+        return [0]
+    return [int(fraction / unit) for fraction in ratios]
 
 
 def deal(rows, weights):
-    """(which of the datasets each of `rows` is of, its number there), for an array of rows and
+    """(which dataset each of `rows` belongs to, its number there), for an array of row numbers and
     whole-numbered weights.
 
     The first dataset has a row wherever the whole part of its share of the rows up to there grows;
-    the others deal out what is left in the same way.
+    the others deal out the remaining rows in the same way.
     """
-    which, numbers, is_left = np.full(len(rows), -1), np.array(rows), np.ones(len(rows), bool)
+    which = np.full(len(rows), -1)
+    numbers = np.array(rows)
+    is_left = np.ones(len(rows), bool)
     for k, weight in enumerate(weights):
-        total, left = sum(weights[k:]), numbers[is_left]
-        before = left * weight // total
+        total = sum(weights[k:])
+        left = numbers[is_left]
+        before = left * weight // total  # rows of dataset k before each
         is_mine = (left + 1) * weight // total > before
         numbers[is_left] = np.where(is_mine, before, left - before)
         which[np.flatnonzero(is_left)[is_mine]] = k
@@ -66,44 +84,42 @@ def deal(rows, weights):
 
 
 class Mixture(Dataset):
-    """The datasets of `parse`'s names and weights, as one. Raises ValueError or OSError.
+    """The datasets that --dataset=NAME:WEIGHT,NAME:WEIGHT names, as one.
 
-    The loss of an evaluation is the mean of theirs, by weight. meta: what none of theirs
-    contradicts.
+    The loss of an evaluation is the mean of theirs, by weight. meta: the entries that no two of
+    them contradict. Raises ValueError or OSError.
     """
 
     def __init__(self, words, block_size, batch_size, batches_per_step=1, seed=1337):
-        self._settings(words, block_size, batch_size, batches_per_step, seed)
-        names, self.weights = zip(*parse(words))
-        self.parts = [
-            open_single(name, block_size, batch_size, batches_per_step, seed) for name in names
-        ]
-        first, self.folder, self.shares = (
-            self.parts[0],
-            Path(words),
-            [w / sum(self.weights) for w in self.weights],
-        )
+        self._set_sizes(words, block_size, batch_size, batches_per_step, seed)
+        self.folder = Path(words)
+        self.parts = []
+        self.weights = []
+        for name, weight in parse(words):
+            self.parts.append(open_single(name, block_size, batch_size, batches_per_step, seed))
+            self.weights.append(weight)
+        total = sum(self.weights)
+        self.shares = [weight / total for weight in self.weights]
+
+        first = self.parts[0]
         for part in self.parts[1:]:
             if (part.tokenizer, part.vocab_size) != (first.tokenizer, first.vocab_size):
                 raise ValueError(
-                    f"{first.name} and {part.name} were prepared with different tokenizers: a mixture has one"
+                    f"{first.name} and {part.name} were prepared with different tokenizers: a "
+                    "mixture needs one for all"
                 )
-        self.tokenizer, self.vocab_size = first.tokenizer, first.vocab_size
-        metas = [part.meta for part in self.parts]
-        self.meta = {
-            key: value
-            for meta in metas
-            for key, value in meta.items()
-            if all(other.get(key, value) == value for other in metas)
-        }
-        self.tokens = {
-            split: sum(part.tokens[split] for part in self.parts)
-            for split in first.tokens
-            if all(split in part.tokens for part in self.parts)
-        }
+        self.tokenizer = first.tokenizer
+        self.vocab_size = first.vocab_size
+        self.meta = _common_entries([part.meta for part in self.parts])
+        self.tokens = {}
+        for split in first.tokens:
+            if all(split in part.tokens for part in self.parts):
+                self.tokens[split] = sum(part.tokens[split] for part in self.parts)
+
         self.batch_tokens = round(self._mean([part.batch_tokens for part in self.parts]))
+        # An epoch ends when each dataset has been seen whole: see `epoch`.
         self.windows = max(
-            -(-part.windows * sum(self.weights) // w) for part, w in zip(self.parts, self.weights)
+            -(-part.windows * total // weight) for part, weight in zip(self.parts, self.weights)
         )
 
     def _mean(self, values):
@@ -118,24 +134,25 @@ class Mixture(Dataset):
             )
         return eots.pop()
 
+    # ---- training --------------------------------------------------------------------------------
+
     def train_rows(self, numbers):
-        rows, (which, numbers) = (
-            np.empty((2, len(numbers), self.block_size), np.int64),
-            deal(numbers, self.weights),
-        )
+        rows = np.empty((2, len(numbers), self.block_size), np.int64)
+        which, numbers = deal(numbers, self.weights)
         for k in np.unique(which):
             rows[:, which == k] = self.parts[k].train_rows(numbers[which == k])
         return rows[0], rows[1]
 
     def train_counts(self, numbers):
-        counts, (which, numbers) = np.empty(len(numbers), np.int64), deal(numbers, self.weights)
+        counts = np.empty(len(numbers), np.int64)
+        which, numbers = deal(numbers, self.weights)
         for k in np.unique(which):
             counts[which == k] = self.parts[k].train_counts(numbers[which == k])
         return counts
 
     def epoch(self):
-        """(idx, targets) batches until each dataset has been seen whole; the others go on with
-        further epochs."""
+        """Yields (idx, targets) batches until each dataset has been seen whole; meanwhile the
+        others begin further epochs."""
         for start in range(0, self.windows, self.batch_size):
             yield self.train_rows(np.arange(start, min(start + self.batch_size, self.windows)))
 
@@ -144,43 +161,56 @@ class Mixture(Dataset):
         return self.windows * self.batch_tokens // self.batch_size
 
     def epochs(self, tokens):
-        seen = [
-            tokens * share * part.batch_tokens / self.batch_tokens
-            for share, part in zip(self.shares, self.parts)
-        ]
-        return ', '.join(f"{part.epochs(n)} of {part.name}" for part, n in zip(self.parts, seen))
+        words = []
+        for part, share in zip(self.parts, self.shares):
+            seen = tokens * share * part.batch_tokens / self.batch_tokens
+            words.append(f"{part.epochs(seen)} of {part.name}")
+        return ', '.join(words)
 
     def opening(self):
         return self.parts[0].opening()
 
+    # ---- evaluation ------------------------------------------------------------------------------
+
     def _limits(self, limit):
-        """The batches of each dataset in an evaluation of at most `limit`: by weight, but at least
-        one."""
+        """For each dataset the batches that it has in an evaluation of at most `limit`: by weight,
+        but at least one. None stands for all."""
         if limit is None:
             return [None] * len(self.parts)
-        return (
-            np.bincount(deal(np.arange(limit), self.weights)[0], minlength=len(self.parts))
-            .clip(1)
-            .tolist()
-        )
+        which, _ = deal(np.arange(limit), self.weights)
+        return np.bincount(which, minlength=len(self.parts)).clip(1).tolist()
 
     def check_evaluations(self, limit):
-        for part, n in zip(self.parts, self._limits(limit)):
-            part.check_evaluations(n)
+        for part, part_limit in zip(self.parts, self._limits(limit)):
+            part.check_evaluations(part_limit)
 
     def eval_batches(self, split, limit=None):
-        return sum(part.eval_batches(split, n) for part, n in zip(self.parts, self._limits(limit)))
+        limits = self._limits(limit)
+        return sum(part.eval_batches(split, n) for part, n in zip(self.parts, limits))
 
     def eval_batch(self, split, i, limit=None):
         """As a Dataset's, but `valid` is the batch's part of the whole evaluation: its dataset's
         weight, divided among its targets."""
-        for part, share, n in zip(self.parts, self.shares, self._limits(limit)):
-            if i < (batches := part.eval_batches(split, n)):
-                idx, targets, valid = part.eval_batch(split, i, n)
-                return idx, targets, share * valid / part.eval_targets(split, n)
+        for part, share, part_limit in zip(self.parts, self.shares, self._limits(limit)):
+            batches = part.eval_batches(split, part_limit)
+            if i < batches:
+                idx, targets, valid = part.eval_batch(split, i, part_limit)
+                return idx, targets, share * valid / part.eval_targets(split, part_limit)
             i -= batches
         raise IndexError(i)
 
     def bytes_per_token(self, split):
         each = [part.bytes_per_token(split) for part in self.parts]
-        return self._mean(each) if all(each) else None
+        if not all(each):
+            return None
+        return self._mean(each)
+
+
+def _common_entries(metas):
+    """The entries of these dicts that no other of them contradicts."""
+    common = {}
+    for meta in metas:
+        for key, value in meta.items():
+            if all(other.get(key, value) == value for other in metas):
+                common[key] = value
+    return common

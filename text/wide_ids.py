@@ -5,14 +5,16 @@ import re
 
 import numpy as np
 
-LOOKED_AT = 1_000_000  # ids at the start of a bin from which wider_dtype guesses their dtype
+# Ids at the start of a file from which wider_dtype guesses their dtype.
+LOOKED_AT = 1_000_000
 
 
 def check_dtype(shards, split, tokenizer):
-    """ValueError where a file's ids were written as int64 or int32.
+    """Raise ValueError if the ids of a file were written as int64 or int32; print a line if they
+    might have been.
 
-    shards: those of a split's tokens; tokenizer: the description of the one that made them, or
-    None.
+    shards: the Shards of a split's tokens; tokenizer: the description of the tokenizer that made
+    them, or None.
     """
     for path, start, end in zip(shards.paths, shards.starts, shards.ends):
         ids = shards.read(start, min(LOOKED_AT, end - start))
@@ -20,7 +22,8 @@ def check_dtype(shards, split, tokenizer):
         if wide is None:
             continue
         if may_separate(ids, wide, tokenizer):
-            _print_separated(path, wide, shards.dtype, tokenizer)
+            if os.environ.get('RANK', '0') == '0':
+                _print_doubt(path, wide, shards.dtype, tokenizer)
             continue
         command, converted = conversion(path, wide, shards.dtype)
         raise ValueError(
@@ -31,15 +34,13 @@ def check_dtype(shards, split, tokenizer):
         )
 
 
-def _print_separated(path, wide, dtype, tokenizer):
-    if os.environ.get('RANK', '0') == '0':
-        command, converted = conversion(path, wide, dtype)
-        print(
-            f"{path}: every second id is 0, which is {tokenizer['chars'][0]!r}. If these are "
-            f"{wide} ids instead, `{command}` writes {converted} beside it, to be renamed to "
-            f"{path.name}",
-            flush=True,
-        )
+def _print_doubt(path, wide, dtype, tokenizer):
+    command, converted = conversion(path, wide, dtype)
+    print(
+        f"{path}: every second id is 0, which is {tokenizer['chars'][0]!r}. If these are {wide} "
+        f"ids instead, `{command}` writes {converted} beside it, to be renamed to {path.name}",
+        flush=True,
+    )
 
 
 def wider_dtype(ids):
@@ -53,10 +54,10 @@ def wider_dtype(ids):
         if per_id == 1 or len(ids) % per_id or len(ids) < 64:
             continue
         columns = ids.reshape(-1, per_id)
-        first = columns[:, 0]
         if columns[:, 1:].any():
             continue
-        if first.min() == first.max():  # 1, 0, 1, 0, …: as int32 it would be the same id for ever
+        first = columns[:, 0]
+        if first.min() == first.max():  # 1, 0, 1, 0, …: as int32 it would be one id all along
             continue
         return wide
     return None
@@ -65,7 +66,7 @@ def wider_dtype(ids):
 def may_separate(ids, wide, tokenizer):
     """Whether the zeros in `ids`, which look like `wide` ones, may be the text's own.
 
-    So it is where every second character is the same line end, space or punctuation mark, as in
+    They may be where every second character is the same line end, space or punctuation mark, as in
     "0 1 1 0". tokenizer: the description of the tokenizer that made the ids, or None.
     """
     if not tokenizer or tokenizer['kind'] != 'char' or tokenizer['chars'][:1].isalnum():
@@ -81,7 +82,8 @@ def conversion(path, wide, dtype):
     limit = np.iinfo(dtype).max + 1
     program = (
         f"import numpy; p = '{_escaped(path.as_posix())}'; ids = numpy.memmap(p, '{wide}', 'r'); "
-        f"0 <= ids.min() and ids.max() < {limit} or exit('error: an id is not from 0 to {limit - 1}'); "
+        f"0 <= ids.min() and ids.max() < {limit} "
+        f"or exit('error: an id is not from 0 to {limit - 1}'); "
         f"ids.astype('{dtype}').tofile(p[:-4] + '-{dtype}.bin')"
     )
     return f'python -c "{program}"', name

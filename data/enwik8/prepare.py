@@ -5,9 +5,9 @@ byte by byte.
 
 Downloads enwik8.zip, 36.4 MB (sha256 below; NANOGPT_MIRROR may hold it as enwik8/enwik8.zip). The
 benchmark's usual split: 90 million bytes train, 5 million validate, and 5 million are for `python
-evaluate.py --out_dir=RUN --split=test`. What it calls bits per character is per byte: val_bpb here.
-The text is under the licence that Wikipedia had then, the GFDL.
-http://mattmahoney.net/dc/textdata.html tells more.
+evaluate.py --out_dir=RUN --split=test`. What it calls bits per character is bits per byte, here
+val_bpb. The text is under the licence that Wikipedia had then, the GFDL. More:
+http://mattmahoney.net/dc/textdata.html.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from text.tokenizer import ByteTokenizer
 DOWNLOAD_MB = 36.4
 URLS = 'http://mattmahoney.net/dc/enwik8.zip', 'https://data.deepai.org/enwik8.zip'
 SHA256 = '547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc'
-# in bytes: a character may be cut in two
+# Where each split ends, in bytes: a character may be cut in two.
 ENDS = {'train': 90_000_000, 'val': 95_000_000, 'test': 100_000_000}
 
 if __name__ == '__main__':
@@ -45,7 +45,9 @@ if __name__ == '__main__':
     with user_errors():
         path = download(URLS, HERE / 'enwik8.zip', SHA256, mirrored_as='enwik8/enwik8.zip')
         ids = np.frombuffer(zipfile.ZipFile(path).read('enwik8'), np.uint8)
-        parts = np.split(ids, list(ENDS.values())[:-1])
-        write_ids(
-            HERE, ByteTokenizer(), {split: [(part, len(part))] for split, part in zip(ENDS, parts)}
-        )
+        splits = {}
+        start = 0
+        for split, end in ENDS.items():
+            splits[split] = [(ids[start:end], end - start)]
+            start = end
+        write_ids(HERE, ByteTokenizer(), splits)

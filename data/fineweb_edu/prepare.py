@@ -4,12 +4,12 @@ something.
     python data/fineweb_edu/prepare.py --num_proc=8
 
 Reads 28.5 GB of parquet from the Hugging Face Hub (HuggingFaceFW/fineweb-edu, sample-10BT), 14
-files with 9,672,101 documents, each gone when it is read, and needs 25 GB beside this file; a run
-that was stopped goes on where it was. After each document comes <|endoftext|>. The result: about
+files with 9,672,101 documents, each deleted once it is read, and needs 25 GB beside this file; a
+run that was stopped continues where it was. <|endoftext|> follows each document. The result: about
 9.98 billion tokens (20 GB), in files of 100 million; one document in 2,000 validates, chosen by its
 sha256, about 5 million tokens. The same for any --num_proc. Licence: ODC-By 1.0, and Common Crawl's
 terms of use. Revision: below, v1.4.0. NANOGPT_MIRROR may be a URL that serves the Hub's paths, or a
-folder with fineweb_edu/sample/10BT/*.parquet, all of which are then taken.
+folder with fineweb_edu/sample/10BT/*.parquet, all of which are then read.
 """
 
 import argparse
@@ -44,12 +44,12 @@ if __name__ == '__main__':
     num_proc = options.parse_args().num_proc
     with user_errors():
         mirror = hub.mirror_folder('fineweb_edu')
-        source = sources.open(
-            [mirror / 'sample' / '10BT' / '*.parquet' if mirror else HUB], folder=HERE
-        )
+        files = HUB
+        if mirror:
+            files = mirror / 'sample' / '10BT' / '*.parquet'
         bins.prepare(
             HERE,
-            source,
+            sources.open([files], folder=HERE),
             TiktokenTokenizer('gpt2'),
             ('0.9995', '0.0005'),
             num_proc=num_proc,

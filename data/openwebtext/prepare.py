@@ -2,13 +2,13 @@
 
     python data/openwebtext/prepare.py --num_proc=8
 
-Reads 24.2 GB of parquet from the Hugging Face Hub, 80 files with 8,013,769 documents, each gone
-when it is read, and needs 20 GB beside this file; a run that was stopped goes on where it was.
-After each document comes <|endoftext|>. One document in 2,000 validates, chosen by its sha256, so
+Reads 24.2 GB of parquet from the Hugging Face Hub, 80 files with 8,013,769 documents, each deleted
+once it is read, and needs 20 GB beside this file; a run that was stopped continues where it was.
+<|endoftext|> follows each document. One document in 2,000 validates, chosen by its sha256, so
 that copies of a document stay on one side. The result: about 9.0 billion tokens to train on (18 GB)
 and 4.5 million to validate on (9 MB), the same for any --num_proc. Licence: the collection is CC0;
 the texts belong to their authors. Revision: below. NANOGPT_MIRROR may be a URL that serves the
-Hub's paths, or a folder with openwebtext/plain_text/train-*.parquet, all of which are then taken.
+Hub's paths, or a folder with openwebtext/plain_text/train-*.parquet, all of which are then read.
 """
 
 import argparse
@@ -42,9 +42,13 @@ if __name__ == '__main__':
     num_proc = options.parse_args().num_proc
     with user_errors():
         mirror = hub.mirror_folder('openwebtext')
-        source = sources.open(
-            [mirror / 'plain_text' / 'train-*.parquet' if mirror else HUB], folder=HERE
-        )
+        files = HUB
+        if mirror:
+            files = mirror / 'plain_text' / 'train-*.parquet'
         bins.prepare(
-            HERE, source, TiktokenTokenizer('gpt2'), ('0.9995', '0.0005'), num_proc=num_proc
+            HERE,
+            sources.open([files], folder=HERE),
+            TiktokenTokenizer('gpt2'),
+            ('0.9995', '0.0005'),
+            num_proc=num_proc,
         )

@@ -4,14 +4,14 @@
     python data/oscar/prepare.py eo --tokenizer=train:sentencepiece:32000
     python data/oscar/prepare.py de --max_bytes=10_000_000_000
 
-LANGUAGE is a code, such as de, eo or zh; another one prints those that there are. Further words
-are options of data/prepare.py: GPT-2's vocabulary, the default, suits English. The files, each gone
-when it is read, are zstandard's (pip install zstandard) and up to terabytes: --max_bytes takes the
-beginning, a run that was stopped goes on where it was. Accept the terms at
-https://huggingface.co/datasets/oscar-corpus/OSCAR-2301 first, then give HF_TOKEN or `hf auth
-login`. The commit taken is printed and kept in meta.json. Licence: the collection is CC0; the texts
-belong to their authors. NANOGPT_MIRROR may be a URL that serves the Hub's paths, or a folder with
-oscar/de_meta/*.jsonl.zst.
+LANGUAGE is a code, such as de, eo or zh; an unknown one prints the list of all. Further words are
+options of data/prepare.py: GPT-2's vocabulary, the default, suits English. The files, each deleted
+once it is read, are compressed with zstandard (pip install zstandard) and hold up to terabytes:
+--max_bytes reads only the beginning, and a run that was stopped continues where it was. Accept the
+terms at https://huggingface.co/datasets/oscar-corpus/OSCAR-2301 first, then set HF_TOKEN or run
+`hf auth login`. The commit that was read is printed and kept in meta.json. Licence: the collection
+is CC0; the texts belong to their authors. NANOGPT_MIRROR may be a URL that serves the Hub's paths,
+or a folder with oscar/de_meta/*.jsonl.zst.
 """
 
 import difflib
@@ -30,7 +30,7 @@ if __name__ == '__main__':
 from system import hub
 from system.errors import fail, user_errors
 
-DOWNLOAD_MB = 1_000_000  # by language, some much less: never unasked
+DOWNLOAD_MB = 1_000_000  # some languages much less: never downloaded unasked
 REPO = 'oscar-corpus/OSCAR-2301'
 
 
@@ -42,20 +42,22 @@ def main(words):
         fail("the first word is a LANGUAGE, such as de; --help says more")
     language, *options = words
     mirror = hub.mirror_folder('oscar')
-    names = (
-        [path.name for path in mirror.iterdir()]
-        if mirror
-        else [name.split('/')[0] for name in hub.listing(REPO)[1]]
-    )
-    known = sorted({name.removesuffix('_meta') for name in names if name.endswith('_meta')})
+    if mirror:
+        folders = [path.name for path in mirror.iterdir()]
+        source = mirror / f'{language}_meta' / '*.jsonl.zst'
+    else:
+        _, files = hub.listing(REPO)
+        folders = [name.split('/')[0] for name in files]
+        source = f'{REPO}:{language}_meta'
+
+    known = sorted({name.removesuffix('_meta') for name in folders if name.endswith('_meta')})
     if language not in known:
-        near = difflib.get_close_matches(language, known, n=5, cutoff=0.4)
-        fail(
-            f"OSCAR has no language {language!r}"
-            + f"; the nearest are {', '.join(near)}" * bool(near)
-            + f"; all of them: {' '.join(known)}"
-        )
-    source = mirror / f'{language}_meta' / '*.jsonl.zst' if mirror else f'{REPO}:{language}_meta'
+        message = f"OSCAR has no language {language!r}"
+        nearest = difflib.get_close_matches(language, known, n=5, cutoff=0.4)
+        if nearest:
+            message += f"; the nearest are {', '.join(nearest)}"
+        fail(f"{message}; all of them: {' '.join(known)}")
+
     words = [str(DATA / 'oscar' / language), str(source), '--field=content', *options]
     runpy.run_path(str(DATA / 'prepare.py'))['main'](words)
 

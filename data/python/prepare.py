@@ -33,18 +33,16 @@ from text.tokenizer import TiktokenTokenizer
 DOWNLOAD_MB = 1.5
 SEED = 1337
 LARGEST = 1_000_000  # bytes
-# inside a root; its own packages are a root themselves
-NOT_THIS_ENVIRONMENTS = {'site-packages', 'dist-packages'}
+# Folders to skip inside a root: this environment's own packages are a root themselves.
+SKIPPED_FOLDERS = {'site-packages', 'dist-packages'}
 
 
 def text_of(path):
-    """A file's text, or nothing where it is none for the corpus."""
+    """A file's text; '' if the file is too large for the corpus, or not UTF-8."""
+    if path.stat().st_size > LARGEST:
+        return ''
     try:
-        return (
-            path.read_bytes().decode().replace('\r\n', '\n')
-            if path.stat().st_size <= LARGEST
-            else ''
-        )
+        return path.read_bytes().decode().replace('\r\n', '\n')
     except UnicodeDecodeError:
         return ''
 
@@ -54,29 +52,23 @@ def sources(roots):
     names."""
     found = {}
     for root in roots:
-        for name, path in sorted(
-            (path.relative_to(root).as_posix(), path) for path in root.rglob('*.py')
-        ):
-            if (
-                path.is_file()
-                and not path.is_symlink()
-                and not NOT_THIS_ENVIRONMENTS & set(name.split('/'))
-            ):
-                text = text_of(path).encode()
-                if text:
-                    found.setdefault(hashlib.sha256(text).digest(), path)
+        names = [(path.relative_to(root).as_posix(), path) for path in root.rglob('*.py')]
+        for name, path in sorted(names):
+            if not path.is_file() or path.is_symlink() or SKIPPED_FOLDERS & set(name.split('/')):
+                continue
+            text = text_of(path).encode()
+            if text:
+                found.setdefault(hashlib.sha256(text).digest(), path)
     return found
 
 
 class Files:
-    """Those of the corpus, as bins.prepare takes them."""
+    """The corpus's files, as a source for bins.prepare."""
 
     def __init__(self, roots):
         found = sources(roots)
-        self.paths, self.fingerprint = (
-            list(found.values()),
-            hashlib.sha256(b''.join(found)).hexdigest(),
-        )
+        self.paths = list(found.values())
+        self.fingerprint = hashlib.sha256(b''.join(found)).hexdigest()
         self.size = sum(path.stat().st_size for path in self.paths)
 
     def pieces(self):
@@ -85,7 +77,8 @@ class Files:
     def read(self, paths):
         for text in map(text_of, paths):
             number = int(hashlib.sha256(f'{SEED}/{text}'.encode()).hexdigest(), 16)
-            yield 'val' if number % 100 == 0 else 'train', text
+            split = 'val' if number % 100 == 0 else 'train'
+            yield split, text
 
 
 if __name__ == '__main__':
@@ -102,13 +95,12 @@ if __name__ == '__main__':
     options = options.parse_args()
     with user_errors():
         tokenizer = TiktokenTokenizer('gpt2', options.vocab_size)
-        files = Files(
-            dict.fromkeys(
-                Path(sysconfig.get_path(key)).resolve() for key in ('stdlib', 'purelib', 'platlib')
-            )
-        )
+        keys = ('stdlib', 'purelib', 'platlib')
+        roots = [Path(sysconfig.get_path(key)).resolve() for key in keys]
+        files = Files(dict.fromkeys(roots))  # purelib and platlib may be the same folder
         print(
-            f"{len(files.paths):,} files, sha256 {files.fingerprint}; encoding them takes a minute or two",
+            f"{len(files.paths):,} files, sha256 {files.fingerprint}; encoding them takes a minute "
+            "or two",
             flush=True,
         )
         prepare(HERE, files, tokenizer, num_proc=options.num_proc)

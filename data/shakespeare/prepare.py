@@ -2,16 +2,16 @@
 byte-pair encoding.
 
     python data/shakespeare/prepare.py
-    python data/shakespeare/prepare.py --tokenizer=p50k_base        # for --dataset=shakespeare/p50k_base
+    python data/shakespeare/prepare.py --tokenizer=p50k_base    # --dataset=shakespeare/p50k_base
 
 Downloads input.txt (sha256 below; NANOGPT_MIRROR may hold it as shakespeare/input.txt) and,
 through tiktoken, GPT-2's vocabulary. The first 90 % of the characters train, the last 10 %
 validate: 301,966 and 36,059 tokens.
 
-Any other tokenizer that vocabulary.py knows makes a dataset in a folder of its own in this one:
+Any other tokenizer of text/vocabulary.py makes a dataset in a folder of its own in this one:
 p50k_base; bert-base-uncased, which drops capitals and line ends (NANOGPT_MIRROR may hold it as
 bert-base-uncased/tokenizer.json); train:sentencepiece:32000, as
-shakespeare/train-sentencepiece-32000, about 241,000 tokens to train on; …
+shakespeare/train-sentencepiece-32000, about 241,000 tokens to train on; and so on.
 """
 
 import argparse
@@ -40,10 +40,9 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def prepare(text_folder, folder, tokenizer):
-    """The bins in `folder`, of the text in `text_folder`, where it is downloaded to."""
-    source = sources.open(
-        [download(URL, text_folder / 'input.txt', SHA256, mirrored_as='shakespeare/input.txt')]
-    )
+    """Write the bins to `folder`, after downloading the text to `text_folder`."""
+    path = download(URL, text_folder / 'input.txt', SHA256, mirrored_as='shakespeare/input.txt')
+    source = sources.open([path])
     bins.prepare(folder, source, vocabulary.open(tokenizer, source.texts))
 
 
@@ -55,12 +54,11 @@ if __name__ == '__main__':
     options.add_argument(
         '--tokenizer',
         default='gpt2',
-        help="as vocabulary.py names them; default: gpt2, in this folder",
+        help="a name that text/vocabulary.py lists; default: gpt2, in this folder",
     )
     name = options.parse_args().tokenizer
     with user_errors():
-        prepare(
-            HERE,
-            HERE if name == 'gpt2' else HERE / re.sub(r'[^\w.-]+', '-', name).strip('.-'),
-            name,
-        )
+        folder = HERE
+        if name != 'gpt2':
+            folder = HERE / re.sub(r'[^\w.-]+', '-', name).strip('.-')
+        prepare(HERE, folder, name)

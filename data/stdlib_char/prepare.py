@@ -29,7 +29,7 @@ from text.tokenizer import CharTokenizer
 
 DOWNLOAD_MB = 0
 SEED = 1337
-LEFT_OUT = {
+SKIPPED_FOLDERS = {
     'test',
     'tests',
     'idle_test',
@@ -46,16 +46,13 @@ def sources(root):
     for path in sorted(root.rglob('*.py'), key=lambda p: p.relative_to(root).as_posix()):
         name = path.relative_to(root).as_posix()
         content = path.read_bytes()
-        if (
-            not LEFT_OUT & set(name.split('/'))
-            and not path.is_symlink()
-            and content
-            and content.isascii()
-        ):
+        is_skipped = SKIPPED_FOLDERS & set(name.split('/')) or path.is_symlink()
+        if content and content.isascii() and not is_skipped:
             yield name, content.decode().replace('\r\n', '\n')
 
 
 def in_val(name):
+    """Whether the file belongs to the validation split."""
     return int(hashlib.sha256(f'{SEED}/{name}'.encode()).hexdigest(), 16) % 10 == 0
 
 
@@ -68,14 +65,10 @@ if __name__ == '__main__':
     with user_errors():
         corpus = list(sources(Path(sysconfig.get_path('stdlib'))))
         text = ''.join(text for _, text in corpus)
-        print(
-            f"{len(corpus):,} files, {len(text):,} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
-        )
-        write_bins(
-            HERE,
-            CharTokenizer.of(text),
-            {
-                'train': (text for name, text in corpus if not in_val(name)),
-                'val': (text for name, text in corpus if in_val(name)),
-            },
-        )
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        print(f"{len(corpus):,} files, {len(text):,} characters, sha256 {fingerprint}")
+        splits = {
+            'train': (text for name, text in corpus if not in_val(name)),
+            'val': (text for name, text in corpus if in_val(name)),
+        }
+        write_bins(HERE, CharTokenizer.of(text), splits)
