@@ -634,7 +634,7 @@ def test_where_all_rows_are_left_out_the_reason_is_printed(tmp_path, capsys):
         prepare(tmp_path / 'out', rows)
     said = capsys.readouterr()
     assert '2 row(s) with weight 0, which are left out' in said.out
-    assert 'every document is empty or left out' in said.err
+    assert 'every document is empty or skipped' in said.err
 
 
 def pack(content, packed):

@@ -975,9 +975,9 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, 
     monkeypatch.setattr(journal, 'SAVE_SECONDS', 1000)
     with pytest.raises(SystemExit) as end:
         prepare(tmp_path / 'stopped', *corpus)
-    assert end.value.code == 130 and 'the same command goes on' in capsys.readouterr().err
+    assert end.value.code == 130 and 'the same command continues' in capsys.readouterr().err
     prepare(tmp_path / 'stopped', *corpus)
-    assert 'going on' in capsys.readouterr().out
+    assert 'continuing after' in capsys.readouterr().out
     pieces = len([*sources.open(corpus[:1], document='paragraph').pieces()])
     assert len(calls) == pieces + 1 and contents(tmp_path / 'stopped') == contents(
         tmp_path / 'whole'
@@ -1036,13 +1036,13 @@ def test_bins_that_are_replaced_only_in_part_are_refused(
 
 
 SCRIPT = f"""if True:
-    import runpy, sys, time
+    import os, runpy, sys, time
     sys.path.insert(0, {str(ROOT)!r})
     from text import journal
     from text.sources import cutting
     save = journal.Output.save
     journal.Output.save = lambda output: (save(output), time.sleep(0.01))       # or it would be done before it is killed
-    cutting.PIECE, cutting.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None
+    cutting.PIECE, cutting.LARGE, journal.SAVE_SECONDS, os.fsync = 256, 1024, -1, lambda descriptor: None
     sys.argv[0] = {str(ROOT / 'data/prepare.py')!r}
     runpy.run_path(sys.argv[0], run_name='__main__')"""
 
@@ -1087,12 +1087,12 @@ def test_a_worker_that_is_killed_costs_nothing_that_was_done(tmp_path, monkeypat
         return size
 
     monkeypatch.setattr(journal.Output, 'add', kill)
-    assert 'take a smaller --num_proc' in failure(
+    assert 'use a smaller --num_proc' in failure(
         capsys, tmp_path / 'out', rows, '--tokenizer=byte', '--num_proc=2'
     )
     monkeypatch.undo()
     prepare(tmp_path / 'out', rows, '--tokenizer=byte', '--num_proc=1')
-    assert 'going on after' in capsys.readouterr().out
+    assert 'continuing after' in capsys.readouterr().out
     assert decoded(tmp_path / 'out') == expected(
         [json.loads(line)['text'] for line in rows.read_text().splitlines()]
     )
