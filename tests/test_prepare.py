@@ -638,6 +638,20 @@ def test_special_tokens_in_a_conversation_are_told_and_those_of_its_template_are
     assert f"'{MARK}' 1 time(s), first in {words[0]}, while sample.py" in capsys.readouterr().out
 
 
+def test_marks_of_a_template_that_the_tokenizer_lacks_are_reported(tmp_path, capsys):
+    marks = {'user': ['<|im_start|>user\n', '<|im_end|>\n'], 'assistant': ['A: ', '<|im_end|>\n']}
+    (tmp_path / 'template.json').write_text(json.dumps(marks))
+    rows = write_rows(
+        tmp_path / 'rows.jsonl', [{'q': f'what? {i}', 'a': 'that'} for i in range(60)]
+    )
+    words = [rows, '--field=q,a', f"--template={tmp_path / 'template.json'}", '--tokenizer=byte']
+    prepare(tmp_path / 'out', *words)
+    assert (
+        'notice: the tokenizer has no special tokens <|im_start|>, <|im_end|>, which the template '
+        'writes: they were encoded as ordinary text\n'
+    ) in capsys.readouterr().out
+
+
 def test_that_nothing_divides_rows_is_said(tmp_path, capsys):
     rows = write_rows(tmp_path / 'rows.jsonl', [{'text': text} for text in DOCUMENTS])
     prepare(tmp_path / 'out', rows, '--document=line', '--tokenizer=byte')
@@ -688,6 +702,14 @@ def test_a_table_is_refused_with_a_command_that_makes_rows_of_it(
     subprocess.run(['bash', '-c', command], check=True, env=here)
     prepare('./out', shlex.split(command)[-1], '--tokenizer=byte')
     assert decoded(Path('out')) == expected([row['text'] for row in ROWS])
+
+
+def test_the_command_that_converts_a_table_replaces_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('a.csv').write_bytes(TABLES['.csv'])
+    for name in ('a.jsonl', 'a-rows.jsonl', 'a-rows-2.jsonl'):
+        assert f'> {name}` writes' in failure(capsys, './out', 'a.csv')
+        Path(name).touch()
 
 
 def test_rows_in_a_json_file_are_read_where_a_field_is_named(tmp_path, monkeypatch, capsys):
@@ -1254,7 +1276,7 @@ FILES = {
         (['good.txt', '--byte_fallback=True'], 'byte_fallback'),
         (['good.txt', '--byte_fallback=true'], 'byte_fallback'),
         (['good.txt', '--template=good.txt'], r'good\.txt is not JSON'),
-        (['good.txt', '--fiel=x'], 'unrecognized arguments: --fiel=x'),
+        (['good.txt', '--fiel=x'], 'unrecognized arguments: --fiel=x; did you mean --field\\?$'),
         (['good.txt', '--document=Lines'], "document='Lines' looks like 'line': write that"),
         (['good.txt', '--document='], "document='' must be file, paragraph, line, or the text"),
         (['good.txt', '--val=nothing.txt'], r'there is no file or folder .*nothing\.txt'),
