@@ -39,8 +39,8 @@ from system import files
 from system.checks import check_at_least
 from system.device import autocast, memory_errors, resolve_device, resolve_dtype, to_device
 from system.errors import fail, user_errors
-from text.dataset import ROOT
-from text.mixture import open_one
+from text.dataset_option import open_unmixed
+from text.folders import DATA_FOLDER
 from text.sources import formats
 from training import pretrained
 
@@ -95,7 +95,7 @@ def read_text():
             None,
         )
     else:
-        data = open_one(name)
+        data = open_unmixed(name)
         if data.tokenizer != own.describe() or split not in data.tokens:
             raise ValueError(
                 f"{data.folder} was made with another tokenizer than the model's: give the text itself, as "
@@ -170,7 +170,7 @@ def read_examples(task, path, read):
     line, or OSError."""
     if not path:
         url, digest = DOWNLOADS[task]
-        path = ROOT / url.rpartition('/')[2]
+        path = DATA_FOLDER / url.rpartition('/')[2]
         files.download(url, path, digest, mirrored_as=f'{task}/{path.name}')
     examples = []
     for i, line in enumerate(Path(path).read_bytes().splitlines(), 1):

@@ -1,18 +1,22 @@
 """Train a model on text: one process, or many with torchrun.
 
-python train.py config/train_stdlib_char.py                               # a first run, no download
-python train.py config/train_shakespeare_char.py --batch_size=32          # the command line wins
-python train.py config/train_shakespeare_char.py --init_from=auto         # go on where it stopped, or start
-torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    # one node, 8 GPUs
+    python train.py config/train_stdlib_char.py                         # a first run, no download
+    python train.py config/train_shakespeare_char.py --batch_size=32    # the command line wins
+    python train.py config/train_shakespeare_char.py --init_from=auto   # resume, or start
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py      # 8 GPUs
+
+The script runs from top to bottom: settings, machine, data, model and optimizer, then one loop over
+the steps, which also evaluates and saves.
 """
 
 import time
 
 from system.errors import begin_script
 
-_start = time.perf_counter()  # before the imports: they are part of what a user waits for
-begin_script()  # also before them: Ctrl-C is one line from here on
+_start = time.perf_counter()  # before the imports, which are part of what a user waits for
+begin_script()  # also before them: from here on, Ctrl-C ends the script in one line
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -21,7 +25,7 @@ import torch
 
 import models
 from configurator import configure
-from generation import final_sample
+from generation.final_sample import print_final_sample
 from models.parts import kernels
 from system.compilation import compile_model, resolve_compile
 from system.device import (
@@ -40,7 +44,7 @@ from system.device import (
     use_deterministic_algorithms,
 )
 from system.errors import user_errors
-from text.mixture import open_dataset, prepare_if_small
+from text.dataset_option import open_dataset, prepare_if_small
 from training import checkpoint, distributed, lora, pretrained, resume
 from training import guard as guards
 from training.console import Console, evaluation_table, plan, progress_bar
@@ -51,22 +55,25 @@ from training.stop import StopRequest
 from training.watch import Watch
 
 # ---- settings: the defaults train GPT-2 124M on OpenWebText --------------------------------------
+# start, evaluation, checkpoints
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
 init_from = 'scratch'  # scratch, resume, auto (either), gpt2[-medium|-large|-xl], or a folder
-seed = 1337  # of initialisation, order of the data and dropout
+seed = 1337  # of initialization, order of the data and dropout
 eval_interval = 2000  # steps between evaluations; each one saves a checkpoint; 0: only at the end
-eval_iters = 200  # batches per evaluation and split, or the whole split where that is less
-eval_only = False  # evaluate once and end
-log_interval = 1  # steps between lines of the log
+eval_iters = 200  # batches per evaluation and split; a smaller split is evaluated whole
+eval_only = False  # evaluate once, then exit
 always_save_checkpoint = True  # True: sample.py uses the latest weights; False: the best ones
-save_minutes = 15.0  # also save after so many minutes without a save; 0: at evaluations only
-early_stop = 0  # end after so many evaluations in a row without a better validation loss; 0: never
+save_minutes = 15.0  # also save after so many minutes without a save; 0: only at evaluations
+early_stop = 0  # stop after so many evaluations in a row without a better loss; 0: never
+# logs
+log_interval = 1  # steps between lines of the log
 log_to = ''  # besides metrics.jsonl: tensorboard, wandb, or both: tensorboard,wandb
 wandb_log = False  # nanoGPT's name for log_to=wandb
 wandb_project = 'owt'  # the project at Weights & Biases
-wandb_run_name = 'gpt2'  # and the name of the run there
+wandb_run_name = 'gpt2'  # the name of the run there
+# data
 dataset = 'openwebtext'  # a folder in data/ or a path; several: a:0.7,b:0.3; random: random tokens
-gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all processes together
+gradient_accumulation_steps = 5 * 8  # micro-batches per step, in all processes together
 batch_size = 12  # windows per micro-batch
 block_size = 1024  # tokens per window, the longest context
 document_boundaries = False  # attention and positions start anew at each document
@@ -78,32 +85,33 @@ n_embd = 768  # channels
 dropout = 0.0  # 0 for pretraining; for finetuning try 0.1
 bias = False  # in Linears and LayerNorms
 lora_rank = 0  # finetuning: train a low-rank update of each matrix instead; 0: all weights
-# the optimizer and its learning rate
+# optimizer
 optimizer = 'adamw'  # adamw, or sgd, whose momentum is beta1
-learning_rate = 6e-4  # the optimizer's, after the warm-up
-muon_lr = 0.0  # of the matrices, by Muon; 0: by AdamW like the rest
-embed_lr = 0.0  # of embeddings, if the model were 768 wide; 0: learning_rate
-head_lr = 0.0  # of an untied head, if the model were 768 wide; 0: learning_rate
+learning_rate = 6e-4  # the highest, after the warm-up
+muon_lr = 0.0  # of the matrices, which Muon then trains; 0: the optimizer trains them too
+embed_lr = 0.0  # of embeddings, stated for a model 768 wide; 0: learning_rate
+head_lr = 0.0  # of an untied head, stated for a model 768 wide; 0: learning_rate
 max_iters = 600000  # steps in all
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
-beta2 = 0.95  # decay rate of its square's
-grad_clip = 1.0  # longest gradient; 0: no limit
+beta2 = 0.95  # decay rate of the squared gradient's average
+grad_clip = 1.0  # limit on the norm of the gradient; 0: none
 spike_sigmas = 6.0  # skip updates whose loss is so many deviations above its average; 0: NaN only
 max_norm = 0.0  # limit on the norm of each row of a matrix (not embeddings); 0: none
-decay_lr = True  # down to min_lr after a linear warm-up; False: constant
-lr_schedule = 'cosine'  # how: cosine; step: all at once at lr_decay_iters
+# learning rate
+decay_lr = True  # warm up linearly, then decay to min_lr; False: constant
+lr_schedule = 'cosine'  # shape of the decay: cosine; step: drops to min_lr at lr_decay_iters
 cooldown = 0.0  # final share of lr_decay_iters that decays linearly; 0: cosine
 warmup_iters = 2000  # steps of the warm-up
-warmup_lr = 0.0  # what it rises from
+warmup_lr = 0.0  # where the warm-up starts
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
-min_lr = 6e-5  # usually learning_rate / 10; rates of their own fall by the same factor
-# the machine
+min_lr = 6e-5  # usually learning_rate / 10; muon_lr, embed_lr, head_lr decay in proportion
+# machine
 device = 'auto'  # cpu, cuda, cuda:1, mps, or auto: the fastest; when resuming, the run's own
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
-compile = 'auto'  # True, False, or auto: where the run is long enough to pay for it
-backend = 'auto'  # between processes: auto, nccl, gloo
-parallel = 'ddp'  # of several processes each has the whole model; fsdp: each has a part of it
+compile = 'auto'  # True, False, or auto: if the run is long enough for it to save time
+backend = 'auto'  # communication between processes: auto, nccl, gloo
+parallel = 'ddp'  # ddp: each process has the whole model; fsdp: each has a part of it
 attention = 'auto'  # auto (fastest here), sdpa, plain
 gradient_checkpointing = False  # recompute activations in backward: less memory, 1/3 more time
 deterministic = False  # bit-identical repeats on CUDA too; slower
@@ -111,141 +119,217 @@ watch = False  # draw network health (dead units, gradients, update sizes) to ou
 profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or chrome://tracing
 # --------------------------------------------------------------------------------------------------
 
+
+@contextlib.contextmanager
+def one_line_errors(advice):
+    """A user's mistake, a lost process, or too little memory (with `advice`) ends in one line."""
+    with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
+        yield
+
+
+# The settings come from config files and the command line; those of a run that is resumed fill in
+# what these leave open.
 with user_errors():
-    config, given = configure(globals(), sys.argv[1:], resolve_device, resume.model_config)
-    init_from, stored = resume.begin(init_from, out_dir)
-    config['init_from'] = init_from
+    config, given = configure(dict(globals()), sys.argv[1:], resolve_device, resume.model_config)
+    config['init_from'], stored = resume.begin(config['init_from'], config['out_dir'])
     if stored:
-        globals().update(resume.adopt_run_settings(config, given, stored, out_dir))
-check_settings(config, distributed.WORLD_SIZE)
+        resume.adopt_run_settings(config, given, stored, config['out_dir'])
+    check_settings(config, distributed.WORLD_SIZE)
+globals().update(config)  # from here on, each setting is the global variable of its name
 
 # ---- the machine ---------------------------------------------------------------------------------
-with distributed.exit_on_lost_peer(), user_errors():
+with one_line_errors("use a smaller model, or a larger machine"):
     use_deterministic_algorithms(deterministic)
-    recorded = stored.get('resolved', {}) if stored else {}  # what 'auto' meant before
+
+    # A resumed run keeps what 'auto' meant, as far as it is still on the same kind of device.
+    recorded = stored.get('resolved', {}) if stored else {}
     device = resolve_device(device, recorded.get('device'))
     device = distributed.init(backend, device, parallel)
     device_type = device.split(':')[0]
-    before = recorded if recorded.get('device') == device_type else {}
-    dtype = resolve_dtype(before.get('dtype', dtype) if dtype == 'auto' else dtype, device)
-    compile = resolve_compile(
-        before.get('compile', compile) if compile == 'auto' else compile, device
-    )
+    if recorded.get('device') != device_type:
+        recorded = {}
+    if dtype == 'auto':
+        dtype = recorded.get('dtype', 'auto')
+    dtype = resolve_dtype(dtype, device)
+    compile_mode = compile
+    if compile_mode == 'auto':
+        compile_mode = recorded.get('compile', 'auto')
+    compile_mode = resolve_compile(compile_mode, device)  # True, False, or auto: decided below
+    threads = set_threads(recorded.get('threads'))
+    tune_for_speed()
+    ctx = autocast(device, dtype)
+
+    # Mistakes that would otherwise show only after the data is prepared.
     kernels.check_attention(attention)
     distributed.check_same_checkpoint(out_dir, stored['iter_num'] if stored else 0)
-    wanted = logger_names(log_to, wandb_log)
-threads = set_threads(before.get('threads'))
-tune_for_speed()
-ctx = autocast(device, dtype)
+    wanted_loggers = logger_names(log_to, wandb_log)
 
-# ---- data, model, optimizer ----------------------------------------------------------------------
-with (
-    distributed.exit_on_lost_peer(),
-    user_errors(),
-    memory_errors("take a smaller model, or a larger machine"),
-):
+    # ---- data and model --------------------------------------------------------------------------
+    # `model` is the setting, a name; `network` is the module with the weights. `trained_on`
+    # describes the tokenizer whose ids the network has learned, where that is known.
     with distributed.master_first():
         prepare_if_small(dataset)
     seed_everything(seed, 1, device=device)
     if stored:
-        model, trained_on = pretrained.restore_model(
-            stored, config, distributed.IS_LAUNCHED and parallel == 'fsdp'
-        )
+        uses_fsdp = distributed.IS_LAUNCHED and parallel == 'fsdp'
+        network, trained_on = pretrained.restore_model(stored, config, defer_shards=uses_fsdp)
     elif init_from != 'scratch':
-        model, trained_on = pretrained.open_model(init_from, {key: config[key] for key in given})
-        kept = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
-        globals().update(
-            resume.adopt_settings(config, given, kept, init_from, models.FREE | {'block_size'})
-            | {'model': model}
-        )
-        if block_size != model.config.block_size:
-            model.crop_block_size(block_size)
+        chosen = {key: config[key] for key in given}
+        network, trained_on = pretrained.open_model(init_from, chosen)
+        resume.adopt_model_settings(config, given, network, init_from)
+        block_size = config['block_size']
+        if block_size != network.config.block_size:
+            network.crop_block_size(block_size)
+
     data = open_dataset(dataset, block_size, batch_size, gradient_accumulation_steps, seed)
-    data.check_evaluations(eval_iters)  # now, and not after hours of training
+    data.check_evaluations(eval_iters)  # now rather than after hours of training
     if init_from == 'scratch':
-        vocab_size = resume.padded_vocab_size(data.vocab_size)
-        fields = {
-            f.name for f in dataclasses.fields(models.architecture(model).Config)
-        } & config.keys()
-        model, trained_on = (
-            models.build(model, vocab_size=vocab_size, **{k: config[k] for k in fields}),
-            data.tokenizer,
-        )
-    resume.check_tokenizer(model, trained_on, data, out_dir if stored else init_from)
-    if document_boundaries or 'document_boundaries' in given:  # else as the model was trained
-        model.keep_documents_apart(data.eot if document_boundaries else -1)
-    lora.add(model, lora_rank, init_from)
-    model.set_attention(attention)
-    model.gradient_checkpointing = gradient_checkpointing
-    wrapped, micros = (
-        distributed.wrap_model(model, device, parallel),
-        distributed.rank_range(gradient_accumulation_steps),
-    )
-    optimizer = model.configure_optimizers(
+        fields = models.config_fields(model, config)
+        fields['vocab_size'] = resume.padded_vocab_size(data.vocab_size)
+        network = models.build(model, **fields)
+        trained_on = data.tokenizer
+    resume.check_tokenizer(network, trained_on, data, out_dir if stored else init_from)
+
+    # What may differ from how the network was trained before.
+    if document_boundaries:
+        network.keep_documents_apart(data.eot)
+    elif 'document_boundaries' in given:
+        network.keep_documents_apart(-1)
+    lora.add(network, lora_rank, init_from)
+    network.set_attention(attention)
+    network.gradient_checkpointing = gradient_checkpointing
+
+    # ---- optimizer -------------------------------------------------------------------------------
+    wrapped = distributed.wrap_model(network, device, parallel)  # DDP's or FSDP's, if launched
+    opt = network.configure_optimizers(
         weight_decay,
         learning_rate,
         (beta1, beta2),
         device_type,
-        dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
+        lrs=dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
         bfloat16=dtype == 'bfloat16',
         is_lr_given=given.get('learning_rate') == 'command line',
         name=optimizer,
         max_norm=max_norm,
     )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    iter_num, best_val_loss, progress = resume.load_training_state(stored, model, optimizer, scaler)
-guessing = math.log(model.config.vocab_size)
-guard, stop = guards.Guard(spike_sigmas, guessing, progress.guard), None
-_start -= progress.wall_seconds
-del stored  # its tensors are in the model and the optimizer now
+    iter_num, best_val_loss, progress = resume.load_training_state(stored, network, opt, scaler)
+
+del stored  # its tensors are now in the network and the optimizer
+_start -= progress.wall_seconds  # the time of earlier runs counts too
+loss_of_guessing = math.log(network.config.vocab_size)
+guard = guards.Guard(spike_sigmas, loss_of_guessing, progress.guard)
+micros = distributed.rank_range(gradient_accumulation_steps)  # this process's micro-batches
+tokens_per_step = gradient_accumulation_steps * data.batch_tokens
+if network.fit:  # a counted model reads the data once
+    max_iters = 1
+    tokens_per_step = data.epoch_tokens
+
+
+# ---- what the loop is made of --------------------------------------------------------------------
 
 
 def micro_step(step, micro):
-    """Forward and backward of one micro-batch; returns its part of the step's loss."""
+    """Forward and backward pass of one micro-batch; returns its part of the step's loss."""
     idx, targets, share = data.train_batch(step + progress.data_offset, micro)
+    # Dropout is a function of seed, step and micro-batch, so a resumed run repeats it.
     seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
         _, loss = wrapped(*to_device(device, idx, targets))
-    # averaged over processes: now it is the sum
+    # `share` weights a micro-batch by its targets, so that the micro-batches' losses add up. DDP
+    # averages gradients over the processes; the factor makes that a sum.
     scaler.scale(loss * share * distributed.WORLD_SIZE).backward()
     return loss.detach() * share
 
 
 @torch.no_grad()
-def evaluate(split, limit=None):
-    """The mean loss (nats per token) over `limit` batches of the split, or all, which the processes
-    share."""
-    model.eval()
-    losses, n = [], data.eval_batches(split, limit)
-    for i in progress_bar(
-        range(distributed.RANK, n + -n % distributed.WORLD_SIZE, distributed.WORLD_SIZE),
-        f'{split} loss',
-    ):
-        # as many for each: FSDP's meet in them
-        idx, targets, valid = data.eval_batch(split, min(i, n - 1), limit)
+def evaluate(split, limit=None, stop=None):
+    """The mean loss of a split, in nats per token, over `limit` batches, or all of them.
+
+    The processes share the batches. A signal that `stop` receives ends the evaluation early.
+    """
+    network.eval()
+    n_batches = data.eval_batches(split, limit)
+    # Each process evaluates equally many batches, since FSDP's processes work together on each one.
+    # The surplus ones count nothing.
+    n_rounds = math.ceil(n_batches / distributed.WORLD_SIZE)
+    losses = []
+    targets_of = []
+    for i in progress_bar(range(n_rounds), f'{split} loss'):
+        number = i * distributed.WORLD_SIZE + distributed.RANK
+        idx, targets, n_targets = data.eval_batch(split, min(number, n_batches - 1), limit)
+        if number >= n_batches:
+            n_targets = 0
         with ctx:
-            losses.append((model(*to_device(device, idx, targets))[1], valid if i < n else 0))
+            _, loss = network(*to_device(device, idx, targets))
+        losses.append(loss)
+        targets_of.append(n_targets)
         if stop and distributed.any_rank(bool(stop.signal)):
             break
-    model.train()
-    loss, tokens = distributed.sum_over_ranks(
-        [sum(loss.item() * n for loss, n in losses), sum(n for _, n in losses)]
+    network.train()
+
+    total = sum(loss.item() * n for loss, n in zip(losses, targets_of))
+    total, n_targets = distributed.sum_over_ranks([total, sum(targets_of)])
+    return total / n_targets if n_targets else math.nan
+
+
+def evaluate_and_log():
+    """Evaluate both splits, log the losses, and save the best weights.
+
+    Returns False if a signal cut it off; the resumed run then evaluates again.
+    """
+    global best_val_loss
+    losses = {split: evaluate(split, eval_iters, stop) for split in ('train', 'val')}
+    val_loss = losses['val']
+    is_best = val_loss < best_val_loss  # both are over the same windows
+    bad_evals = 0 if is_best else progress.bad_evals + 1
+    if iter_num >= max_iters or 0 < early_stop <= bad_evals:
+        val_loss = evaluate('val', stop=stop)  # at the end, over the whole split
+    if distributed.any_rank(bool(stop.signal)):
+        return False
+
+    best_val_loss = min(best_val_loss, losses['val'])
+    progress.evaluated = iter_num
+    progress.bad_evals = bad_evals
+    record = dict(
+        iter=iter_num,
+        tokens=iter_num * tokens_per_step,
+        train_loss=losses['train'],
+        val_loss=val_loss,
+        val_bpb=data.bits_per_byte('val', val_loss),
+        train_seconds=clock.total,
+        wall_seconds=time.perf_counter() - _start,
     )
-    return loss / tokens if tokens else math.nan
+    console.evaluation(record)
+    metrics.log(record)
+    metrics.histograms(iter_num, watcher.draw(iter_num))
+    guard.evaluated(iter_num, val_loss)
+    if is_best and iter_num > 0:
+        save('best.pt')
+    return True
 
 
-def report_skipped_update(step):
-    """Print and log the update of `step` if the guard finds now that it was skipped."""
-    skipped = guard.last_skipped()
-    if skipped:
-        n_skipped = guard.now.skipped
-        console.skipped_update(step, skipped.loss, skipped.reason, n_skipped)
-        metrics.log(dict(iter=step, bad_loss=skipped.loss, skipped=n_skipped))
+def is_at_end():
+    """Whether all steps are done, or the last evaluation has stopped the run early."""
+    if iter_num >= max_iters:
+        return True
+    return progress.evaluated == iter_num and 0 < early_stop <= progress.bad_evals
 
 
-def state():
-    """What a resumed run and sample.py need, besides the tensors."""
-    now = dataclasses.replace(
+def save(name):
+    """Write out_dir/ckpt.pt, from which the run can resume, or best.pt, the weights alone."""
+    global saved_at
+    opt_to_save = opt if name == 'ckpt.pt' else None
+    # With FSDP, each process takes part in this.
+    tensors = distributed.checkpoint_tensors(network, opt_to_save, out_dir, iter_num)
+    if distributed.IS_MASTER:
+        checkpoint.save(out_dir, name, state_to_save() | tensors)
+    saved_at = time.monotonic()
+
+
+def state_to_save():
+    """What a resumed run and sample.py need, besides the tensors of network and optimizer."""
+    progress_now = dataclasses.replace(
         progress,
         wall_seconds=time.perf_counter() - _start,
         train_seconds=clock.total,
@@ -256,27 +340,25 @@ def state():
     return dict(
         scaler=scaler.state_dict(),
         model_name=config['model'],
-        model_args=dataclasses.asdict(model.config),
+        model_args=dataclasses.asdict(network.config),
         config=config,
         iter_num=iter_num,
         best_val_loss=best_val_loss,
-        progress=dataclasses.asdict(now),
+        progress=dataclasses.asdict(progress_now),
         versions=library_versions(),
         template=data.meta.get('template'),
         tokenizer=data.tokenizer,
-        resolved=dict(device=device_type, dtype=dtype, compile=compile, threads=threads),
+        resolved=dict(device=device_type, dtype=dtype, compile=compile_mode, threads=threads),
     )
 
 
-def save(name):
-    """Write out_dir/ckpt.pt, from which the run can go on, or best.pt, the weights alone."""
-    global saved_at
-    tensors = distributed.checkpoint_tensors(
-        model, optimizer if name == 'ckpt.pt' else None, out_dir, iter_num
-    )
-    if distributed.IS_MASTER:
-        checkpoint.save(out_dir, name, state() | tensors)
-    saved_at = time.monotonic()
+def report_skipped_update(step):
+    """Print and log that the guard skipped the update of `step`, if it did."""
+    skipped = guard.last_skipped()
+    if skipped:
+        n_skipped = guard.now.skipped
+        console.skipped_update(step, skipped.loss, skipped.reason, n_skipped)
+        metrics.log(dict(iter=step, bad_loss=skipped.loss, skipped=n_skipped))
 
 
 def roll_back():
@@ -286,164 +368,160 @@ def roll_back():
     weights are saved first, unless they are NaN or infinite.
     """
     global iter_num, progress, guard
-    stored = resume.begin('auto', out_dir)[1]
-    # all have read it before the master saves
+    _, stored = resume.begin('auto', out_dir)
+    # This waits until all processes have read the checkpoint, before the master replaces it.
     distributed.check_same_checkpoint(out_dir, stored and stored['iter_num'])
     if not stored:
-        if distributed.any_rank(not guards.all_finite(model.parameters())):
+        problem = f"the run diverged before step {iter_num} and had no checkpoint to go back to"
+        if distributed.any_rank(not guards.all_finite(network.parameters())):
             raise ValueError(
-                f"the run diverged before step {iter_num} and had no checkpoint to go back to; its weights "
-                f"are NaN, so nothing is saved: {guards.ADVICE}"
+                f"{problem}; its weights are NaN, so nothing is saved: {guards.ADVICE}"
             )
         guard.accept_state()
         save('ckpt.pt')
         raise ValueError(
-            f"the run diverged before step {iter_num} and had no checkpoint to go back to; its last finite "
-            f"weights, which may be damaged already, are in {out_dir}/ckpt.pt: {guards.ADVICE}"
+            f"{problem}; its last finite weights, which may be damaged already, are in "
+            f"{out_dir}/ckpt.pt: {guards.ADVICE}"
         )
+
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
-    optimizer.zero_grad(set_to_none=True)
-    # best.pt is still the best
-    iter_num, _, progress = resume.load_training_state(stored, model, optimizer, scaler)
-    guard = guards.Guard(spike_sigmas, guessing, progress.guard)
+    opt.zero_grad(set_to_none=True)
+    # The best validation loss stays, since best.pt does.
+    iter_num, _, progress = resume.load_training_state(stored, network, opt, scaler)
+    guard = guards.Guard(spike_sigmas, loss_of_guessing, progress.guard)
     metrics.rewind(iter_num, progress)
     console.rewind(iter_num, progress)
     save('ckpt.pt')
     clock.go_on()
 
 
-# ---- what will be done ---------------------------------------------------------------------------
-tokens_per_step = gradient_accumulation_steps * data.batch_tokens
-peak = peak_flops(device, dtype)
-if model.fit:
-    max_iters, tokens_per_step = 1, data.epoch_tokens  # one pass, which counts
+# ---- before the loop -----------------------------------------------------------------------------
 distributed.print0(
-    plan(config, model, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads))
+    plan(config, network, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads))
 )
-advice = out_of_memory_advice(batch_size, gradient_accumulation_steps)
-is_over = progress.evaluated == iter_num and (
-    iter_num >= max_iters > 0 or 0 < early_stop <= progress.bad_evals
-)
+memory_advice = out_of_memory_advice(batch_size, gradient_accumulation_steps)
+
+# Some runs have nothing to train.
+is_over = progress.evaluated == iter_num and max_iters > 0 and is_at_end()
 if eval_only or is_over:
-    with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
-        losses = {split: evaluate(split, eval_iters) for split in ('train', 'val') if eval_only}
     name = f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from
-    distributed.print0(
-        evaluation_table(name, model, losses, data)
-        if eval_only
-        else f"{name}: this run is at its end"
-        + ("" if model.fit else "; to go on, give a larger --max_iters (or --early_stop)")
-    )
-    del wrapped
+    if eval_only:
+        with one_line_errors(memory_advice):
+            losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
+        distributed.print0(evaluation_table(name, network, losses, data))
+    else:
+        advice = '' if network.fit else "; to continue, set a larger --max_iters (or --early_stop)"
+        distributed.print0(f"{name}: this run is at its end{advice}")
+    del wrapped  # which shutdown asks for
     distributed.shutdown()
     sys.exit()
-with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
-    # held while this runs
-    lock = distributed.IS_MASTER and checkpoint.make_out_dir(out_dir, init_from)
-    if compile and not model.fit:
-        distributed.set_gradient_sync(wrapped, False)
-        compile = compile_model(
-            model,
-            distributed.parts_to_compile(model),
-            mode=compile,
+
+with one_line_errors(memory_advice):
+    if distributed.IS_MASTER:
+        lock = checkpoint.make_out_dir(out_dir, init_from)  # held until the process ends
+    if compile_mode and not network.fit:
+        distributed.set_gradient_sync(wrapped, False)  # compile_model runs steps to try
+        compile_mode = compile_model(
+            network,
+            distributed.parts_to_compile(network),
+            mode=compile_mode,
             is_required=config['compile'] is True,
             try_step=lambda: micro_step(0, micros[0]),
             steps=len(micros) * (max_iters - iter_num),
             device=device,
             any_rank=distributed.any_rank,
         )
+
+    # The master logs; in the other processes these objects do nothing.
     facts = dict(
-        n_params=model.num_params(),
+        n_params=network.num_params(),
         tokens_per_step=tokens_per_step,
         device=device,
         dtype=dtype,
         threads=threads,
-        compile=compile,
+        compile=compile_mode,
         processes=distributed.WORLD_SIZE,
-        flops_per_token=model.flops_per_token(block_size),
+        flops_per_token=network.flops_per_token(block_size),
     )
     metrics = Metrics(out_dir, distributed.IS_MASTER, iter_num, progress.evaluated)
-    metrics.start(config | {'resolved': facts}, wanted, progress.wandb_id)
+    metrics.start(config | {'resolved': facts}, wanted_loggers, progress.wandb_id)
     console = Console(distributed.IS_MASTER, max_iters, iter_num)
     watcher = Watch(
-        watch and distributed.IS_MASTER, model, out_dir, grad_clip, ctx, data, progress.clipped
+        watch and distributed.IS_MASTER,
+        network,
+        out_dir,
+        grad_clip,
+        ctx,
+        data,
+        clipped=progress.clipped,
     )
+    trace_folder = ''
+    if profile and distributed.IS_MASTER:
+        trace_folder = f'{out_dir}/profile'
+    profiler = make_profiler(trace_folder, device)
+    peak = peak_flops(device, dtype)
 
 # ---- the loop ------------------------------------------------------------------------------------
-stop = StopRequest()
-with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
-    clock, saved_at = Stopwatch(device, progress.train_seconds), time.monotonic()
-    profiler = make_profiler(profile and distributed.IS_MASTER and f'{out_dir}/profile', device)
-    while True:  # evaluate, and save
-        is_stopped, is_late = distributed.any_rank_each(
-            [bool(stop.signal), 0 < 60 * save_minutes < time.monotonic() - saved_at]
+stop = StopRequest()  # from here on, a signal is a request that the loop answers
+with one_line_errors(memory_advice):
+    clock = Stopwatch(device, progress.train_seconds)
+    saved_at = time.monotonic()
+    while True:
+        # Between two steps: is anything due? What one process sees, all of them act on.
+        minutes_unsaved = (time.monotonic() - saved_at) / 60
+        is_stopped, is_save_due = distributed.any_rank_each(
+            [bool(stop.signal), 0 < save_minutes < minutes_unsaved]
         )
-        is_last, is_round = iter_num >= max_iters, eval_interval and not iter_num % eval_interval
-        is_due = (is_last or is_round) and progress.evaluated != iter_num and not is_stopped
-        if is_pause := is_due or is_stopped or is_late:
-            clock.pause()
+        is_eval_step = iter_num >= max_iters or (eval_interval and iter_num % eval_interval == 0)
+        is_eval_due = is_eval_step and progress.evaluated != iter_num and not is_stopped
+        is_pause = is_eval_due or is_stopped or is_save_due
+        if is_pause:
+            clock.pause()  # train_seconds counts steps only
             report_skipped_update(iter_num - 1)
-            # a NaN may be the first of many
-            is_stopped = is_stopped and (is_last or guard.last_was_finite)
+            # After a NaN the weights may be bad, which only further steps can tell.
+            can_save = guard.last_was_finite or iter_num >= max_iters
+            is_stopped = is_stopped and can_save
             with ctx:
-                model.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
+                network.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
         if guard.has_diverged:
             roll_back()
             continue
-        if is_due:
-            losses = {split: evaluate(split, eval_iters) for split in ('train', 'val')}
-            is_best = losses['val'] < best_val_loss  # over the same windows each time
-            best, bad_evals = (
-                min(best_val_loss, losses['val']),
-                0 if is_best else progress.bad_evals + 1,
-            )
-            is_last = is_last or 0 < early_stop <= bad_evals
-            losses['val'] = evaluate('val') if is_last else losses['val']
-            # it may have been cut off: the run that goes on evaluates again
-            if distributed.any_rank(bool(stop.signal)):
+
+        # Evaluate, in the same way wherever the run was interrupted.
+        if is_eval_due:
+            is_complete = evaluate_and_log()
+            if not is_complete or guard.has_diverged:
                 clock.go_on()
                 continue
-            best_val_loss = best
-            progress.evaluated = iter_num
-            progress.bad_evals = bad_evals
-            evaluation = dict(
-                iter=iter_num,
-                tokens=iter_num * tokens_per_step,
-                train_loss=losses['train'],
-                val_loss=losses['val'],
-                val_bpb=data.bits_per_byte('val', losses['val']),
-                train_seconds=clock.total,
-                wall_seconds=time.perf_counter() - _start,
-            )
-            console.evaluation(evaluation)
-            metrics.log(evaluation)
-            metrics.histograms(iter_num, watcher.draw(iter_num))
-            guard.evaluated(iter_num, losses['val'])
-            is_last = is_last and not guard.has_diverged
-            if is_best and iter_num > 0:
-                save('best.pt')
+
+        # Save after each evaluation, when it is time, and before stopping.
         if is_pause:
-            if (is_last or guard.last_was_finite) and (iter_num > 0 or not is_due):
+            has_news = iter_num > 0 or not is_eval_due
+            if has_news and (guard.last_was_finite or is_at_end()):
                 save('ckpt.pt')
             clock.go_on()
-        if is_due and not is_last and (problem := guard.divergence(iter_num)):
-            save('ckpt.pt')
-            raise ValueError(
-                f"{problem}; {out_dir}/ckpt.pt has the state of step {iter_num}, best.pt (if there is one) "
-                f"the best weights: {guards.ADVICE}"
-            )
+        if is_eval_due and not is_at_end():
+            problem = guard.divergence(iter_num)
+            if problem:
+                save('ckpt.pt')
+                raise ValueError(
+                    f"{problem}; {out_dir}/ckpt.pt has the state of step {iter_num}, best.pt (if "
+                    f"there is one) the best weights: {guards.ADVICE}"
+                )
+
+        # Stop: at a signal, after the last step, or early.
         if is_stopped:
             console.stopped(out_dir, iter_num)
             if distributed.IS_MASTER:
                 checkpoint.mark_preempted(out_dir, iter_num)
-        if is_stopped or is_last:
+        if is_stopped or is_at_end():
             break
-        if model.fit:
-            model.fit(data.epoch())
+        if network.fit:  # a counted model learns from one pass over the data, without gradients
+            network.fit(data.epoch())
             iter_num = max_iters
             continue
 
-        # one step
+        # Set the learning rate of this step.
         lr = learning_rate_at(
             iter_num,
             peak=learning_rate,
@@ -455,45 +533,59 @@ with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
             start=warmup_lr,
             shape=lr_schedule,
         )
-        for group in optimizer.param_groups:
+        for group in opt.param_groups:
             group['lr'] = lr * group['lr_ratio']
-        loss = 0.0
+
+        # Forward and backward. Gradients add up over the micro-batches; only the last one's
+        # backward pass exchanges them between processes.
+        losses = []
         for micro in micros:
             distributed.set_gradient_sync(wrapped, micro == micros[-1])
-            loss = loss + micro_step(iter_num, micro)
-        loss, grad_norm = distributed.all_reduce_sum(loss), None
-        report_skipped_update(iter_num - 1)  # the step before
+            losses.append(micro_step(iter_num, micro))
+        loss = distributed.all_reduce_sum(sum(losses))
+
+        # The host learns about a step one step later, while the device is busy with the next one.
+        report_skipped_update(iter_num - 1)
         if guard.has_diverged:
             continue
-        scaler.unscale_(optimizer)
+
+        # Clip the gradient, then update the weights, unless the guard finds the step bad.
         is_logged = iter_num % log_interval == 0
+        scaler.unscale_(opt)
         watcher.before_step(is_logged)
+        grad_norm = None
         if grad_clip or is_logged:
-            grad_norm = watcher.count(distributed.clip_gradients(model, grad_clip or math.inf))
-        guard.skip_if_bad(optimizer, scaler, loss, grad_norm)
-        scaler.step(optimizer)
+            grad_norm = distributed.clip_gradients(network, grad_clip or math.inf)
+            watcher.count(grad_norm)
+        guard.skip_if_bad(opt, scaler, loss, grad_norm)
+        scaler.step(opt)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        model.after_step()
+        opt.zero_grad(set_to_none=True)
+        network.after_step()
         iter_num += 1
         clock.step()
 
+        # Log. Reading the numbers waits for the device, so it is not done at each step.
+        record = None
         if is_logged:
-            took = clock.lap()
-            line = dict(
+            seconds_per_step = clock.lap()
+            tokens_per_second = tokens_per_step / seconds_per_step
+            mfu = None
+            if peak:
+                mfu = network.estimate_mfu(tokens_per_second, peak * distributed.WORLD_SIZE)
+            record = dict(
                 iter=iter_num - 1,
                 loss=loss.item(),
                 lr=lr,
                 grad_norm=grad_norm.item(),
-                ms=1e3 * took,
-                tokens_per_second=tokens_per_step / took,
+                ms=1e3 * seconds_per_step,
+                tokens_per_second=tokens_per_second,
                 peak_memory=peak_memory(device),
-                mfu=peak
-                and model.estimate_mfu(tokens_per_step / took, peak * distributed.WORLD_SIZE),
+                mfu=mfu,
             )
-            line |= watcher.after_step(line)
-            metrics.log(line)
-        console.step(line if is_logged else None, max_iters - iter_num)
+            record |= watcher.after_step(record)
+            metrics.log(record)
+        console.step(record, max_iters - iter_num)
         profiler.step()
 
 # ---- the end -------------------------------------------------------------------------------------
@@ -503,9 +595,8 @@ del wrapped
 distributed.shutdown()
 if is_stopped:
     sys.exit(stop.exit_code)
-stop.release()  # all is saved: Ctrl-C ends the sample
-if distributed.IS_MASTER and not (distributed.IS_LAUNCHED and parallel == 'fsdp'):
+stop.release()  # everything is saved: Ctrl-C ends the sample
+has_whole_network = not (distributed.IS_LAUNCHED and parallel == 'fsdp')
+if distributed.IS_MASTER and has_whole_network:
     with ctx:
-        final_sample.print_final_sample(
-            lora.merge(model), data.tokenizer, data.opening(), out_dir, data.meta
-        )
+        print_final_sample(lora.merge(network), data.tokenizer, data.opening(), out_dir, data.meta)

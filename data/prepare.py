@@ -64,7 +64,7 @@ if __name__ == '__main__':
 from system import files
 from system.errors import fail, user_errors
 from text import bins, sources, tokenizer, vocabulary
-from text.dataset import is_path
+from text.folders import is_path
 from text.sources.formats import read_text
 
 FLAGS = 'dedup', 'skip_bad_rows', 'as_text'  # options without a value

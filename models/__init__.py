@@ -1,6 +1,7 @@
 """Architectures by name: `gpt` is model.py, any other NAME is models/NAME.py, imported when it is
 asked for."""
 
+import dataclasses
 import difflib
 import importlib
 from pathlib import Path
@@ -46,3 +47,9 @@ def build(name, **fields):
     ValueError."""
     Model = architecture(name)
     return construct(Model, Model.Config(**fields))
+
+
+def config_fields(name, settings):
+    """The entries of the dict `settings` that are fields of the Config of the model called `name`."""
+    fields = dataclasses.fields(architecture(name).Config)
+    return {field.name: settings[field.name] for field in fields if field.name in settings}

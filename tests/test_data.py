@@ -17,9 +17,10 @@ import pytest
 from conftest import ROOT, TINY, write_text
 
 from system import errors
-from text import dataset, tokenizer
+from text import dataset, meta_pkl, wide_ids
 from text.bins import write_bins
 from text.dataset import Dataset, RandomDataset
+from text.shuffle import permute
 from text.tokenizer import ByteTokenizer, CharTokenizer
 
 
@@ -178,7 +179,7 @@ def test_a_meta_pkl_may_hold_other_dictionaries_and_arrays_in_each_protocol(prot
         'counts': np.arange(65),
         'vocab_size': 65,
     }
-    found = tokenizer.describe_meta_pkl(pickle.dumps(meta, protocol))
+    found = meta_pkl.describe_meta_pkl(pickle.dumps(meta, protocol))
     assert found == ({'kind': 'char', 'chars': ''.join(CHARS)}, 65, None)
 
 
@@ -200,7 +201,7 @@ def test_numpys_numbers_of_both_versions(version):
     for name in names.values():
         content = content.replace(name, names[version])
     assert names[version] in content
-    found = tokenizer._NoCode(io.BytesIO(content)).load()['vocab_size']
+    found = meta_pkl._RestrictedUnpickler(io.BytesIO(content)).load()['vocab_size']
     assert found == [-5, 200, 7, 0.5, True, 'é'] and [type(x) for x in found] == [
         int,
         int,
@@ -446,7 +447,7 @@ def test_the_command_that_converts_works_in_any_folder(tmp_path, name):
 @pytest.mark.parametrize('odd', [65536, -1])
 def test_the_command_that_converts_refuses_ids_that_do_not_fit(tmp_path, odd):
     """They come behind those that are looked at to guess the width."""
-    folder = with_bins(tmp_path, np.append(ids_like('text', dataset.LOOKED_AT), odd), 'int64')
+    folder = with_bins(tmp_path, np.append(ids_like('text', wide_ids.LOOKED_AT), odd), 'int64')
     with pytest.raises(ValueError) as caught:
         Dataset(folder, block_size=8, batch_size=2)
     done = run_conversion(str(caught.value), folder / 'train.bin')
@@ -600,7 +601,7 @@ def positions(tmp_path):
 @pytest.mark.parametrize('n', [*range(1, 70), 255, 256, 257, 1000, 65_537, 1_000_003])
 def test_permute_is_a_permutation(n):
     keys = np.random.SeedSequence(n).generate_state(4, np.uint64)
-    order = dataset.permute(np.arange(n), n, keys)
+    order = permute(np.arange(n), n, keys)
     assert np.array_equal(np.sort(order), np.arange(n))
     if n > 20:
         assert np.mean(np.diff(order) == 1) < 0.2  # and not nearly the identity
@@ -609,9 +610,7 @@ def test_permute_is_a_permutation(n):
 def test_permute_depends_on_its_keys():
     orders = {
         tuple(
-            dataset.permute(
-                np.arange(100), 100, np.random.SeedSequence(seed).generate_state(4, np.uint64)
-            )
+            permute(np.arange(100), 100, np.random.SeedSequence(seed).generate_state(4, np.uint64))
         )
         for seed in range(50)
     }

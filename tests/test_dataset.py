@@ -13,7 +13,8 @@ from conftest import ROOT, TINY, same
 
 from text.bins import write_bins
 from text.dataset import Dataset, Documents
-from text.mixture import Mixture, deal, open_dataset, open_one, parse
+from text.dataset_option import open_dataset, open_unmixed
+from text.mixture import Mixture, deal, parse
 from text.tokenizer import CharTokenizer
 from training import checkpoint
 
@@ -395,7 +396,7 @@ def test_what_can_not_be_mixed_is_named(three, tmp_path):
     with pytest.raises(ValueError, match='a and .*d were prepared with different tokenizers'):
         open_dataset(f"{three},{tmp_path / 'd'}:1", 8, 4)
     with pytest.raises(ValueError, match='is a mixture: give one of them, as --dataset=.*a$'):
-        open_one(three)
+        open_unmixed(three)
     with pytest.raises(FileNotFoundError, match=r'nowhere/train\.bin is missing'):
         open_dataset(f"{three},{tmp_path / 'nowhere'}:1", 8, 4)
     with pytest.raises(ValueError, match='a has no token behind each document'):

@@ -13,7 +13,8 @@ from generation.decode import Context
 from models import build
 from models.parts import attention
 from text.bins import write_bins
-from text.dataset import Documents, open_dataset
+from text.dataset import Documents
+from text.dataset_option import open_dataset
 from text.tokenizer import CharTokenizer
 from training import checkpoint
 

@@ -27,7 +27,7 @@ from conftest import ROOT, TINY, run, same
 import models
 from system import files
 from system.device import resolve_device, resolve_dtype
-from text import tokenizer
+from text import meta_pkl, tokenizer
 from text.dataset import Dataset
 from training import checkpoint, pretrained, resume
 from training.optimizer import load_optimizer_state
@@ -313,13 +313,13 @@ def test_mps_where_there_is_none():
         (lambda: tokenizer.load('char'), 'unknown tokenizer char'),
         (
             lambda: tokenizer.load({'kind': 'tiktoken', 'name': 'gpt5'}),
-            "tiktoken has no encoding 'gpt5': take one of gpt2",
+            "tiktoken has no encoding 'gpt5': use one of gpt2",
         ),
         (
-            lambda: tokenizer.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})),
+            lambda: meta_pkl.describe_meta_pkl(pickle.dumps({'itos': {1: 'a'}})),
             'meta.pkl has no vocab_size',
         ),
-        (lambda: tokenizer.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
+        (lambda: meta_pkl.describe_meta_pkl(b''), 'meta.pkl cannot be read'),
     ],
 )
 def test_values_that_a_module_does_not_know(call, message):

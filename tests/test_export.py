@@ -315,7 +315,7 @@ def test_any_characters_can_be_a_vocabulary(chars, data):
     Tokenizer = pytest.importorskip('tokenizers').Tokenizer
     own = CharTokenizer(''.join(chars))
     other, text = (
-        Tokenizer.from_str(tokenizer_files.to_json(own)),
+        Tokenizer.from_str(own.to_json()),
         ''.join(data.draw(st.lists(st.sampled_from(own.chars)))),
     )
     assert other.encode(text).ids == own.encode(text) and other.decode(own.encode(text)) == text
@@ -342,7 +342,7 @@ def test_gpt2s_files_are_openais(tmp_path):
 @pytest.mark.parametrize('name', DESCRIPTIONS)
 def test_tokenizer_json_is_as_the_library_writes_it(name):
     Tokenizer = pytest.importorskip('tokenizers').Tokenizer
-    text = tokenizer_files.to_json(load(name))
+    text = load(name).to_json()
     found = json.loads(Tokenizer.from_str(text).to_str())
     if 'merges' in found['model']:  # ours are in the form that old versions read too
         found['model']['merges'] = [' '.join(merge) for merge in found['model']['merges']]
@@ -768,9 +768,7 @@ def test_a_damaged_tokenizer_json(tmp_path, text):
 )
 def test_a_changed_tokenizer_is_not_taken_for_ours(tmp_path, change):
     for own in (ByteTokenizer(), CharTokenizer('abc')):
-        (tmp_path / 'tokenizer.json').write_text(
-            json.dumps(json.loads(tokenizer_files.to_json(own)) | change)
-        )
+        (tmp_path / 'tokenizer.json').write_text(json.dumps(json.loads(own.to_json()) | change))
         assert tokenizer_files.from_files(tmp_path)['kind'] == 'huggingface'
 
 

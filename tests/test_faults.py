@@ -706,8 +706,8 @@ def failing(rank, where, number, error):
 FULL = OSError(errno.ENOSPC, 'No space left on device', 'ckpt.pt')
 GONE = OSError('data/here is missing on this machine')
 FAILURES = [  # on which rank, where, at which call, what; words in the output
-    (0, 'text.mixture:open_dataset', 0, GONE, 'error: data/here is missing on this machine'),
-    (1, 'text.mixture:open_dataset', 0, GONE, 'error: data/here is missing on this machine'),
+    (0, 'text.dataset_option:open_dataset', 0, GONE, 'error: data/here is missing on this machine'),
+    (1, 'text.dataset_option:open_dataset', 0, GONE, 'error: data/here is missing on this machine'),
     (
         0,
         'training.checkpoint:make_out_dir',

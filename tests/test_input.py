@@ -34,8 +34,18 @@ import models
 from interop import huggingface
 from model import GPTConfig
 from models.parts import construction
-from text import dataset, mixture, sources, tokenizer, tokenizer_files, vocabulary
-from text.shards import Shards, read_meta
+from text import (
+    dataset,
+    dataset_option,
+    folders,
+    meta_pkl,
+    sources,
+    tokenizer,
+    tokenizer_files,
+    vocabulary,
+)
+from text.meta import read_meta
+from text.shards import Shards
 from text.sources import cutting
 from text.sources.compression import opened
 from text.sources.formats import JsonLines, source_file
@@ -714,7 +724,7 @@ def test_no_file_runs_code(payload, tmp_path, text_folder):
     (tmp_path / 'config.json').write_text(json.dumps(SMALL))
     for read in (
         lambda: read_meta(tmp_path),
-        lambda: tokenizer.describe_meta_pkl(content),
+        lambda: meta_pkl.describe_meta_pkl(content),
         lambda: checkpoint.read_latest(tmp_path),
         lambda: pretrained.load_model(tmp_path),
         lambda: pretrained.open_model(str(tmp_path / 'ckpt.pt')),
@@ -737,9 +747,9 @@ def test_the_checks_are_what_holds_code_back(payload, tmp_path, monkeypatch):
         checkpoint.read(tmp_path / 'ckpt.pt')
     assert marker.exists()
     marker.unlink()
-    monkeypatch.setattr(tokenizer._NoCode, 'find_class', pickle._Unpickler.find_class)
+    monkeypatch.setattr(meta_pkl._RestrictedUnpickler, 'find_class', pickle._Unpickler.find_class)
     with contextlib.suppress(ValueError):
-        tokenizer.describe_meta_pkl(content)
+        meta_pkl.describe_meta_pkl(content)
     assert marker.exists()
 
 
@@ -769,7 +779,7 @@ def test_the_checks_are_what_holds_code_back(payload, tmp_path, monkeypatch):
 )
 def test_a_meta_pkl_that_is_none(content):
     tracemalloc.start()
-    assert 'meta.pkl' in said(lambda: tokenizer.describe_meta_pkl(content))
+    assert 'meta.pkl' in said(lambda: meta_pkl.describe_meta_pkl(content))
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -803,10 +813,10 @@ def test_a_meta_pkl_that_is_none(content):
     ids=lambda content: repr(content[:12]),
 )
 def test_a_meta_pkl_has_no_more_of_numpy_than_plain_numbers(content):
-    stand_ins = set(tokenizer._NoCode.STAND_INS.values())
+    stand_ins = set(meta_pkl._RestrictedUnpickler.STAND_INS.values())
     before = {stand_in: {**vars(stand_in)} for stand_in in stand_ins}
     tracemalloc.start()
-    assert 'meta.pkl' in said(lambda: tokenizer.describe_meta_pkl(content))
+    assert 'meta.pkl' in said(lambda: meta_pkl.describe_meta_pkl(content))
     assert tracemalloc.get_traced_memory()[1] < 1e6
     tracemalloc.stop()
     assert before == {stand_in: {**vars(stand_in)} for stand_in in stand_ins}
@@ -844,11 +854,11 @@ def test_only_what_lies_in_data_prepares_itself(tmp_path, monkeypatch, name):
     for folder in (root / 'x', outside):
         folder.mkdir(parents=True)
         (folder / 'prepare.py').write_text("DOWNLOAD_MB = 1\nopen(__file__ + '.ran', 'w')\n")
-    monkeypatch.setattr(dataset, 'ROOT', root)
+    monkeypatch.setattr(folders, 'DATA_FOLDER', root)
     with contextlib.suppress(SystemExit):
-        mixture.prepare_if_small(name.format(outside=outside, up='outside'))
+        dataset_option.prepare_if_small(name.format(outside=outside, up='outside'))
     assert not (outside / 'prepare.py.ran').exists()
-    dataset.prepare_if_small('x')
+    dataset_option.prepare_if_small('x')
     assert (root / 'x' / 'prepare.py.ran').exists()
 
 

@@ -26,7 +26,7 @@ from conftest import COMMIT, ROOT
 
 from system import files
 from system.errors import user_errors
-from text import dataset, journal, sources
+from text import folders, journal, sources
 from text.dataset import Dataset
 from text.documents import Part, Remark
 from text.sources import conversion, cutting
@@ -1360,7 +1360,7 @@ def test_a_name_with_a_slash_or_a_dot_is_a_path_and_a_plain_one_is_in_data(
     (tmp_path / 'data').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     monkeypatch.setitem(COMMAND['folder_of'].__globals__, 'DATA', tmp_path / 'data')
-    monkeypatch.setattr(dataset, 'ROOT', tmp_path / 'data')
+    monkeypatch.setattr(folders, 'DATA_FOLDER', tmp_path / 'data')
     Path('text.txt').write_text('some text ' * 99)
     prepare(name.format(here=tmp_path / 'here'), 'text.txt', '--tokenizer=byte')
     assert (tmp_path / folder / 'train.bin').is_file()
@@ -1406,8 +1406,8 @@ def test_the_same_rule_finds_a_dataset(tmp_path, monkeypatch, name, there, folde
     for path in ('data', 'here', *there):
         (tmp_path / path).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path / 'here')
-    monkeypatch.setattr(dataset, 'ROOT', tmp_path / 'data')
-    assert dataset.folder_of(name).resolve() == tmp_path / folder
+    monkeypatch.setattr(folders, 'DATA_FOLDER', tmp_path / 'data')
+    assert folders.folder_of(name).resolve() == tmp_path / folder
 
 
 def test_a_zst_without_its_end_is_damaged(tmp_path, capsys):

@@ -23,7 +23,7 @@ from test_data import assert_meta_is_true, bin_of, contents
 from test_files import Server
 
 from system import hub as hub_module
-from text import dataset, sources, tokenizer
+from text import dataset, dataset_option, folders, sources, tokenizer
 
 MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
 VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or '/nowhere')
@@ -89,20 +89,20 @@ def test_a_ready_set_says_its_command_and_its_licence(name):
 
 
 def test_only_small_datasets_are_prepared_unasked(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(dataset, 'ROOT', tmp_path)
+    monkeypatch.setattr(folders, 'DATA_FOLDER', tmp_path)
     for name, size in (('small', 1.5), ('large', 100)):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'prepare.py').write_text(
             f"DOWNLOAD_MB = {size}\nimport pathlib\npathlib.Path(__file__).with_name('train.bin').touch()"
         )
-    dataset.prepare_if_small('small')
+    dataset_option.prepare_if_small('small')
     assert (
         tmp_path / 'small/train.bin'
     ).exists() and 'running data/small/prepare.py' in capfd.readouterr().out
-    dataset.prepare_if_small('small')
+    dataset_option.prepare_if_small('small')
     assert capfd.readouterr().out == ''
     with pytest.raises(FileNotFoundError, match=r'python data/large/prepare\.py'):
-        dataset.prepare_if_small('large')
+        dataset_option.prepare_if_small('large')
     assert 'DOWNLOAD_MB = 24_193\n' in (ROOT / 'data/openwebtext/prepare.py').read_text()
 
 
@@ -195,7 +195,7 @@ def test_shakespeare_by_another_tokenizer_has_a_folder_of_its_own(
 ):
     parent, own = prepared('shakespeare', tmp_path, f'--tokenizer={name}'), name.replace(':', '-')
     assert {path.name for path in parent.iterdir()} == {'prepare.py', 'input.txt', own}
-    monkeypatch.setattr(dataset, 'ROOT', parent.parent)
+    monkeypatch.setattr(folders, 'DATA_FOLDER', parent.parent)
     data = dataset.Dataset(f'shakespeare/{own}', block_size=8, batch_size=1)
     for split, text in shakespeare.items():
         assert tokenizer.load(data.tokenizer).decode(bin_of(data.folder, split).tolist()) == text
@@ -262,7 +262,7 @@ def test_enwik8_is_bytes_cut_where_the_benchmark_cuts_them(server, tmp_path, mon
     )
     bins = [bytes(bin_of(folder, split).tolist()) for split in ('train', 'val', 'test')]
     assert bins == [text[:900], text[900:950], text[950:]]
-    monkeypatch.setattr(dataset, 'ROOT', folder.parent)
+    monkeypatch.setattr(folders, 'DATA_FOLDER', folder.parent)
     data = dataset.Dataset('enwik8', block_size=8, batch_size=1)
     assert data.vocab_size == 256 and data.tokens['test'] == 50
     # a byte is a token: the usual bits per character

@@ -12,8 +12,8 @@ from conftest import ROOT, run
 import models
 from generation import quantize
 from text import prompts
-from text.tokenizer import BYTES, HuggingFaceTokenizer
-from text.tokenizer_files import byte_level
+from text.tokenizer import HuggingFaceTokenizer
+from text.tokenizer_json import BYTE_OF, byte_level
 from training import checkpoint
 
 RULE = '-' * 15
@@ -90,7 +90,7 @@ def test_stops_are_repeated_or_a_list(sample):
 
 
 MARKS = HuggingFaceTokenizer(
-    byte_level({**BYTES, '<|im_end|>': 256, '[|end|]': 257}, [], ['<|im_end|>', '[|end|]'])
+    byte_level({**BYTE_OF, '<|im_end|>': 256, '[|end|]': 257}, [], ['<|im_end|>', '[|end|]'])
 )
 
 

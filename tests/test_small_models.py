@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from models import build
 from models.parts import batchnorm, kv_cache, ngrams
 from text.bins import write_bins
-from text.dataset import open_dataset
+from text.dataset_option import open_dataset
 from text.tokenizer import CharTokenizer
 
 

@@ -128,8 +128,8 @@ time.sleep(30)
         encoding='utf-8',
     )
     starter = (
-        f"import sys\nfrom system.errors import begin_script\nbegin_script()\nfrom text import dataset\n"
-        f"sys.exit(dataset._run({str(tmp_path / 'prepare.py')!r}))"
+        f"import sys\nfrom system.errors import begin_script\nbegin_script()\nfrom text import dataset_option\n"
+        f"sys.exit(dataset_option.run_script({str(tmp_path / 'prepare.py')!r}))"
     )
     with subprocess.Popen(
         [sys.executable, '-c', starter],

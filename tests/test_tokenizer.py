@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import models
 from generation.decode import TextStream
-from text import tokenizer, tokenizer_files, vocabulary
+from text import tokenizer, tokenizer_files, tokenizer_json, vocabulary
 from text.bins import write_bins
 
 TEXT = ''.join((ROOT / name).read_text(encoding='utf-8') for name in ('train.py', 'README.md'))
@@ -67,9 +67,7 @@ def wordpiece():
         *words,
         *(f'##{c}' for c in letters if c.isalnum()),
     ]
-    return tokenizer.HuggingFaceTokenizer(
-        tokenizer_files.to_json_of_bert(list(dict.fromkeys(vocab)))
-    )
+    return tokenizer.HuggingFaceTokenizer(tokenizer_json.wordpiece(list(dict.fromkeys(vocab))))
 
 
 IDENTITY = dict(
@@ -163,11 +161,11 @@ def test_a_byte_pair_encoding_is_faster_as_tiktokens():
     slow = tokenizer.HuggingFaceTokenizer(
         own.json.replace('"ignore_merges": true', '"ignore_merges": false')
     )
-    assert own.faster and not slow.faster
+    assert own.as_tiktoken and not slow.as_tiktoken
     for text in (*HARD, *fuzz('<|endoftext|>', n=1000), TEXT):
         assert (
             own.encode_ordinary(text).tolist()
-            == own._encode(text, True)
+            == own._encode(text, special_is_plain=True)
             == slow.encode_ordinary(text)
         )
 
@@ -305,7 +303,7 @@ def test_ids_and_texts_are_the_same_in_transformers(tmp_path, name):
 def test_a_unigram_model_there_says_the_same_as_often(tmp_path, name):
     """Where two ways to cut a text are as likely, another one may be taken there."""
     own, differ = make(name), 0
-    other = tokenizer.HuggingFaceTokenizer(tokenizer_files.to_json(own))
+    other = tokenizer.HuggingFaceTokenizer(own.to_json())
     for text in (*HARD, *fuzz('</s>', '<0x41>', '<unk>')):
         ids, theirs = own.encode(text), other.encode(text)
         assert other.decode(theirs) == own.decode(ids) and sorted(theirs) == sorted(ids)
@@ -344,7 +342,7 @@ def test_tiktokens_other_ways_to_divide_a_text(tmp_path, monkeypatch, name):
 )
 def test_a_model_that_no_tokenizer_json_can_say(options, what):
     with pytest.raises(ValueError, match=f"can't be exported: .*{what}"):
-        tokenizer_files.to_json(sentencepiece(**options))
+        sentencepiece(**options).to_json()
 
 
 def test_folders_from_elsewhere(tmp_path):
@@ -400,7 +398,7 @@ def test_a_text_trains_the_same_vocabulary_again(name, monkeypatch):
     pieces = [TEXT[i : i + 5000] for i in range(0, 40_000, 5000)]
     first, again = (vocabulary.open(name, lambda: iter(pieces)) for _ in range(2))
     assert first.vocab_size == 400 and first.describe() == again.describe()
-    monkeypatch.setattr(vocabulary, 'THREADS', 3)
+    monkeypatch.setattr(tokenizer, 'TRAINING_THREADS', 3)
     fewer = vocabulary.open(name, lambda: iter(pieces))
     assert [fewer.decode_bytes([i]) for i in range(400)] == [
         first.decode_bytes([i]) for i in range(400)
@@ -408,7 +406,7 @@ def test_a_text_trains_the_same_vocabulary_again(name, monkeypatch):
 
 
 def test_a_trained_vocabulary_is_the_users(capsys):
-    bpe, pieces = make('bpe'), make('sentencepiece').pieces
+    bpe, pieces = make('bpe'), make('sentencepiece').processor
     assert bpe.eot == 699 and set(bpe.bytes.values()) >= {bytes([b]) for b in range(256)}
     assert pieces.id_to_piece(1) == '</s>' and pieces.is_byte(2) and pieces.is_byte(257)
     long = 'abcdefghijklmnopqrstuvwxyz0123456789 ' * 200
@@ -445,7 +443,7 @@ def test_a_trained_vocabulary_is_the_users(capsys):
             {'model_type': 'unigram'},
             'has no option model_type, but max_piece_length',
         ),
-        ('train:sentencepiece:300', {'model_type': 'word'}, 'take bpe or unigram'),
+        ('train:sentencepiece:300', {'model_type': 'word'}, 'use bpe or unigram'),
         ('train:sentencepiece:300', {'character_coverage': 7}, 'character_coverage'),
         (
             'byte',
@@ -454,7 +452,7 @@ def test_a_trained_vocabulary_is_the_users(capsys):
         ),
         ('no/where/tokenizer.json', {}, 'there is no such file or folder'),
         ('nowhere.model', {}, 'there is no such file or folder'),
-        ('two words', {}, 'is no name: take char, byte, gpt2'),
+        ('two words', {}, "is not a tokenizer's name: use char, byte, gpt2"),
         ('cl100', {}, "looked for on the Hugging Face Hub: NANOGPT_MIRROR=.* has no folder cl100"),
         (ROOT / 'tests', {}, 'has no tokenizer: no tokenizer.json'),
         (ROOT / 'train.py', {}, 'damaged'),

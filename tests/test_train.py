@@ -192,7 +192,7 @@ def test_random_data_and_bench(tmp_path):
 
 @pytest.mark.parametrize('prefix', [pytest.param('', marks=pytest.mark.campaign), '_orig_mod.'])
 def test_a_nanogpt_checkpoint_samples_and_resumes(text_folder, tmp_path, prefix):
-    from text.dataset import read_meta
+    from text.meta import read_meta
 
     vocab_size = read_meta(text_folder)[1]
     args = dict(

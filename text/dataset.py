@@ -7,20 +7,17 @@ tokens and the token after each.
 """
 
 import difflib
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
-from system import errors
-from text.shards import LOOKED_AT, Shards, conversion, may_separate, read_meta, wider_dtype
+from text import folders
+from text.folders import folder_of
+from text.meta import read_meta
+from text.shards import Shards
+from text.shuffle import permute
+from text.wide_ids import check_dtype
 
-ROOT = Path(__file__).resolve().parents[1] / 'data'
 # <|endoftext|>
 TIKTOKEN_EOT = {'gpt2': 50256, 'p50k_base': 50256, 'cl100k_base': 100257, 'o200k_base': 199999}
 MOST_WINDOWS = 1 << 27  # in a step: their numbers alone are 1 GB
@@ -51,11 +48,11 @@ class Dataset:
         for split, n in self.tokens.items():
             path = self.shards[split].name
             if not self.shards[split].paths:
-                script, folders = (
+                script, there = (
                     self.folder / 'prepare.py',
-                    [folder.name for folder in ROOT.iterdir() if folder.is_dir()],
+                    [folder.name for folder in folders.DATA_FOLDER.iterdir() if folder.is_dir()],
                 )
-                near = difflib.get_close_matches(str(name), folders, n=1)
+                near = difflib.get_close_matches(str(name), there, n=1)
                 raise FileNotFoundError(
                     f"{path} is missing: "
                     + (
@@ -76,7 +73,7 @@ class Dataset:
                 )
             facts = self.meta.get('splits', {}).get(split, {})
             if 'tokens' not in facts:  # else meta.json was written with the bin
-                self._check_dtype(split)
+                check_dtype(self.shards[split], split, self.tokenizer)
             if n <= SCAN_LIMIT:
                 self._check(split, self._tokens(split, 0, n))
             if n != facts.get('tokens', n):
@@ -147,35 +144,6 @@ class Dataset:
             raise ValueError(
                 f"{self.shards[split].name} holds the id {top}, but its vocabulary has {self.vocab_size} "
                 f"entries; prepare it again, with ids written as {self.dtype}"
-            )
-
-    def _check_dtype(self, split):
-        """ValueError where a file's ids were written as int64 or int32."""
-        shards = self.shards[split]
-        for path, start, end in zip(shards.paths, shards.starts, shards.ends):
-            ids = shards.read(start, min(LOOKED_AT, end - start))
-            wide = wider_dtype(ids)
-            if wide is None:
-                continue
-            if may_separate(ids, wide, self.tokenizer):
-                self._print_separated(path, wide)
-                continue
-            command, converted = conversion(path, wide, self.dtype)
-            raise ValueError(
-                f"{path} seems to hold {wide} ids: read as {self.dtype}, each one is followed by zeros. "
-                f"`{command}` writes {converted} beside it, to be renamed to {path.name}. "
-                f"If the ids are right as they are, put \"splits\": {{\"{split}\": "
-                f"{{\"tokens\": {self.tokens[split]}}}}} into meta.json"
-            )
-
-    def _print_separated(self, path, wide):
-        if os.environ.get('RANK', '0') == '0':
-            command, converted = conversion(path, wide, self.dtype)
-            print(
-                f"{path}: every second id is 0, which is {self.tokenizer['chars'][0]!r}. If these are "
-                f"{wide} ids instead, `{command}` writes {converted} beside it, to be renamed to "
-                f"{path.name}",
-                flush=True,
             )
 
     def _read(self, split, spans):
@@ -422,99 +390,9 @@ class RandomDataset(Dataset):
         return self._ids[split][start : start + n]
 
 
-def is_path(name):
-    """Whether a dataset's name is a path from where the user stands, not a plain name in data/."""
-    return re.search(r'[/\\]|^[.~]|^[A-Za-z]:', str(name)) is not None
-
-
-def folder_of(name):
-    """The folder of a dataset, data/NAME or a path (see is_path); the other if only that exists.
-
-    A name with a dot in front is a path and nothing else: ./mine is not data/mine.
-    """
-    first, second = ROOT / name, Path(name)
-    if is_path(name):
-        first, second = Path(os.path.expanduser(name)), ROOT / name
-    # Unlike Path.is_dir, os.path.isdir is False of a name that no folder can have.
-    is_only_path = str(name).startswith('.')
-    if os.path.isdir(second) and not os.path.isdir(first) and not is_only_path:
-        return second
-    return first
-
-
-def open_dataset(name, *args):
+def open_single(name, *args):
     """RandomDataset for 'random', Documents where meta.json names a separator, else Dataset; the
     arguments are theirs."""
     if name == 'random':
         return RandomDataset(*args)
     return (Documents if 'separator' in read_meta(folder_of(name))[3] else Dataset)(name, *args)
-
-
-def permute(places, n, keys):
-    """Where each of `places` (ints below n) goes in a shuffle of range(n) that needs no memory.
-
-    A Feistel network on the smallest even number of bits that hold n; what lands at n or beyond is
-    sent through again.
-    """
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    x = places.astype(np.uint64)
-    todo = np.ones(len(x), bool)
-    while todo.any():
-        left, right = x[todo] >> np.uint64(half), x[todo] & mask
-        for key in keys:
-            # multiply and fold, twice: the top bits are mixed
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        x[todo] = (left << np.uint64(half)) | right
-        todo &= x >= n
-    return x.astype(np.int64)
-
-
-def prepare_if_small(name):
-    """Run data/NAME/prepare.py where the bins are missing and it says that it downloads less than
-    100 MB."""
-    script = ROOT / name / 'prepare.py'
-    if is_path(name):  # only the scripts in data/ are run, and nothing else
-        return
-    if (
-        any((ROOT / name / first).is_file() for first in ('train.bin', 'train-00000.bin'))
-        or not script.is_file()
-    ):
-        return
-    size = re.search(r'^DOWNLOAD_MB = ([\d._]+)', script.read_text(encoding='utf-8'), re.MULTILINE)
-    if not size:  # Dataset says what is missing
-        return
-    if float(size[1]) >= 100:
-        raise FileNotFoundError(
-            f"data/{name} is not prepared, and it is large: run `python data/{name}/prepare.py` first"
-        )
-    print(f"data/{name} is not prepared yet: running data/{name}/prepare.py", flush=True)
-    code = _run(script)
-    if code:
-        raise SystemExit(code)  # it has said why
-
-
-def _run(script):
-    """Run a script of the project to its end; returns its exit code.
-
-    A terminal sends Ctrl-C to the script too, which cleans up and says so. KeyboardInterrupt where
-    it was not told.
-    """
-    interrupts = []  # when: an exception in the wait could lose the exit code
-    with errors.no_interrupt():
-        process = subprocess.Popen([sys.executable, str(script)])
-        before = signal.signal(
-            signal.SIGINT, lambda number, frame: interrupts.append(time.monotonic())
-        )
-    try:
-        while process.poll() is None:
-            time.sleep(0.05)
-            if interrupts and time.monotonic() > interrupts[0] + 5:
-                process.terminate()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupts and process.returncode != errors.STOPPED:
-        raise KeyboardInterrupt
-    return process.returncode

@@ -10,13 +10,12 @@ import fractions
 import math
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from text import dataset
-from text.dataset import Dataset, folder_of
+from text.dataset import Dataset, open_single
+from text.folders import folder_of
 
 
 def parse(words):
@@ -77,8 +76,7 @@ class Mixture(Dataset):
         self._settings(words, block_size, batch_size, batches_per_step, seed)
         names, self.weights = zip(*parse(words))
         self.parts = [
-            dataset.open_dataset(name, block_size, batch_size, batches_per_step, seed)
-            for name in names
+            open_single(name, block_size, batch_size, batches_per_step, seed) for name in names
         ]
         first, self.folder, self.shares = (
             self.parts[0],
@@ -186,29 +184,3 @@ class Mixture(Dataset):
     def bytes_per_token(self, split):
         each = [part.bytes_per_token(split) for part in self.parts]
         return self._mean(each) if all(each) else None
-
-
-def open_dataset(words, *args):
-    """The dataset, or the Mixture of several, that --dataset= names; the arguments are theirs."""
-    return (dataset.open_dataset if len(parse(words)) == 1 else Mixture)(words, *args)
-
-
-def prepare_if_small(words):
-    """dataset.prepare_if_small of each name."""
-    for name, _ in parse(words):
-        dataset.prepare_if_small(name)
-
-
-def open_one(words):
-    """The one dataset that --dataset= names, to read it token by token. ValueError where it is a
-    mixture."""
-    if len(parts := parse(words)) > 1:
-        raise ValueError(f"{words} is a mixture: give one of them, as --dataset={parts[0][0]}")
-    dataset.prepare_if_small(words)
-    data = Dataset(words, 1, 1)
-    if data.masks:
-        print(
-            f"{data.folder} marks what is learned: evaluated is all of its text, not as in training that alone",
-            file=sys.stderr,
-        )
-    return data

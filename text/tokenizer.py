@@ -1,20 +1,7 @@
-"""Text to token ids and back: characters, bytes, tiktoken's encodings (GPT-2's among them),
-sentencepiece's models, and whatever a tokenizer.json of Hugging Face's says.
+"""Text to token ids and back: characters, bytes, tiktoken's encodings (GPT-2's among them), Hugging
+Face's tokenizer.json and sentencepiece's models.
 
-A tokenizer has
-  encode(text) -> [ids]; the text of a special token, such as <|endoftext|>, is that token;
-  encode_ordinary(text) -> ids, a list or an array; there it is plain text: for documents, which may
-  contain it; decode(ids) -> the text that they are; decode_bytes(ids) -> the bytes that they add
-  behind other text. The two differ
-    where a text's first token loses the space before it: "The" is " The" behind another word;
-  vocab_size; eot, the id that ends a document, or None; special, {text: id} of the special tokens;
-  describe() -> the plain dict that meta.json and checkpoints keep and `load` turns back into the
-    tokenizer;
-  lossless: whether decode(encode(text)) is the text, as far as a PROBE of hard cases shows.
-  bert-base-uncased, for one,
-    drops capitals, accents, line ends and runs of spaces: a model can't write what its tokenizer
-    has dropped. Figures per byte or word are then taken over the real text, and are flattering:
-    what was dropped costs nothing.
+A new kind of tokenizer is a subclass of Tokenizer and its place in KINDS.
 """
 
 import base64
@@ -22,44 +9,127 @@ import contextlib
 import functools
 import io
 import json
-import pickle
 import re
 from types import MappingProxyType
 
 import numpy as np
 
-EOT = '<|endoftext|>'
-# What ends a document in a vocabulary that says nothing: Llama's, Gemma's, BERT's. [SEP] stands
-# between BERT's sentences.
-ENDS = (EOT, '<|end_of_text|>', '</s>', '<eos>', '[SEP]')
+from text import tokenizer_json
+from text.tokenizer_json import BYTE_OF, EOT, SPELLING
+
+# The tokens that end a document where a vocabulary does not say which one does: Llama's, Gemma's
+# and BERT's. BERT's [SEP] stands between sentences.
+DOCUMENT_ENDS = (EOT, '<|end_of_text|>', '</s>', '<eos>', '[SEP]')
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}
+
+# A text of hard cases: a tokenizer that gives it back is lossless.
 PROBE = ' Two  spaces,\n\n\ta tab; \u00c9t\u00e9 e\u0301 \ufb01 \uff21 \u65e5\u672c \U0001f680\r\n '
-# how GPT-2 divides a text
+
+# How GPT-2 divides a text into words.
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]
-# of bytes, in byte-level BPE
-SPELLING = ''.join(chr(b if b in PRINTABLE else 256 + OTHERS.index(b)) for b in range(256))
-BYTES = {c: b for b, c in enumerate(SPELLING)}
+
+# sentencepiece's sums depend on the number of threads: the same number gives the same model on
+# every machine.
+TRAINING_THREADS = 16
+# Characters per training sentence: sentencepiece skips sentences of more than 4192 bytes.
+SENTENCE_LENGTH = 1000
 
 
-def _is_lossless(own):
-    with contextlib.suppress(ValueError):  # it can't say all of it
-        return own.decode(own.encode(PROBE)) == PROBE
-    return False
+class Tokenizer:
+    """What all kinds have. A kind defines `encode`, `encode_ordinary`, `decode`, `decode_bytes` and
+    `describe`, and whichever of the attributes below differ.
 
+    vocab_size: the number of ids.
+    eot: the id that ends a document, or None.
+    special: {text: id} of the special tokens.
+    lossless: whether decode(encode(text)) is the text, as far as PROBE shows. bert-base-uncased,
+        for one, drops capitals, accents, line ends and runs of spaces, and a model can't write what
+        its tokenizer drops. Figures per byte or word are still taken over the real text, so they
+        flatter such a model: what was dropped costs nothing.
+    """
 
-class CharTokenizer:
-    """One id per character, in the order of `chars`. What is not among them can't be encoded."""
+    # In a description: its 'kind', the fields that it must have (all of them text), and may have.
+    kind = None
+    required = ()
+    optional = ()
 
-    eot, lossless = None, True
+    # The names by which vocabulary.open finds this kind without a file: see `open`.
+    names = ()
+    # train:NAME:SIZE trains one of this kind on a text: see `train`.
+    trained_as = None
+
+    eot = None
     special = MappingProxyType({})
+    lossless = True
+
+    @classmethod
+    def open(cls, name, texts):
+        """The tokenizer with one of `names`; texts() is an iterator over the text's pieces, or
+        texts is None where there is no text yet."""
+        raise NotImplementedError
+
+    @classmethod
+    def train(cls, texts, size):
+        """A tokenizer with at most `size` entries, from an iterator of texts. A kind's own options
+        are keyword arguments with defaults."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, description):
+        """Raise ValueError if a field of the description has a value that can't be. Loads
+        nothing."""
+
+    def encode(self, text):
+        """The list of ids of a text, in which the name of a special token, such as
+        <|endoftext|>, becomes that token."""
+        raise NotImplementedError
+
+    def encode_ordinary(self, text):
+        """The ids, as a list or an array, of a text in which the name of a special token is plain
+        text: for documents, which may contain one."""
+        raise NotImplementedError
+
+    def decode(self, ids):
+        """The text of these ids."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids):
+        """The bytes that these ids add to a text before them. `decode` differs where a text's first
+        token loses its space: "The" is " The" after another word."""
+        raise NotImplementedError
+
+    def describe(self):
+        """The plain dict that meta.json and checkpoints keep, from which `load` makes the tokenizer
+        again."""
+        raise NotImplementedError
+
+    def to_json(self):
+        """The text of a tokenizer.json with the same ids and texts. ValueError if there is none."""
+        raise ValueError(
+            f"can't be exported: no tokenizer.json stands for a tokenizer of the kind {self.kind!r}"
+        )
+
+    def gives_back_probe(self):
+        """Whether PROBE comes back as it was, which `lossless` says from then on."""
+        with contextlib.suppress(ValueError):  # the vocabulary lacks some of it
+            return self.decode(self.encode(PROBE)) == PROBE
+        return False
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in the order of `chars`. Other characters can't be encoded."""
+
+    kind = 'char'
+    required = ('chars',)
+    names = ('char',)
 
     def __init__(self, chars):
-        self.chars, self.vocab_size = list(chars), len(chars)
-        self.ids = {c: i for i, c in enumerate(self.chars)}
-        codes = [ord(c) for c in self.chars]
-        # by code point; the last one stands for all beyond
+        self.chars = list(chars)
+        self.vocab_size = len(self.chars)
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+
+        # The id of each code point, -1 if it has none; the last row stands for all larger ones.
+        codes = [ord(char) for char in self.chars]
         self.table = np.full(max(codes, default=0) + 2, -1)
         self.table[codes] = range(len(codes))
 
@@ -68,36 +138,51 @@ class CharTokenizer:
         """The tokenizer of the characters that occur in `text`, sorted."""
         return cls(sorted(set(text)))
 
+    @classmethod
+    def open(cls, name, texts):
+        if texts is None:
+            raise ValueError("tokenizer='char' has to see the text")
+        return cls(sorted(set().union(*map(set, texts()))))
+
     def encode(self, text):
         return self.encode_ordinary(text).tolist()
 
     def encode_ordinary(self, text):
         codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
         ids = self.table[np.minimum(codes, len(self.table) - 1)]
-        if (unknown := ids < 0).any():
+        unknown = ids < 0
+        if unknown.any():
             at = int(unknown.argmax())
             raise ValueError(
-                f"the character {text[at]!r} at position {at} is not among the {self.vocab_size} that this "
-                "model knows"
+                f"the character {text[at]!r} at position {at} is not among the {self.vocab_size} "
+                "that this model knows"
             )
         return ids
+
+    def decode(self, ids):
+        known = len(self.chars)  # a model's vocabulary may be padded beyond it
+        return ''.join(self.chars[i] if i < known else '\ufffd' for i in ids)
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode()
 
-    def decode(self, ids):
-        known = len(self.chars)  # a vocabulary may be padded
-        return ''.join(self.chars[i] if i < known else '\ufffd' for i in ids)
-
     def describe(self):
         return {'kind': 'char', 'chars': ''.join(self.chars)}
 
+    def to_json(self):
+        return tokenizer_json.word_level(self.ids)
 
-class ByteTokenizer:
+
+class ByteTokenizer(Tokenizer):
     """One id per byte of UTF-8."""
 
-    vocab_size, eot, lossless = 256, None, True
-    special = MappingProxyType({})
+    kind = 'byte'
+    names = ('byte',)
+    vocab_size = 256
+
+    @classmethod
+    def open(cls, name, texts):
+        return cls()
 
     def encode(self, text):
         return list(text.encode())
@@ -105,61 +190,81 @@ class ByteTokenizer:
     def encode_ordinary(self, text):
         return np.frombuffer(text.encode(), np.uint8)
 
-    def decode_bytes(self, ids):
-        return bytes(ids)
-
     def decode(self, ids):
         return bytes(ids).decode(errors='replace')
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
 
     def describe(self):
         return {'kind': 'byte'}
 
+    def to_json(self):
+        return tokenizer_json.byte_level(dict(BYTE_OF), [])
 
-class TiktokenTokenizer:
+
+class TiktokenTokenizer(Tokenizer):
     """An encoding of tiktoken: gpt2, p50k_base, cl100k_base, o200k_base.
 
-    size: only its first size - 1 entries, and `<|endoftext|>` as the last one, for models too small
-    for all of them. An entry is made of entries before it, the first being the 256 bytes, so that
-    these are an encoding of any text too.
+    size: keep only the first size - 1 entries, with <|endoftext|> as the last one, for models too
+    small for all of them. An entry is merged from earlier ones, of which the first 256 are the
+    bytes, so that these still encode any text.
+
+    Raises ValueError for an unknown name or size, and OSError if the encoding can't be downloaded.
     """
 
-    lossless = True
+    kind = 'tiktoken'
+    required = ('name',)
+    optional = ('size',)
+    names = (
+        'gpt2',
+        'r50k_base',
+        'p50k_base',
+        'p50k_edit',
+        'cl100k_base',
+        'o200k_base',
+        'o200k_harmony',
+    )
 
     def __init__(self, name, size=None):
-        import tiktoken  # costs a second to load: only where it is used
+        import tiktoken  # takes a second to load: only where it is used
 
-        self.name = name
-        if name not in tiktoken.list_encoding_names():
-            raise ValueError(
-                f"tiktoken has no encoding {name!r}: take one of {', '.join(tiktoken.list_encoding_names())}"
-            )
+        known = tiktoken.list_encoding_names()
+        if name not in known:
+            raise ValueError(f"tiktoken has no encoding {name!r}: use one of {', '.join(known)}")
         try:
-            self.encoding = tiktoken.get_encoding(name)
+            encoding = tiktoken.get_encoding(name)
         except OSError as error:  # requests' errors are OSErrors
             raise OSError(
-                f"tiktoken cannot download its encoding {name!r} ({type(error).__name__}): on a machine with a "
-                "network, load it once with TIKTOKEN_CACHE_DIR set, and take that folder along"
+                f"tiktoken cannot download its encoding {name!r} ({type(error).__name__}): on a "
+                "machine with a network, load it once with TIKTOKEN_CACHE_DIR set, then copy that "
+                "folder here"
             ) from None
-        self.size = None if size == self.encoding.n_vocab else size
-        if self.size is not None:
-            if not 257 <= size <= self.encoding.eot_token + 1:
-                raise ValueError(
-                    f"{size} entries of {name!r}: it can be cut to between 257, the bytes and <|endoftext|>, "
-                    f"and {self.encoding.eot_token + 1}"
-                )
-            ranks = {
-                entry: rank
-                for entry, rank in self.encoding._mergeable_ranks.items()
-                if rank < size - 1
-            }
-            self.encoding = tiktoken.Encoding(
-                f'{name}-{size}',
-                pat_str=self.encoding._pat_str,
-                mergeable_ranks=ranks,
-                special_tokens={'<|endoftext|>': size - 1},
+
+        self.name = name
+        self.size = None
+        if size is not None and size != encoding.n_vocab:
+            self.size = size
+            encoding = _first_entries(encoding, name, size)
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.eot = encoding.eot_token
+        self.special = encoding._special_tokens
+
+    @classmethod
+    def open(cls, name, texts):
+        return cls(name)
+
+    @classmethod
+    def check(cls, description):
+        if 'size' not in description:
+            return
+        size = description['size']
+        if type(size) is not int or not 257 <= size < 2**32:
+            raise ValueError(
+                f"a tiktoken tokenizer of the size {str(size)[:40]}: it must be a whole number "
+                "from 257 on, the bytes and <|endoftext|>"
             )
-        self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
-        self.special = self.encoding._special_tokens
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special='all')
@@ -167,194 +272,206 @@ class TiktokenTokenizer:
     def encode_ordinary(self, text):
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
-    def decode_bytes(self, ids):
-        return self.encoding.decode_bytes(ids)
-
     def decode(self, ids):
         return self.encoding.decode(ids)
 
-    def describe(self):
-        return {'kind': 'tiktoken', 'name': self.name, **({'size': self.size} if self.size else {})}
-
-
-class SentencePieceTokenizer:
-    """A model of the library sentencepiece (unigram or BPE), its .model file as base64.
-
-    Its control symbols, such as </s>, are special tokens, and their texts are seen. A text has
-    neither <s> nor </s> added.
-    """
-
-    def __init__(self, model):
-        try:
-            import sentencepiece
-        except ImportError:
-            raise ValueError(
-                "this tokenizer is a model of sentencepiece: pip install sentencepiece"
-            ) from None
-        try:
-            self.model, self.pieces = (
-                model,
-                sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model)),
-            )
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"no sentencepiece model, or a damaged one ({' '.join(str(error).split())[:80]})"
-            ) from None
-        ids, piece = range(self.pieces.vocab_size()), self.pieces.id_to_piece
-        self.bytes = [
-            bytes([int(piece(i)[3:5], 16)])
-            if self.pieces.is_byte(i)
-            else piece(i).replace('\u2581', ' ').encode()
-            for i in ids
-        ]
-        self.special = {piece(i): i for i in ids if self.pieces.is_control(i)}
-        self.marks = re.compile('(' + '|'.join(map(re.escape, self.special)) + ')')
-        # "The" is a beginning's " The"
-        spaced = next((i for i in ids if re.fullmatch('\u2581\\w+', piece(i))), None)
-        self.is_prefixed = spaced is not None and not self.pieces.decode([spaced]).startswith(' ')
-        self.vocab_size, eot = len(ids), self.pieces.eos_id()
-        self.eot = None if eot < 0 else eot
-        self.lossless = _is_lossless(self)
-
-    def encode(self, text):
-        parts = self.marks.split(text) if self.special else [text]
-        return [
-            i
-            for part in parts
-            for i in ([self.special[part]] if part in self.special else self.pieces.encode(part))
-        ]
-
-    def encode_ordinary(self, text):
-        return self.pieces.encode_as_numpy(text)
-
     def decode_bytes(self, ids):
-        return b''.join(self.bytes[i] for i in ids)
-
-    def decode(self, ids):
-        content = self.decode_bytes(ids)
-        return (content.removeprefix(b' ') if self.is_prefixed else content).decode(
-            errors='replace'
-        )
+        return self.encoding.decode_bytes(ids)
 
     def describe(self):
-        return {'kind': 'sentencepiece', 'model': self.model}
+        description = {'kind': 'tiktoken', 'name': self.name}
+        if self.size:
+            description['size'] = self.size
+        return description
+
+    def to_json(self):
+        return tokenizer_json.of_tiktoken(self.name, self.encoding)
 
 
-class HuggingFaceTokenizer:
-    """The text of a tokenizer.json, run by the library `tokenizers`, without the tokens that it
-    puts around a text.
+def _first_entries(encoding, name, size):
+    """A tiktoken encoding of the first size - 1 entries of another, and <|endoftext|>."""
+    import tiktoken
 
-    eot: the text of the token that ends a document, where it is not the first of ENDS. Raises
-    ValueError.
+    if not 257 <= size <= encoding.eot_token + 1:
+        raise ValueError(
+            f"{size} entries of {name!r}: it can be cut to between 257, the bytes and "
+            f"<|endoftext|>, and {encoding.eot_token + 1}"
+        )
+    ranks = {entry: rank for entry, rank in encoding._mergeable_ranks.items() if rank < size - 1}
+    return tiktoken.Encoding(
+        f'{name}-{size}',
+        pat_str=encoding._pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={EOT: size - 1},
+    )
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """What the text of a tokenizer.json says, run by the library `tokenizers`, without the tokens
+    that it puts around a text.
+
+    eot: the text of the token that ends a document, where it isn't the first of DOCUMENT_ENDS that
+    the vocabulary has. Raises ValueError.
     """
+
+    kind = 'huggingface'
+    required = ('json',)
+    optional = ('eot',)
+    trained_as = 'bpe'
 
     def __init__(self, json, eot=None):
         try:
-            from tokenizers import Tokenizer
+            from tokenizers import Tokenizer as Library
         except ImportError:
             raise ValueError(
                 "this model's tokenizer.json needs a package: pip install tokenizers"
             ) from None
-        self.json, self.end = json, eot
         try:
-            self.tokenizer = Tokenizer.from_str(json)
-        except Exception as error:  # the library has no other class
+            self.tokenizer = Library.from_str(json)
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"this model's tokenizer.json is damaged: {error}") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.json = json
+        self.eot_text = eot
+
         vocab = self.tokenizer.get_vocab()
-        self.vocab_size, self.eot = (
-            max(vocab.values(), default=-1) + 1,
-            vocab.get(end_of(vocab, eot)),
-        )
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.eot = vocab.get(find_document_end(vocab, eot))
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
-        kinds = _kinds(json)
-        # then a token's text is its own, else it may begin with a space
-        self.is_byte_level = 'ByteLevel' in kinds
-        self.bytes = (
-            self._spelled(vocab)
-            if self.is_byte_level
-            else self._behind(vocab, 'ByteFallback' in kinds)
-        )
-        self.lossless = _is_lossless(self)
 
-    def _spelled(self, vocab):
-        """{id: bytes} of a byte-level BPE."""
-        added = self.tokenizer.get_added_tokens_decoder().keys()
-        return {
-            i: entry.encode()
-            if i in added or not BYTES.keys() >= set(entry)
-            else bytes(BYTES[c] for c in entry)
-            for entry, i in vocab.items()
-        }
+        # The bytes of each id. In byte-level BPE they are the same everywhere in a text; elsewhere
+        # a text's first token may lose its space, except for those in first_bytes.
+        decoders = _decoder_types(json)
+        self.is_byte_level = 'ByteLevel' in decoders
+        if self.is_byte_level:
+            self.bytes = _bytes_as_spelled(vocab, added)
+        else:
+            self.bytes, self.first_bytes = self._bytes_after_a_word(
+                vocab, 'ByteFallback' in decoders
+            )
+        self.lossless = self.gives_back_probe()
 
-    def _behind(self, vocab, has_bytes):
-        """{id: bytes} of other kinds: what each token adds to the text of a word before it."""
-        # GPT-1's: the space is behind a word
-        if suffix := (json.loads(self.json).get('decoder') or {}).get('suffix'):
-            self.first = {i: entry.replace(suffix, ' ').encode() for entry, i in vocab.items()}
-            return self.first
-        texts, ids = (
-            lambda rows: self.tokenizer.decode_batch(rows, skip_special_tokens=False),
-            sorted(vocab.values()),
+    @classmethod
+    def train(cls, texts, size, *, max_piece_length=None):
+        """Byte-level BPE of GPT-2's words; <|endoftext|> is the last entry. max_piece_length: in
+        bytes."""
+        if size < 257:
+            raise ValueError(
+                f"train:bpe:{size}: a vocabulary has at least 257 entries, the bytes and "
+                "<|endoftext|>"
+            )
+        try:
+            from tokenizers import Tokenizer as Library
+            from tokenizers import models, pre_tokenizers, trainers
+        except ImportError:
+            raise ValueError(
+                "training a byte-pair encoding needs a package: pip install tokenizers"
+            ) from None
+        if max_piece_length:
+            max_piece_length = int(max_piece_length)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - 1,
+            initial_alphabet=words.alphabet(),
+            show_progress=False,
+            max_token_length=max_piece_length,
         )
-        word = next(
-            (i for i, text in zip(ids, texts([[i] for i in ids])) if text.isalnum()), ids[0]
-        )
-        (known,) = texts([[word]])
-        found = {
-            i: text.removeprefix(known).encode()
-            for i, text in zip(ids, texts([[word, i] for i in ids]))
-        }
-        singles = {
-            i: bytes([int(entry[3:5], 16)])
-            for entry, i in vocab.items()
-            if re.fullmatch('<0x[0-9A-F]{2}>', entry)
-        }
-        # at a text's beginning all but these may be another text
-        self.first = singles if has_bytes else {}
-        return found | self.first
+        trained = Library(models.BPE())
+        trained.pre_tokenizer = words
+        trained.train_from_iterator(texts, trainer)
+
+        model = json.loads(trained.to_str())['model']
+        vocab = model['vocab'] | {EOT: len(model['vocab'])}
+        merges = [' '.join(merge) for merge in model['merges']]
+        return cls(tokenizer_json.byte_level(vocab, merges, words_first=True))
+
+    @classmethod
+    def check(cls, description):
+        if 'eot' in description and type(description['eot']) is not str:
+            raise ValueError(
+                f"a tokenizer.json's eot is the text of a token, not {str(description['eot'])[:40]}"
+            )
+
+    def _bytes_after_a_word(self, vocab, has_byte_entries):
+        """({id: what it adds to a word before it}, {id: bytes} of the ids that are the same bytes
+        at a text's start)."""
+        # GPT-1's entries say with a suffix where a word ends, and so a space follows.
+        suffix = (json.loads(self.json).get('decoder') or {}).get('suffix')
+        if suffix:
+            content = {i: entry.replace(suffix, ' ').encode() for entry, i in vocab.items()}
+            return content, content
+
+        def decode_each(rows):
+            return self.tokenizer.decode_batch(rows, skip_special_tokens=False)
+
+        # Decode each id after a whole word, and remove that word.
+        ids = sorted(vocab.values())
+        alone = decode_each([[i] for i in ids])
+        word = next((i for i, text in zip(ids, alone) if text.isalnum()), ids[0])
+        (word_text,) = decode_each([[word]])
+        after_word = decode_each([[word, i] for i in ids])
+        content = {i: text.removeprefix(word_text).encode() for i, text in zip(ids, after_word)}
+
+        # With byte fallback <0x41> is a byte: decoded alone, part of a character would be lost.
+        single_bytes = {}
+        if has_byte_entries:
+            for entry, i in vocab.items():
+                if re.fullmatch('<0x[0-9A-F]{2}>', entry):
+                    single_bytes[i] = bytes([int(entry[3:5], 16)])
+        return content | single_bytes, single_bytes
 
     def encode(self, text):
-        return self._encode(text, False)
+        return self._encode(text, special_is_plain=False)
 
     def encode_ordinary(self, text):
-        return (
-            self._encode(text, True)
-            if self.faster is None
-            else self.faster.encode_to_numpy(text, disallowed_special=())
-        )
+        if self.as_tiktoken is None:
+            return self._encode(text, special_is_plain=True)
+        return self.as_tiktoken.encode_to_numpy(text, disallowed_special=())
+
+    def _encode(self, text, special_is_plain):
+        self.tokenizer.encode_special_tokens = special_is_plain
+        try:  # fast: without each token's position in the text
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:
+            raise ValueError(
+                f"this tokenizer.json can't encode the text: {' '.join(str(error).split())[:120]}"
+            ) from None
 
     @functools.cached_property
-    def faster(self):
-        """The same as an encoding of tiktoken's, which takes a fifth of the time, where there is
-        one, else None: of a byte-level BPE of GPT-2's words that looks for whole words first and
-        whose ids have the order of its merges."""
-        found = json.loads(self.json)
-        model, words, added = (
-            found['model'],
-            found.get('pre_tokenizer') or {},
-            found.get('added_tokens') or [],
-        )
+    def as_tiktoken(self):
+        """The tiktoken encoding with the same ids, which takes a fifth of the time, or None.
+
+        There is one for a byte-level BPE of GPT-2's words that looks for whole words first and
+        whose ids have the order of its merges.
+        """
+        content = json.loads(self.json)
+        model = content['model']
+        words = content.get('pre_tokenizer') or {}
+        added = content.get('added_tokens') or []
         if (
             not self.is_byte_level
             or not model.get('ignore_merges')
-            or found.get('normalizer')
+            or content.get('normalizer')
             or words.get('type') != 'ByteLevel'
             or words.get('add_prefix_space')
             or not words.get('use_regex', True)
             or not all(token['special'] for token in added)
         ):
             return None
-        pairs = [merge.split(' ') if type(merge) is str else merge for merge in model['merges']]
-        merged, special = (
-            [model['vocab'][left + right] for left, right in pairs],
-            {token['id'] for token in added},
-        )
-        ids = [*(model['vocab'].get(c, -1) for c in SPELLING), *merged]
-        if -1 in ids or merged != sorted(merged) or sorted([*ids, *special]) != sorted(self.bytes):
+
+        merged = []
+        for merge in model['merges']:
+            left, right = merge.split(' ') if type(merge) is str else merge
+            merged.append(model['vocab'][left + right])
+        ids = [model['vocab'].get(char, -1) for char in SPELLING] + merged
+        special = {token['id'] for token in added}
+        if -1 in ids or merged != sorted(merged):
             return None
+        if sorted([*ids, *special]) != sorted(self.bytes):
+            return None
+
         from tiktoken import Encoding
 
         return Encoding(
@@ -364,250 +481,247 @@ class HuggingFaceTokenizer:
             special_tokens={},
         )
 
-    def _encode(self, text, special_is_plain):
-        self.tokenizer.encode_special_tokens = special_is_plain
-        try:  # fast: without each token's place in the text
-            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except Exception as error:
-            raise ValueError(
-                f"this tokenizer.json can't encode the text: {' '.join(str(error).split())[:120]}"
-            ) from None
-
-    def decode_bytes(self, ids):
-        return b''.join(self.bytes.get(i, b'') for i in ids)
-
     def decode(self, ids):
-        if self.is_byte_level or not len(ids) or ids[0] in self.first:
+        if self.is_byte_level or not len(ids) or ids[0] in self.first_bytes:
             return self.decode_bytes(ids).decode(errors='replace')
         first = self.tokenizer.decode(ids[:1], skip_special_tokens=False)
         return first + self.decode_bytes(ids[1:]).decode(errors='replace')
 
+    def decode_bytes(self, ids):
+        return b''.join(self.bytes.get(i, b'') for i in ids)
+
     def describe(self):
-        return {'kind': 'huggingface', 'json': self.json, **({'eot': self.end} if self.end else {})}
+        description = {'kind': 'huggingface', 'json': self.json}
+        if self.eot_text:
+            description['eot'] = self.eot_text
+        return description
+
+    def to_json(self):
+        return self.json
 
 
-def end_of(entries, wish=None):
-    """The one of these entries that ends a document: <|endoftext|>, else the wish, else another of
-    ENDS, or None."""
-    return next((end for end in (EOT, wish, *ENDS) if end in entries), None)
-
-
-def _kinds(text):
-    """The kinds of decoder in a tokenizer.json."""
+def _decoder_types(text):
+    """The types of decoder in the text of a tokenizer.json."""
     decoder = json.loads(text).get('decoder') or {}
-    return {part['type'] for part in (decoder, *decoder.get('decoders', [])) if 'type' in part}
+    parts = (decoder, *decoder.get('decoders', []))
+    return {part['type'] for part in parts if 'type' in part}
+
+
+def _bytes_as_spelled(vocab, added):
+    """{id: bytes} of a byte-level BPE, whose entries spell each byte as a character (SPELLING).
+
+    vocab: {entry: id}; added: the ids of tokens that stand for their own text.
+    """
+    content = {}
+    for entry, i in vocab.items():
+        if i in added or not BYTE_OF.keys() >= set(entry):
+            content[i] = entry.encode()
+        else:
+            content[i] = bytes(BYTE_OF[char] for char in entry)
+    return content
+
+
+def find_document_end(entries, preferred=None):
+    """The one of these entries that ends a document: <|endoftext|>, else `preferred`, else another
+    of DOCUMENT_ENDS. None if there is none of them."""
+    return next((end for end in (EOT, preferred, *DOCUMENT_ENDS) if end in entries), None)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A model of the library sentencepiece (unigram or BPE); `model` is its .model file as base64.
+
+    Its control symbols, such as </s>, are special tokens. A text gets neither <s> nor </s> added.
+    Raises ValueError.
+    """
+
+    kind = 'sentencepiece'
+    required = ('model',)
+    trained_as = 'sentencepiece'
+
+    def __init__(self, model):
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ValueError(
+                "this tokenizer is a model of sentencepiece: pip install sentencepiece"
+            ) from None
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"not a sentencepiece model, or a damaged one ({' '.join(str(error).split())[:80]})"
+            ) from None
+        self.model = model
+        self.processor = processor
+        self.vocab_size = processor.vocab_size()
+        if processor.eos_id() >= 0:
+            self.eot = processor.eos_id()
+
+        piece = processor.id_to_piece
+        ids = range(self.vocab_size)
+        self.special = {piece(i): i for i in ids if processor.is_control(i)}
+        self.special_pattern = re.compile('(' + '|'.join(map(re.escape, self.special)) + ')')
+        self.bytes = []
+        for i in ids:
+            if processor.is_byte(i):  # <0x41>
+                self.bytes.append(bytes([int(piece(i)[3:5], 16)]))
+            else:
+                self.bytes.append(piece(i).replace('\u2581', ' ').encode())
+
+        # With a dummy prefix, "The" is written as " The" at a text's start.
+        spaced = next((i for i in ids if re.fullmatch('\u2581\\w+', piece(i))), None)
+        self.is_prefixed = spaced is not None and not processor.decode([spaced]).startswith(' ')
+        self.lossless = self.gives_back_probe()
+
+    @classmethod
+    def train(
+        cls,
+        texts,
+        size,
+        *,
+        model_type='bpe',
+        character_coverage=0.999995,
+        max_piece_length=27,
+        byte_fallback=True,
+    ):
+        """A model that keeps all spaces and line ends. model_type: bpe or unigram;
+        character_coverage: the share of the text's characters that get entries of their own;
+        max_piece_length: in characters; byte_fallback: encode other characters as their bytes,
+        without which they are lost."""
+        if model_type not in ('bpe', 'unigram'):
+            raise ValueError(f"model_type={model_type!r} is unknown: use bpe or unigram")
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ValueError(
+                "training a sentencepiece model needs a package: pip install sentencepiece"
+            ) from None
+        model = io.BytesIO()
+        errors_of_texts = []
+
+        def sentences():
+            try:
+                yield from _sentences(texts)
+            except Exception as error:  # the library would raise one of its own in its place
+                errors_of_texts.append(error)
+
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=sentences(),
+                model_writer=model,
+                model_type=model_type,
+                vocab_size=size,
+                character_coverage=float(character_coverage),
+                max_sentencepiece_length=int(max_piece_length),
+                byte_fallback=byte_fallback,
+                hard_vocab_limit=False,
+                num_threads=TRAINING_THREADS,
+                minloglevel=2,
+                unk_id=0,
+                eos_id=1,
+                bos_id=-1,
+                normalization_rule_name='identity',
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+            )
+        except RuntimeError as error:
+            if errors_of_texts:
+                raise errors_of_texts[0] from None
+            if match := re.search(r'required_chars.* vs (\d+)', str(error)):
+                raise ValueError(
+                    f"train:sentencepiece:{size}: a vocabulary of this text has at least "
+                    f"{match[1]} entries, for its characters, the bytes, <unk> and </s>: use a "
+                    "larger one, or a lower character_coverage"
+                ) from None
+            raise ValueError(
+                f"sentencepiece can't train on this text: {' '.join(str(error).split())[:160]}"
+            ) from None
+        if errors_of_texts:
+            raise errors_of_texts[0] from None
+        return cls(base64.b64encode(model.getvalue()).decode())
+
+    def encode(self, text):
+        if not self.special:
+            return self.processor.encode(text)
+        ids = []
+        for part in self.special_pattern.split(text):
+            if part in self.special:
+                ids.append(self.special[part])
+            else:
+                ids += self.processor.encode(part)
+        return ids
+
+    def encode_ordinary(self, text):
+        return self.processor.encode_as_numpy(text)
+
+    def decode(self, ids):
+        content = self.decode_bytes(ids)
+        if self.is_prefixed:
+            content = content.removeprefix(b' ')
+        return content.decode(errors='replace')
+
+    def decode_bytes(self, ids):
+        return b''.join(self.bytes[i] for i in ids)
+
+    def describe(self):
+        return {'kind': 'sentencepiece', 'model': self.model}
+
+    def to_json(self):
+        return tokenizer_json.of_sentencepiece(self.model, self.is_prefixed)
+
+
+def _sentences(texts):
+    """The texts in pieces of at most SENTENCE_LENGTH characters, which end at a line's end where
+    they can."""
+    for text in texts:
+        sentence = ''
+        for line in text.splitlines(keepends=True):
+            for start in range(0, len(line), SENTENCE_LENGTH):
+                part = line[start : start + SENTENCE_LENGTH]
+                if len(sentence) + len(part) > SENTENCE_LENGTH:
+                    yield sentence
+                    sentence = ''
+                sentence += part
+        if sentence:
+            yield sentence
+
+
+# ---- descriptions --------------------------------------------------------------------------------
+
+KINDS = {
+    kind.kind: kind
+    for kind in (
+        CharTokenizer,
+        ByteTokenizer,
+        TiktokenTokenizer,
+        HuggingFaceTokenizer,
+        SentencePieceTokenizer,
+    )
+}
 
 
 def load(description):
     """The tokenizer that a description stands for. Raises ValueError or OSError."""
     check_description(description)
-    kinds = {
-        'char': (CharTokenizer, 'chars'),
-        'byte': (ByteTokenizer,),
-        'tiktoken': (TiktokenTokenizer, 'name', 'size'),
-        'sentencepiece': (SentencePieceTokenizer, 'model'),
-        'huggingface': (HuggingFaceTokenizer, 'json', 'eot'),
-    }
-    make, *keys = kinds[description['kind']]
-    return make(**{key: description[key] for key in keys if key in description})
+    kind = KINDS[description['kind']]
+    fields = [*kind.required, *kind.optional]
+    return kind(**{field: description[field] for field in fields if field in description})
 
 
 def check_description(description):
-    """ValueError unless `load` could take it, without loading anything."""
-    match description:
-        case {'kind': 'tiktoken', 'size': size} if type(size) is not int or not 257 <= size < 2**32:
-            raise ValueError(
-                f"a tiktoken tokenizer of the size {str(size)[:40]}: it must be a whole number from 257 on, "
-                "the bytes and <|endoftext|>"
-            )
-        case {'kind': 'huggingface', 'eot': eot} if type(eot) is not str:
-            raise ValueError(f"a tokenizer.json's eot is the text of a token, not {str(eot)[:40]}")
-        case (
-            {'kind': 'char', 'chars': str()}
-            | {'kind': 'byte'}
-            | {'kind': 'tiktoken', 'name': str()}
-            | {'kind': 'sentencepiece', 'model': str()}
-            | {'kind': 'huggingface', 'json': str()}
-        ):
-            return
-    raise ValueError(
-        f"unknown tokenizer {str(description)[:80]}: its kind must be char (with chars), byte, tiktoken (with "
-        "a name), sentencepiece (with its model) or huggingface (with its json)"
-    )
-
-
-class _NumpyType:
-    """What stands for numpy.dtype while a meta.pkl is read."""
-
-    def __init__(self, code, *flags):
-        self.code = code
-        self.order = '='
-
-    def __setstate__(self, state):
-        self.order = state[1]
-
-
-class _NumpyScalar:
-    """What stands for the function with which NumPy's scalars are unpickled.
-
-    It makes a plain int, bool, float or str.
-    """
-
-    def __new__(cls, kind, content):
-        is_known = re.fullmatch(r'b1|[iu][1248]|f[248]|U\d{1,4}', kind.code)
-        if not is_known or kind.order not in ('<', '>', '|', '='):
-            raise ValueError(f"a NumPy scalar of the type {str(kind.code)[:40]!r}")
-        return np.frombuffer(content, np.dtype(kind.code).newbyteorder(kind.order)).item()
-
-    def __setstate__(self, state):  # there is no object whose state could be set
-        raise ValueError("a NumPy scalar with a state")
-
-
-class _NotRead:
-    """What stands for a NumPy array and its bytes, and for the type of a defaultdict's values.
-
-    It keeps nothing, so that the rest of the file can be read.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, *args):
-        return object.__new__(cls)
-
-    def __setstate__(self, state):
-        pass
-
-    def __repr__(self):
-        return "a NumPy array"
-
-
-class _EmptyDict:
-    """What stands for OrderedDict and defaultdict. It makes a plain dict, whose entries follow.
-
-    It copies nothing: a small file could ask for many copies of its largest list.
-    """
-
-    def __new__(cls, *args):
-        if any(type(arg) is list for arg in args):
-            raise ValueError("an OrderedDict that Python 2 wrote")
-        return {}
-
-    def __setstate__(self, state):  # there is no object whose state could be set
-        raise ValueError("a dictionary with a state")
-
-
-class _NoCode(pickle._Unpickler):
-    """An unpickler of plain types and NumPy's scalars, and of dicts of other kinds as plain ones.
-
-    NumPy's arrays are not read, but may be there. Anything else is refused. It is the unpickler in
-    Python: the one in C would make room for two billion objects, if asked to.
-    """
-
-    # numpy._core since NumPy 2; __builtin__ and _codecs (an array's bytes) up to protocol 2.
-    STAND_INS = {
-        ('numpy', 'dtype'): _NumpyType,
-        ('numpy', 'ndarray'): _NotRead,
-        ('numpy.core.multiarray', 'scalar'): _NumpyScalar,
-        ('numpy._core.multiarray', 'scalar'): _NumpyScalar,
-        ('numpy.core.multiarray', '_reconstruct'): _NotRead,
-        ('numpy._core.multiarray', '_reconstruct'): _NotRead,
-        ('numpy.core.numeric', '_frombuffer'): _NotRead,
-        ('numpy._core.numeric', '_frombuffer'): _NotRead,
-        ('collections', 'OrderedDict'): _EmptyDict,
-        ('collections', 'defaultdict'): _EmptyDict,
-        ('builtins', 'int'): _NotRead,
-        ('builtins', 'str'): _NotRead,
-        ('builtins', 'list'): _NotRead,
-        ('__builtin__', 'int'): _NotRead,
-        ('__builtin__', 'long'): _NotRead,
-        ('__builtin__', 'str'): _NotRead,
-        ('__builtin__', 'list'): _NotRead,
-        ('_codecs', 'encode'): _NotRead,
-    }
-
-    def find_class(self, module, name):
-        if (module, name) in self.STAND_INS:
-            return self.STAND_INS[module, name]
+    """Raise ValueError unless `load` can use the description. Loads nothing."""
+    kind = None
+    if isinstance(description, dict) and isinstance(description.get('kind'), str):
+        kind = KINDS.get(description['kind'])
+    if kind is None or not all(isinstance(description.get(key), str) for key in kind.required):
+        known = []
+        for name, each in KINDS.items():
+            if each.required:
+                name += f" (with {' and '.join(each.required)})"
+            known.append(name)
         raise ValueError(
-            f"meta.pkl asks for {module}.{name}; it may hold only numbers, strings, lists and "
-            "dictionaries"
+            f"unknown tokenizer {str(description)[:80]}: its kind must be "
+            f"{', '.join(known[:-1])} or {known[-1]}"
         )
-
-
-def describe_meta_pkl(data):
-    """(description or None, vocab_size, why there is no description) of nanoGPT's meta.pkl (bytes).
-
-    Its table itos makes a description where it has one character for each id; a vocab_size beyond
-    that is padding. Without such a table, vocab_size is enough to train. The file is read without
-    executing anything it holds. Raises ValueError.
-    """
-    try:
-        meta = _NoCode(io.BytesIO(data)).load()
-        itos = meta.get('itos')
-        entries = _entries(itos)
-        vocab_size = meta.get('vocab_size')
-    except Exception as error:
-        if str(error).startswith('meta.pkl'):
-            raise
-        raise ValueError(
-            f"meta.pkl cannot be read as nanoGPT's ({type(error).__name__}: {error})"
-        ) from None
-    if vocab_size is None:
-        vocab_size = len(entries)
-        if not entries:
-            raise ValueError(
-                f"meta.pkl has no vocab_size, {_problem_without_entries(itos)}: add "
-                "vocab_size, how many ids there are"
-            )
-    if type(vocab_size) is float and vocab_size.is_integer():
-        vocab_size = int(vocab_size)
-    if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 16:
-        raise ValueError(
-            f"meta.pkl says vocab_size={str(vocab_size)[:40]}: it must be a whole number from 1 to "
-            "65,536, as many ids as uint16 has; a larger vocabulary needs a meta.json that says "
-            "uint32"
-        )
-    if len(entries) > vocab_size:
-        raise ValueError(
-            f"meta.pkl says vocab_size={vocab_size}, but its itos has {len(entries)} entries"
-        )
-    if itos is None:
-        return None, vocab_size, "has no itos, the table with a character for each id"
-    if isinstance(itos, _NotRead):
-        return (
-            None,
-            vocab_size,
-            "has an itos that is a NumPy array, which is not read: save itos.tolist()",
-        )
-    if not entries or any(type(entry) is not str or len(entry) != 1 for entry in entries):
-        problem = (
-            "has an itos that is not a single character for each id from 0 on, and no other is read"
-        )
-        return None, vocab_size, problem
-    return {'kind': 'char', 'chars': ''.join(entries)}, vocab_size, None
-
-
-def _entries(itos):
-    """The entries of meta.pkl's itos, a dictionary or a list, in the order of their ids.
-
-    Empty where some are missing, or where it is something else.
-    """
-    if not isinstance(itos, (dict, list, tuple, str)):
-        return []
-    try:
-        return [itos[i] for i in range(len(itos))]
-    except KeyError:
-        return []
-
-
-def _problem_without_entries(itos):
-    """What to say of an itos whose entries do not tell the size of the vocabulary."""
-    if itos is None:
-        return "and no itos"
-    if isinstance(itos, dict) and itos:
-        return f"and its itos of {len(itos)} entries does not have one for each id from 0 to {len(itos) - 1}"
-    if isinstance(itos, (dict, list, tuple, str)):
-        return "and its itos is empty"
-    if isinstance(itos, _NotRead):
-        return "and its itos is a NumPy array, which is not read"
-    return "and its itos is not a table"
+    kind.check(description)

@@ -8,7 +8,9 @@ from pathlib import Path
 import models
 from interop import huggingface
 from models.parts import construction
-from text import dataset, tokenizer, tokenizer_files
+from text import tokenizer, tokenizer_files
+from text.folders import DATA_FOLDER
+from text.meta import read_meta
 from training import checkpoint, lora
 
 
@@ -153,7 +155,7 @@ def _tokenizer_of(state, model):
     name = ''
     if isinstance(config, dict):
         name = str(config.get('dataset', ''))
-    description, vocab_size = dataset.read_meta(dataset.ROOT / name)[:2]
+    description, vocab_size = read_meta(DATA_FOLDER / name)[:2]
     # Without a dataset, read_meta assumes GPT-2's.
     if vocab_size > model.config.vocab_size:
         return None

@@ -130,6 +130,15 @@ def adopt_run_settings(config, given, state, out_dir):
     return changes
 
 
+def adopt_model_settings(config, given, model, source):
+    """Change `config` to the settings of a trained model, which a new run starts from.
+
+    They can't be given another value, except models.FREE and block_size. Raises ValueError.
+    """
+    trained = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
+    adopt_settings(config, given, trained, source, models.FREE | {'block_size'})
+
+
 def model_config(settings):
     """The Config class of the model that train.py's `settings` start from.
 
