@@ -419,7 +419,7 @@ def test_text_is_prepared_where_the_first_row_has_no_conversation_beside_it(caps
         (
             {'messages': [ASK, ANSWER], 'weight': '0'},
             None,
-            "the row has weight='0': only 0 (the row is left out) and 1 (its answers are learned)",
+            "the row has weight='0': only 0 (the row is skipped) and 1 (its answers are learned)",
         ),
         ({'messages': [ASK, ANSWER], 'weight': -1}, None, 'the row has weight=-1: only 0'),
         ({'messages': [ASK, ANSWER], 'loss_mask': [0, 1]}, None, 'has loss_mask=[0, 1]: only 0'),
