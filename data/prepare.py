@@ -275,7 +275,7 @@ def is_in_repository():
     return Path.cwd() == DATA.parent
 
 
-def dataset_option(name, folder):
+def dataset_argument(name, folder):
     """The value of --dataset= that finds the folder from the user's; a path stays a path."""
     if not is_path(name):
         return name
@@ -364,7 +364,7 @@ def main(words):
     command = ['train.py', f'config/{recipe}']
     if not is_in_repository():
         command = [(DATA.parent / word).as_posix() for word in command]
-    command += [*options, f'--dataset={dataset_option(asked.name, folder)}']
+    command += [*options, f'--dataset={dataset_argument(asked.name, folder)}']
     command += [f'--out_dir=out-{folder.resolve().name}']
     print(f"now, for example: python {shlex.join(command)}")
 
