@@ -556,7 +556,7 @@ with one_line_errors(memory_advice):
         grad_norm = None
         if grad_clip or is_logged:
             grad_norm = distributed.clip_gradients(network, grad_clip or math.inf)
-            watcher.count(grad_norm)
+            watcher.count_clipped(grad_norm)
         guard.skip_if_bad(opt, scaler, loss, grad_norm)
         scaler.step(opt)
         scaler.update()

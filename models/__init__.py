@@ -1,5 +1,7 @@
-"""Architectures by name: `gpt` is model.py, any other NAME is models/NAME.py, imported when it is
-asked for."""
+"""Finding an architecture by its name.
+
+`gpt` is model.py; any other NAME is models/NAME.py, which is imported when it is asked for.
+"""
 
 import dataclasses
 import difflib
@@ -8,32 +10,31 @@ from pathlib import Path
 
 from models.parts.construction import construct
 
-# Config fields that may change between runs
+# Config fields that may change between runs of one model: no weight depends on them.
 FREE = {'dropout', 'attn_dropout', 'ngram_dropout', 'k', 'batchnorm'}
 
 
 def architecture(name):
-    """The LanguageModel class called `name`. Raises ValueError, naming the nearest, where there is
-    none."""
-    names = ['gpt', *sorted(p.stem for p in Path(__file__).parent.glob('[a-z]*.py'))]
+    """The LanguageModel class called `name`: the last one that its file defines with a Config.
+
+    Raises ValueError, naming the nearest, if there is none.
+    """
+    names = ['gpt', *sorted(path.stem for path in Path(__file__).parent.glob('[a-z]*.py'))]
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
         raise ValueError(
-            f"model={name!r} is unknown; the nearest is {near!r} (there are: {', '.join(names)})"
+            f"model={name!r} is unknown; the nearest is {nearest!r} (there are: {', '.join(names)})"
         )
+    LanguageModel = importlib.import_module('model').LanguageModel
     module = importlib.import_module('model' if name == 'gpt' else f'models.{name}')
-    base = importlib.import_module('model').LanguageModel
-    found = [
-        c
-        for c in vars(module).values()
-        if isinstance(c, type)
-        and issubclass(c, base)
-        and c.__module__ == module.__name__
-        and c.Config
-    ]
-    if not found:
+    found = None
+    for value in vars(module).values():
+        is_model = isinstance(value, type) and issubclass(value, LanguageModel)
+        if is_model and value.__module__ == module.__name__ and value.Config:
+            found = value
+    if found is None:
         raise ValueError(f"models/{name}.py defines no LanguageModel with a Config")
-    return found[-1]
+    return found
 
 
 def name_of(model):
@@ -43,8 +44,10 @@ def name_of(model):
 
 
 def build(name, **fields):
-    """A new model called `name` with these Config fields, as in build('gpt', n_layer=2). Raises
-    ValueError."""
+    """A new model called `name` with these Config fields, as in build('gpt', n_layer=2).
+
+    Raises ValueError if there is none, a field's value is wrong, or memory does not suffice.
+    """
     Model = architecture(name)
     return construct(Model, Model.Config(**fields))
 

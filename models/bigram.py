@@ -1,11 +1,13 @@
-"""The next token by the one before it alone: counts, or a table of logits that is learned.
+"""Bigram: the next token by the last one alone, from counts or from a table of logits.
 
-counted: P(b | a) = (count(a b) + k) / (count(a) + k V), additive smoothing; one pass over the
-data, no optimizer. Only pairs that occur are kept, so any vocabulary will do. learned: row a of a V
-x V table holds the logits after a; it begins with zeros and ends where the counts are, which are
-its maximum likelihood. With `rank`, for large vocabularies, it is the product of a V x rank and a
-rank x V matrix. Against GPT: no layers, no positions, a context of one token. What any other model
-has to beat.
+table=counted: P(b | a) = (count(a b) + k) / (count(a) + k V), additive smoothing, in one pass over
+the data. Only pairs that occur are stored, so any vocabulary is possible. table=learned: row a of a
+V x V table holds the logits after a; it starts at zero and converges to the counts, which are its
+maximum likelihood. With `rank`, for large vocabularies, the table is the product of a V x rank and
+a rank x V matrix.
+
+Changes from GPT (model.py):
+- no layers and no positions: a context of one token. Every other model has to beat this one.
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -24,25 +26,29 @@ class BigramConfig:
     vocab_size: int = 50304  # ids are below it
     table: str = 'counted'  # counted (in one pass over the data) or learned (by the optimizer)
     k: float = 1.0  # counted: added to every count, so that nothing is impossible
-    rank: int = 0  # learned: the table's rank; 0: a whole table
+    rank: int = 0  # learned: the table's rank; 0: a full table
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a bigram model needs at least 1")
         if self.table not in ('counted', 'learned'):
-            raise ValueError(f"table={self.table!r} is unknown: take counted or learned")
+            raise ValueError(f"table={self.table!r} is unknown: use counted or learned")
         if self.k != 1 and self.table == 'learned':
-            raise ValueError(f"k={self.k} is for table=counted: leave it out")
+            raise ValueError(f"k={self.k} has no effect with table=learned: omit it")
         if not self.k > 0:
             raise ValueError(
-                f"k={self.k} must be above 0, however little: what never occurred would be impossible"
+                f"k={self.k} must be above 0, however small: it keeps new pairs possible"
             )
-        if self.rank < 0 or (self.rank and self.table == 'counted'):
-            raise ValueError(f"rank={self.rank}: take 0, or with table=learned more")
-        if self.table == 'learned' and not self.rank and self.vocab_size**2 > 2**28:
+        if self.rank < 0:
+            raise ValueError(f"rank={self.rank} must be at least 0")
+        if self.rank and self.table == 'counted':
+            raise ValueError(f"rank={self.rank} needs table=learned")
+        n_entries = self.vocab_size**2
+        if self.table == 'learned' and not self.rank and n_entries > 2**28:
             raise ValueError(
-                f"vocab_size={self.vocab_size}: a table of all pairs is too large to learn: take --rank=64"
+                f"vocab_size={self.vocab_size}: a table of all pairs is too large to learn: use "
+                "--rank=64"
             )
 
 
@@ -58,6 +64,8 @@ class Table(nn.Embedding):
 
 
 class LowRankTable(nn.Module):
+    """The same as a product of two matrices."""
+
     def __init__(self, config):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.rank)
@@ -78,7 +86,7 @@ class Bigram(LanguageModel):
             self.fit = self.lm_head.fit
             self.exemptions = {
                 'flops': "counts are looked up",
-                'learns': "counts are no parameters",
+                'learns': "counts are not parameters",
             }
         elif config.rank:
             self.lm_head = LowRankTable(config)
@@ -87,13 +95,14 @@ class Bigram(LanguageModel):
             self.exemptions = {'flops': "a table is looked up"}
 
     def forward(self, idx, targets=None, cache=None):
-        if idx.size(1) > self.config.block_size:
-            raise ValueError(
-                f"{idx.size(1)} tokens do not fit into block_size={self.config.block_size}"
-            )
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
         context = kv_cache.with_previous_ids(idx, 0, cache)[..., None]  # (B, T, 1)
-        # (B, T, V), or (B, 1, V)
-        logits = self.lm_head(context if targets is not None else context[:, -1:])
+
+        if targets is None:  # generation needs the last position alone
+            context = context[:, -1:]
+        logits = self.lm_head(context)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
         return logits, kernels.cross_entropy(logits, targets)
@@ -102,11 +111,11 @@ class Bigram(LanguageModel):
         return kv_cache.KVCache(batch, length, [], device, dtype)
 
     def flops_per_token(self, T):
-        """6 per parameter that is multiplied with; tables are looked up."""
+        """6 per parameter of a matrix product; tables are looked up."""
         return 6 * sum(p.numel() for p in self.param_groups()['head'])
 
     def crop_block_size(self, block_size):
-        """Another longest window, in place: nothing depends on it."""
+        """Set the longest window, in place: no weight depends on it."""
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
         self.config.block_size = block_size

@@ -1,17 +1,18 @@
-"""A neural probabilistic language model: an MLP over the embeddings of the last `context` tokens,
-laid side by side.
+"""MLP: an MLP over the embeddings of the last `context` tokens, side by side.
 
-Bengio, Ducharme, Vincent, Jauvin 2003, https://www.jmlr.org/papers/v3/bengio03a.html: logits = U
-tanh(H x + d) + b, and with `direct` + W x. Against GPT: no attention; a context of fixed length,
-each place of which has weights of its own. Before a window's first token is padding, with an
-embedding of its own.
+A neural probabilistic language model (Bengio, Ducharme, Vincent, Jauvin 2003,
+https://www.jmlr.org/papers/v3/bengio03a.html):
+logits = U tanh(H x + d) + b, and with `direct` + W x.
 
-`batchnorm` normalises what tanh gets, as batchnorm.BATCH_NORMS says: ema (moving averages),
-precise (measured before each evaluation), frozen (measured once), batch (those of the mini-batch,
-in use too). In training it lets places learn of each other, so that none sees the future holds in
-eval mode only.
+Changes from GPT (model.py):
+- no attention: a context of fixed length, each place of which has weights of its own;
+- the places before a window's first token are padding, which has an embedding of its own;
+- `batchnorm` normalises what tanh gets, by one of batchnorm.BATCH_NORMS: ema (moving averages),
+  precise (measured before each evaluation), frozen (measured once) or batch (the mini-batch's
+  statistics, in eval mode too). In training it mixes positions: only in eval mode are later tokens
+  hidden from earlier ones.
 
-Shapes: B batch, T time, C channels, V vocabulary.
+Shapes: B batch, T time, C channels, V vocabulary; n places of context.
 """
 
 from dataclasses import dataclass
@@ -39,33 +40,27 @@ class MLPConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: an MLP needs at least 1")
         if self.context > self.block_size:
-            raise ValueError(
-                f"context={self.context} is longer than a window: take at most block_size={self.block_size}"
-            )
-        for name, known in (('batchnorm', batchnorm.BATCH_NORMS), ('init', layers.INITS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown: take {' or '.join(filter(None, known))}"
-                )
+            raise ValueError(f"context={self.context} must be at most block_size={self.block_size}")
+        batchnorm.check(self.batchnorm)
+        layers.check_init(self.init)
 
 
 class Hidden(nn.Module):
-    """tanh(H x + d); with batch norm, whose bias is d."""
+    """tanh(H x + d): (B, T, n·C) -> (B, T, n_hidden). With batch norm, d is the norm's bias."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(
-            config.context * config.n_embd, config.n_hidden, bias=not config.batchnorm
-        )
-        self.norm = batchnorm.BATCH_NORMS[config.batchnorm](config.n_hidden)
         self.n_out = config.n_hidden
+        n_in = config.context * config.n_embd
+        self.c_fc = nn.Linear(n_in, config.n_hidden, bias=not config.batchnorm)
+        self.norm = batchnorm.BATCH_NORMS[config.batchnorm](config.n_hidden)
 
     def forward(self, x, valid):
         return torch.tanh(self.norm(self.c_fc(x), valid))
 
 
 class HiddenAndDirect(Hidden):
-    """x beside the hidden units: the head's columns for it are W."""
+    """Hidden units and x side by side: the head's columns for x are W."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -81,34 +76,39 @@ class MLP(LanguageModel):
 
     def __init__(self, config):
         super().__init__(config)
+        hidden = HiddenAndDirect if config.direct else Hidden
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size + 1, config.n_embd),  # the last row: padding
-                h=(HiddenAndDirect if config.direct else Hidden)(config),
+                h=hidden(config),
             )
         )
         self.lm_head = nn.Linear(self.transformer.h.n_out, config.vocab_size)
-        layers.INITS[config.init](self.transformer.h.c_fc.weight, 'tanh')
-        layers.INITS[config.init](self.lm_head.weight, 'linear')
-        self.lm_head.weight.data.mul_(0.1)  # nearly all tokens alike at first
+
+        init = layers.INITS[config.init]
+        init(self.transformer.h.c_fc.weight, 'tanh')
+        init(self.lm_head.weight, 'linear')
+        self.lm_head.weight.data.mul_(0.1)  # at first all tokens are almost equally likely
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if config.batchnorm == 'batch':
-            self.exemptions = batchnorm.ONE_BATCH
-        elif config.batchnorm in ('ema', 'precise'):
-            self.exemptions = batchnorm.IN_TRAINING
+        self.exemptions = batchnorm.EXEMPTIONS[config.batchnorm]
 
     def forward(self, idx, targets=None, cache=None):
-        if idx.size(1) > self.config.block_size:
-            raise ValueError(
-                f"{idx.size(1)} tokens do not fit into block_size={self.config.block_size}"
-            )
-        V, n = self.config.vocab_size, self.config.context
-        ids = kv_cache.with_previous_ids(idx, n - 1, cache) % (V + 1)  # -1, no token, is V
-        x = self.transformer.wte(ids.unfold(1, n, 1)).flatten(2)  # (B, T, n C)
-        x = self.transformer.h(x, None if targets is None else targets >= 0)
-        logits = self.lm_head(x if targets is not None else x[:, -1:])  # (B, T, V), or (B, 1, V)
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        n = self.config.context
+        ids = kv_cache.with_previous_ids(idx, n - 1, cache)  # (B, n - 1 + T)
+        ids = ids % (self.config.vocab_size + 1)  # -1, padding, is the embeddings' last row
+        x = self.transformer.wte(ids.unfold(1, n, 1))  # (B, T, n, C)
+        x = x.flatten(2)  # (B, T, n·C)
+        valid = None if targets is None else targets >= 0
+        x = self.transformer.h(x, valid)
+
+        if targets is None:  # generation needs the last position alone
+            x = x[:, -1:]
+        logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
         return logits, kernels.cross_entropy(logits, targets)
@@ -117,18 +117,16 @@ class MLP(LanguageModel):
         batchnorm.measure_statistics(self, batches)
 
     def init_cache(self, batch, length, device=None, dtype=None):
-        return (
-            kv_cache.KVCache(batch, length, [], device, dtype)
-            if self.config.batchnorm != 'batch'
-            else None
-        )
+        if self.config.batchnorm == 'batch':
+            return None  # a prediction depends on the whole batch
+        return kv_cache.KVCache(batch, length, [], device, dtype)
 
     def flops_per_token(self, T):
-        """6 per parameter that is multiplied with: embeddings are looked up."""
+        """6 per parameter of a matrix product; embeddings are looked up."""
         return 6 * (self.num_params() - self.transformer.wte.weight.numel())
 
     def crop_block_size(self, block_size):
-        """Another longest window, in place: nothing depends on it."""
+        """Set the longest window, in place: no weight depends on it."""
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
         self.config.block_size = block_size

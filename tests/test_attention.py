@@ -134,7 +134,7 @@ def test_alibi():
 def test_alibis_slopes_are_those_of_transformers(n_head):
     bloom = pytest.importorskip('transformers.models.bloom.modeling_bloom')
     theirs = bloom.build_alibi_tensor(torch.ones(1, 3), n_head, torch.float64).view(n_head, 3)[:, 1]
-    assert torch.allclose(attention.slopes(n_head).double(), theirs, rtol=1e-6)
+    assert torch.allclose(attention.alibi_slopes(n_head).double(), theirs, rtol=1e-6)
 
 
 def test_gates_are_in_front_of_the_projection():
@@ -463,11 +463,11 @@ def test_flops_of_scores_and_sums(kind, share):
 @pytest.mark.parametrize(
     'fields, part',
     [
-        (dict(attention_kind='mla2'), 'take mha, gqa'),
+        (dict(attention_kind='mla2'), 'use mha, gqa'),
         (dict(attention_kind='gqa', n_kv_head=3), 'n_kv_head=3'),
-        (dict(n_kv_head=2), "unless it is attention_kind='gqa'"),
+        (dict(n_kv_head=2), "needs attention_kind='gqa'"),
         (dict(attention_kind='gqa', n_kv_head=-1), 'n_kv_head=-1'),
-        (dict(attention_kind='gqa', kv_rank=4), "unless it is attention_kind='mla'"),
+        (dict(attention_kind='gqa', kv_rank=4), "needs attention_kind='mla'"),
         (dict(window=0), 'window=0'),
         (dict(attention_kind='mla', rope_dim=3), 'rope_dim=3'),
         (dict(attention_kind='mla', kv_rank=-2), 'kv_rank=-2'),

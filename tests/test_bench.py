@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, run
+from support.scripts import ROOT, TINY, run
 
 # A stand-in for train.py: it ends at the loss that its settings ask for and leaves the files that
 # bench.py reads.

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_ready_sets import needs_gpt2
+from support.needs import needs_gpt2
+from support.scripts import ROOT
 
 import models
 from generation import decode

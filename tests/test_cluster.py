@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run, same
-from test_config import gpt, train_settings
+from support.outcomes import same
+from support.scripts import ROOT, TINY, run
+from support.settings import gpt, train_settings
 
 from configurator import configure
 

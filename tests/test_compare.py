@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run
+from support.scripts import run
 
 
 def write(folder, loss, n_params, seconds, model='gpt'):

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support.scripts import ROOT
+from support.settings import gpt, train_settings
 
 import configurator
 import models
@@ -38,10 +39,6 @@ def of(*argv, config_class=None, script=SCRIPT):
         lambda wish: 'cpu' if wish == 'auto' else wish,
         config_class,
     )[0]
-
-
-def gpt(values):
-    return models.architecture(values['model']).Config
 
 
 @pytest.fixture
@@ -663,15 +660,6 @@ backend = 'nccl'
 device = 'cpu'
 compile = False
 '''
-
-
-def train_settings():
-    """The defaults of train.py, without running it."""
-    text = (ROOT / 'train.py').read_text()
-    head = text[text.index('out_dir =') : text.index('# ----', text.index('profile ='))]
-    values = {}
-    exec(head, values)
-    return {k: v for k, v in values.items() if not k.startswith('_')}
 
 
 def sample_settings():

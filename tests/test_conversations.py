@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -12,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support import preparing
+from support.preparing import COMMAND, interrupt_at
 
 from system.errors import one_line, user_errors
-from text import chat, journal, sources
-from text.sources import conversion, cutting
+from text import chat, sources
+from text.sources import conversion
 from text.sources.conversations import Conversations
 from text.sources.find import find
 from text.sources.formats import JsonLines
@@ -24,7 +24,6 @@ from text.sources.rows import PlainTexts, reader
 from text.tokenizer import ByteTokenizer
 
 ASK, ANSWER = {'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}
-COMMAND = runpy.run_path(str(ROOT / 'data/prepare.py'), run_name='data/prepare.py')
 END = '\n### End\n\n'
 
 
@@ -495,18 +494,15 @@ def test_what_is_not_a_conversation_is_said_in_one_line(row, field, message):
 # ---- the command ---------------------------------------------------------------------------------
 
 
+BY_BYTES = ['--tokenizer=byte', '--split=0.5,0.5']
+
+
 def prepare(*words):
-    with user_errors():
-        COMMAND['main']([*map(str, words), '--tokenizer=byte', '--split=0.5,0.5'])
+    preparing.prepare(*words, *BY_BYTES)
 
 
 def failure(capsys, *words):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        prepare(*words)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
-    return error
+    return preparing.failure(capsys, *words, *BY_BYTES)
 
 
 def write_lines(path, rows):
@@ -852,13 +848,6 @@ def test_rows_of_text_and_of_parquet_and_of_bad_bytes_are_skipped_too(
     )
 
 
-@pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(cutting, 'PIECE', 256)
-    monkeypatch.setattr(journal, 'SAVE_SECONDS', -1)
-    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)
-
-
 def reports(said):
     """What is reported of the rows."""
     return [line for line in said.splitlines() if 'row(s)' in line or line.startswith('    ')]
@@ -876,15 +865,7 @@ def test_the_count_is_right_after_a_stop_and_for_any_number_of_processes(
         and told[1].startswith('120 row(s) skipped')
         and len(told) == 7
     )
-    real, calls = journal.Output.add, []
-
-    def interrupted(output, piece, encoded):
-        calls.append(piece)
-        if len(calls) in (7, 20):
-            raise KeyboardInterrupt
-        return real(output, piece, encoded)
-
-    monkeypatch.setattr(journal.Output, 'add', interrupted)
+    calls = interrupt_at(monkeypatch, 7, 20)
     for _ in range(2):
         with pytest.raises(SystemExit):
             prepare(tmp_path / 'stopped', *words)

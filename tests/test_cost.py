@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from support.scripts import ROOT
 
 from system import files
 from training import checkpoint, distributed, guard

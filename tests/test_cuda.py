@@ -13,9 +13,9 @@ import shutil
 import socket
 
 import pytest
-from conftest import ROOT, TINY, run
-from forked import learned, losses, metrics, sha256
-from forked import train as train_without_gpu
+from support.forked import train as train_without_gpu
+from support.outcomes import learned, losses, metrics, sha256
+from support.scripts import ROOT, TINY, run
 
 from system.device import DTYPES, gpu_peak_flops
 

@@ -1,7 +1,6 @@
 """From text to batches: what data/NAME/prepare.py writes, which windows a step sees, and what goes
 wrong in words."""
 
-import hashlib
 import io
 import json
 import os
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, write_text
+from support.datasets import assert_meta_is_true, bin_of, contents, write_text
+from support.scripts import ROOT, TINY
 
 from system import errors
 from text import dataset, meta_pkl, wide_ids
@@ -22,29 +22,6 @@ from text.bins import write_bins
 from text.dataset import Dataset, RandomDataset
 from text.shuffle import permute
 from text.tokenizer import ByteTokenizer, CharTokenizer
-
-
-def bin_of(folder, split, dtype='uint16'):
-    return np.fromfile(folder / f'{split}.bin', dtype)
-
-
-def contents(folder):
-    return {name: (folder / name).read_bytes() for name in ('train.bin', 'val.bin', 'meta.json')}
-
-
-def assert_meta_is_true(folder, texts):
-    """meta.json against the bins and the {split: text} that they were made from."""
-    meta = json.loads((folder / 'meta.json').read_text())
-    for split, text in texts.items():
-        content = (folder / f'{split}.bin').read_bytes()
-        assert (
-            meta['splits'][split].items()
-            >= {
-                'tokens': len(content) // np.dtype(meta['dtype']).itemsize,
-                'bytes': len(text.encode()),
-                'sha256': hashlib.sha256(content).hexdigest(),
-            }.items()
-        )
 
 
 class Words:

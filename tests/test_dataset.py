@@ -9,7 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, same
+from support.outcomes import same
+from support.scripts import ROOT, TINY
 
 from text.bins import write_bins
 from text.dataset import Dataset, Documents

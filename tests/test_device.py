@@ -9,8 +9,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY
-from forked import both, forbid_cuda, ranks, run, train
+from support.forked import ranks, run, train
+from support.hooks import both, forbid_cuda
+from support.scripts import TINY
 
 import configurator
 from system.device import resolve_device, resolve_dtype, seed_everything

@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run, same
+from support.outcomes import same
+from support.scripts import TINY, run
 
 from generation.decode import Context
 from models import build
@@ -338,10 +339,10 @@ def test_without_boundaries_nothing_changes(name):
 
 def test_who_can_not_keep_documents_apart(folder):
     with pytest.raises(
-        ValueError, match="Bigram can't keep documents apart: leave out document_boundaries"
+        ValueError, match="Bigram can't keep documents apart: omit document_boundaries"
     ):
         build('bigram', vocab_size=9).keep_documents_apart(3)
-    with pytest.raises(ValueError, match='eot=50: take -1, or an id below vocab_size=50'):
+    with pytest.raises(ValueError, match='eot=50: use -1, or an id below vocab_size=50'):
         keeping_apart('gpt', eot=50)
     with pytest.raises(
         ValueError, match='document_boundaries=True: .* has no token behind each document'

@@ -12,8 +12,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 import zipfile
 from types import SimpleNamespace
@@ -22,7 +20,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, run, same
+from support.datasets import write_text
+from support.mistakes import check
+from support.outcomes import same
+from support.scripts import TINY, run
 
 import models
 from system import files
@@ -31,119 +32,6 @@ from text import meta_pkl, tokenizer
 from text.dataset import Dataset
 from training import checkpoint, pretrained, resume
 from training.optimizer import load_optimizer_state
-
-SERVER = r"""
-import json, os, runpy, signal, sys, tempfile, time, traceback
-import configurator, model, models, numpy.ma, torch
-import system.device, text.mixture, training.checkpoint, training.lora, training.metrics
-import training.optimizer
-from generation import final_sample
-try:
-    import resource
-except ImportError:
-    resource = None
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)])     # imports for a second
-torch.cuda.is_available()       # a child with little memory could not start the driver to find out
-for line in sys.stdin:
-    asked = json.loads(line)
-    script, *arguments = asked['words']
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child, began, sent = os.fork(), time.monotonic(), []
-    if not child:
-        for file, number in ((open(os.devnull), 0), (out, 1), (err, 2)):
-            os.dup2(file.fileno(), number)
-        os.chdir(asked['cwd'])
-        os.environ.update(asked['env'])
-        if 'PYTHONIOENCODING' in asked['env']:
-            sys.stdout.reconfigure(encoding=asked['env']['PYTHONIOENCODING'], errors='strict')
-            sys.stderr.reconfigure(encoding=asked['env']['PYTHONIOENCODING'])
-        if not asked['sample']:
-            final_sample.print_final_sample = lambda *args: None
-        if asked['memory']:
-            used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + asked['memory'],) * 2)
-        if asked['disk']:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (asked['disk'],) * 2)
-        sys.path[0], sys.argv, code = os.path.dirname(script), [script, *arguments], 0
-        try:
-            runpy.run_path(script, run_name='__main__')
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code if type(code) is int else 1)
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        for after, number in ((asked['seconds'], signal.SIGTERM), (asked['seconds'] + 120, signal.SIGKILL)):
-            if number not in sent and time.monotonic() - began > after:
-                sent.append(number)
-                os.kill(child, number)
-        time.sleep(0.003)
-    texts = [file.seek(0) or file.read().decode(errors='replace') for file in (out, err)]
-    print(json.dumps(dict(returncode=os.waitstatus_to_exitcode(ended[1]), stdout=texts[0], stderr=texts[1])), flush=True)
-"""
-
-
-class Forked:
-    """forked('train.py', '--seed=1') -> what conftest.run gives, in a tenth of the time. There is
-    no network.
-
-    After `seconds` the script gets a SIGTERM, two minutes later a SIGKILL. memory: bytes that it
-    may take; disk: bytes of a file that it may write; 0: any number. sample: whether a run of
-    train.py ends with one, which takes most of its time.
-    """
-
-    def __init__(self, folder):
-        environment = {
-            **os.environ,
-            'PYTHONPATH': '',
-            'OMP_NUM_THREADS': '1',
-            'HF_HUB_OFFLINE': '1',
-            'WANDB_MODE': 'offline',
-            'HF_HOME': f'{folder}/hf',
-            'TIKTOKEN_CACHE_DIR': f'{folder}/bpe',
-            'HTTPS_PROXY': 'http://127.0.0.1:9',
-            'NANOGPT_MIRROR': '',
-        }
-        self.server = subprocess.Popen(
-            [sys.executable, '-c', SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-
-    def __call__(
-        self, script, *words, cwd=ROOT, seconds=60, memory=0, disk=0, env=None, sample=False
-    ):
-        asked = dict(
-            words=[str(ROOT / script), *map(str, words)],
-            cwd=str(cwd),
-            seconds=seconds,
-            memory=memory,
-            disk=disk,
-            env=env or {},
-            sample=sample,
-        )
-        self.server.stdin.write(json.dumps(asked) + '\n')
-        self.server.stdin.flush()
-        return SimpleNamespace(**json.loads(self.server.stdout.readline()))
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(60)
-
-
-def check(done, *parts):
-    """`done` ended on a user's mistake, with these parts in its one line."""
-    assert done.returncode == 2, done.stdout[-500:] + done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith('error: ') and len(line) < 500
-    for part in parts:
-        assert part in line
-    return line
 
 
 def changed(folder, name, content):
@@ -207,7 +95,7 @@ SETTINGS = [
     ('--gradient_accumulation_steps=0', 'gradient_accumulation_steps=0 must be at least 1'),
     ('--n_embd=17', 'n_embd=17 is not divisible by n_head=2'),
     ('--n_head=0', 'n_head=0: a GPT needs at least 1'),
-    ('--dropout=1', 'dropout=1.0: take a probability from 0 up to'),
+    ('--dropout=1', 'dropout=1.0 must be at least 0 and below 1'),
     ('--dropout=-0.1', 'dropout=-0.1'),
     ('--learning_rate=-1', 'learning_rate=-1'),
     ('--beta2=1', '1.0'),
@@ -237,7 +125,7 @@ SETTINGS = [
     ('--cooldown=1.5', 'cooldown=1.5 must be at most 1'),
     ('--learning_rate=0 --muon_lr=0.1', 'learning_rate=0 with another rate above 0'),
     ('--model=modern --n_embd=18', 'n_embd=18 is not divisible by 2 x n_head=2'),
-    ('--model=modern --ngram=1', 'ngram=1: take 0, or'),
+    ('--model=modern --ngram=1', 'ngram=1: use 0 for none, or'),
     ('--ngram=4', "there is no setting 'ngram'"),
     (
         '--model=modern --muon_lr=0.1 --embed_lr=0.1 --head_lr=0.1',
@@ -248,7 +136,7 @@ SETTINGS = [
     ('--compile=0', 'compile=0 is unknown'),
     (f'--n_embd={2**40}', 'a GPT of these sizes has inf GB of weights, and this machine has'),
     ('--n_embd=1000000', 'a GPT of these sizes has 48,'),
-    (f'--n_layer={10**9}', 'n_layer=1000000000: take at most 10000'),
+    (f'--n_layer={10**9}', 'n_layer=1000000000 must be at most 10000'),
 ]
 
 
@@ -962,7 +850,7 @@ def test_a_folder_of_another_model_type(warm, tmp_path, text_folder, script):
 def test_a_longer_context_than_the_pretrained_model_has(train, trained):
     check(
         train(f'--init_from={trained}', '--block_size=32'),
-        'block_size=32: this model has 16 positions, no more',
+        'block_size=32 must be from 1 to 16, the positions that this model has',
     )
 
 
@@ -971,7 +859,6 @@ def test_another_shape_than_the_pretrained_model_has(train, trained):
 
 
 def test_the_data_was_encoded_for_another_model(train, trained, tmp_path):
-    from conftest import write_text
 
     other = write_text(tmp_path / 'other', 'abc def ' * 100)
     check(

@@ -19,16 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, ROOT, run, write_text
 from safetensors.torch import save_file
+from support.datasets import CORPUS, write_text
+from support.needs import VOCABULARY, needs_gpt2
+from support.scripts import ROOT, run
 
 import models
 
 FIXTURES = ROOT / 'tests' / 'fixtures'
-VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or '/nowhere')
-needs_gpt2 = pytest.mark.skipif(
-    not VOCABULARY.is_dir(), reason="TIKTOKEN_CACHE_DIR has no vocabulary"
-)
 
 
 @pytest.fixture

@@ -2,24 +2,21 @@
 and computes the same; what it writes loads here; and a model that went out and came back is the
 same, bit for bit."""
 
-import contextlib
-import dataclasses
 import functools
-import io
 import json
 import os
-import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.exporting import export, exported, saved
+from support.mistakes import check
+from support.outcomes import same
+from support.scripts import ROOT, TINY, run
 from torch import nn
 
 import models
@@ -73,55 +70,6 @@ def random_model(name='gpt', **fields):
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     return model
-
-
-def saved(path, model, description=None):
-    """A checkpoint file of a model."""
-    torch.save(
-        {
-            'model': model.state_dict(),
-            'model_name': models.name_of(model),
-            'tokenizer': description,
-            'model_args': dataclasses.asdict(model.config),
-        },
-        path,
-    )
-    return path
-
-
-def export(*words):
-    """export.py as from the command line, in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, 'argv', ['export.py', *map(str, words)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            runpy.run_path(str(ROOT / 'export.py'), run_name='__main__')
-        except SystemExit as end:
-            code = end.code
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def exported(tmp_path, model, description=None, *words):
-    """The folder that export.py makes of a model."""
-    tmp_path.mkdir(exist_ok=True)
-    done = export(
-        f'--init_from={saved(tmp_path / "model.pt", model, description)}',
-        f'--folder={tmp_path / "hf"}',
-        *words,
-    )
-    assert done.returncode == 0, done.stderr
-    return tmp_path / 'hf'
-
-
-def check(done, *parts):
-    """`done` ended on a user's mistake, with these parts in its one line."""
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith('error: ')
-    for part in parts:
-        assert part in line
 
 
 def logits(model, idx):

@@ -28,23 +28,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, same, write_text
-from forked import (
-    Run,
-    around_saves,
-    both,
-    keep_each,
-    learned,
-    metrics,
-    outcome,
-    processes_of,
-    ranks,
-    run,
-    sha256,
-    torchrun,
-    train,
-    wait_for,
-)
+from support.datasets import write_text
+from support.forked import Run, processes_of, ranks, run, torchrun, train, wait_for
+from support.hooks import around_saves, both, keep_each
+from support.outcomes import learned, metrics, outcome, same, sha256
+from support.scripts import ROOT, TINY
 
 import model
 from text import dataset
@@ -767,7 +755,8 @@ def test_torchrun_names_the_process_with_the_error(text_folder, tmp_path, case):
     (tmp_path / 'stub.py').write_text(f"""
 import functools, sys
 sys.path[0:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-import forked, test_faults
+import test_faults
+from support import forked
 hook = functools.partial(test_faults.failing, *test_faults.FAILURES[{case}][:4])
 sys.exit(forked.run_here('train.py', sys.argv[1:], hook))
 """)

@@ -2,12 +2,11 @@
 
 import errno
 import hashlib
-import http.server
 import os
 import random
-import threading
 
 import pytest
+from support.servers import FileServer
 
 from system import files
 
@@ -26,54 +25,10 @@ def pauses(monkeypatch):
     return waited
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Answers any path with `content`, no more than `most` bytes of it at a time; `requests` are
-    the Ranges asked for.
-
-    url: its own; knows_ranges: else it begins at the start each time; broken: how many answers yet
-    fail so; the rest are whole.
-    """
-
-    def __init__(self):
-        super().__init__(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self.server_port}/{NAME}'
-        self.content, self.most, self.broken, self.knows_ranges, self.requests = (
-            TEXT,
-            len(TEXT),
-            0,
-            True,
-            [],
-        )
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        asked = self.headers['Range']
-        self.server.requests.append(asked)
-        start = (
-            int(asked.removeprefix('bytes=').removesuffix('-'))
-            if asked and self.server.knows_ranges
-            else 0
-        )
-        if asked and start >= len(self.server.content):
-            return self.send_error(416)
-        content = self.server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header('Content-Length', len(content))
-        self.end_headers()
-        broken, self.server.broken = self.server.broken > 0, self.server.broken - 1
-        self.wfile.write(content[: self.server.most] if broken else content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server():
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    with FileServer(TEXT, NAME) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -237,9 +192,7 @@ def test_no_network_is_said_at_once_with_what_to_do(path, pauses, monkeypatch, v
 def test_what_the_host_answers_is_said(server, path):
     server.content = b''
     path.with_name('input.txt.part').write_bytes(b'so that it is asked for the rest')
-    server.RequestHandlerClass = type(
-        'Refusing', (Handler,), {'do_GET': lambda self: self.send_error(403)}
-    )
+    server.answer = lambda request: request.send_error(403)
     with pytest.raises(OSError, match='HTTP Error 403: Forbidden.*32 bytes are kept'):
         files.download(server.url, path, DIGEST, NAME)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, run, same
+from support.outcomes import same
+from support.scripts import ROOT, TINY, run
 
 import models
 from system import files

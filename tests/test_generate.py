@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from support.scripts import ROOT
 
 import models
 from generation import decode, sampling

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from support.scripts import ROOT, run
 
 SCRIPTS = ['train', 'sample', 'evaluate', 'export', 'bench', 'plot', 'compare']
 
@@ -72,6 +72,17 @@ def test_a_folder_imports_only_folders_before_it(path):
 def test_no_script_imports_another():
     for script in SCRIPTS:
         assert not imports(ROOT / f'{script}.py') & set(SCRIPTS), script
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('tests/*.py')), ids=lambda path: path.stem)
+def test_no_test_file_imports_another(path):
+    """What several need is in tests/support/."""
+    others = {other.stem for other in ROOT.glob('tests/*.py')}
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            assert not others & {alias.name for alias in node.names}, f"line {node.lineno}"
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module not in others, f"line {node.lineno}"
 
 
 def test_no_module_imports_itself_over_others():

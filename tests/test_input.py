@@ -26,9 +26,10 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, same
-from test_config import train_settings
-from test_errors import check
+from support.mistakes import check
+from support.outcomes import same
+from support.scripts import ROOT, TINY
+from support.settings import train_settings
 
 import models
 from interop import huggingface
@@ -469,7 +470,7 @@ def said(call):
 @pytest.mark.parametrize(
     'model, fields, message',
     [
-        ('gpt', dict(n_layer=10**9), 'n_layer=1000000000: take at most 10000'),
+        ('gpt', dict(n_layer=10**9), 'n_layer=1000000000 must be at most 10000'),
         ('gpt', dict(n_layer=9999, n_embd=12288), 'a GPT of these sizes has 72,'),
         ('gpt', dict(n_embd=12 * 2**40), 'a GPT of these sizes has inf GB of weights'),
         ('gpt', dict(vocab_size=2**63 - 1), 'a GPT of these sizes has inf GB of weights'),
@@ -499,7 +500,7 @@ def test_weights_are_counted_without_being_made(name, monkeypatch):
     monkeypatch.setattr(construction, 'memory_bytes', lambda: size)
     models.build(name, vocab_size=50, **fields)
     monkeypatch.setattr(construction, 'memory_bytes', lambda: size - 1)
-    with pytest.raises(ValueError, match='take a smaller model'):
+    with pytest.raises(ValueError, match='use a smaller model'):
         models.build(name, vocab_size=50, **fields)
 
 
@@ -619,7 +620,7 @@ def test_large_numbers_that_are_right_elsewhere(warm, trained, text_folder, tmp_
         (['--num_proc=1000000000'], 'num_proc=1000000000 must be at most 1024'),
         (
             ['--tokenizer=train:bpe:99999999999999999999'],
-            'take a vocabulary of less than ten million entries',
+            'use a vocabulary of less than ten million entries',
         ),
         (
             ['--tokenizer=train:bpe:300', '--max_piece_length=9223372036854775808'],

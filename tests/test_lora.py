@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run, same
+from support.outcomes import same
+from support.scripts import ROOT, TINY, run
 from support.zoo import ZOO, batch, prepared
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

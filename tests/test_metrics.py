@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY, run
+from support.scripts import TINY, run
 
 from model import GPT, GPTConfig
 from training.console import PUBLISHED, evaluation_table

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, run
+from support.scripts import TINY, run
 
 from models import build
 from models.parts import layers

@@ -10,7 +10,7 @@ from unittest import mock
 
 import matplotlib
 import pytest
-from conftest import ROOT
+from support.scripts import ROOT
 
 nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, run, same
+from support.outcomes import same
+from support.scripts import TINY, run
 from torch import nn
 
 from models import build

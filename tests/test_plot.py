@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from support.scripts import ROOT, run
 
 from training import checkpoint
 

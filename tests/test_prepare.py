@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMMIT, ROOT
+from support.needs import MIRROR, needs_gpt2, needs_shakespeare
+from support.preparing import COMMAND, failure, interrupt_at, prepare
+from support.scripts import ROOT
+from support.servers import COMMIT
 
 from system import files
-from system.errors import user_errors
 from text import folders, journal, sources
 from text.dataset import Dataset
 from text.documents import Part, Remark
@@ -33,34 +34,10 @@ from text.sources import conversion, cutting
 from text.sources.hub_dataset import is_wanted
 from text.tokenizer import load
 
-MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
-needs_shakespeare = pytest.mark.skipif(
-    not (MIRROR / 'shakespeare/input.txt').is_file(), reason="NANOGPT_MIRROR has no Shakespeare"
-)
-needs_gpt2 = pytest.mark.skipif(
-    not os.environ.get('TIKTOKEN_CACHE_DIR'), reason="TIKTOKEN_CACHE_DIR has no vocabulary"
-)
-COMMAND = runpy.run_path(str(ROOT / 'data/prepare.py'), run_name='data/prepare.py')
 DOCUMENTS = [
     f"Document {i}: {'ü€🎉 ' * (i % 4)}\n{'line ' * (1 + i * 7 % 50)}\r\nend {i % 90}"
     for i in range(100)
 ]
-
-
-def prepare(*words):
-    """The command, in this process."""
-    with user_errors():
-        COMMAND['main'](list(map(str, words)))
-
-
-def failure(capsys, *words):
-    """What the command says when it fails, which is one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        prepare(*words)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
-    return error
 
 
 def contents(folder):
@@ -105,15 +82,6 @@ def decoded(folder, suffix='.bin'):
         assert suffix != '.bin' or hashlib.sha256(raw).hexdigest() == facts['sha256']
         found[split] = bytes(tokens.astype('u1'))
     return found
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    """Pieces so small that a few kilobytes have all there is: many pieces, large documents."""
-    monkeypatch.setattr(cutting, 'PIECE', 256)
-    monkeypatch.setattr(cutting, 'LARGE', 1024)
-    monkeypatch.setattr(journal, 'SAVE_SECONDS', -1)  # a journal after every piece
-    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)  # which takes its time
 
 
 def write_rows(path, rows):
@@ -583,15 +551,7 @@ def test_special_tokens_are_counted_right_when_a_run_was_stopped(
 ):
     write_rows(tmp_path / 'rows.jsonl', [{'text': f'{i} {MARK} {MARK}'} for i in range(200)])
     words = [tmp_path / 'out', tmp_path / 'rows.jsonl']
-    real, calls = journal.Output.add, []
-
-    def interrupted(output, piece, encoded):
-        calls.append(piece)
-        if len(calls) in (5, 9):
-            raise KeyboardInterrupt
-        return real(output, piece, encoded)
-
-    monkeypatch.setattr(journal.Output, 'add', interrupted)
+    interrupt_at(monkeypatch, 5, 9)
     for _ in range(2):
         with pytest.raises(SystemExit):
             prepare(*words)
@@ -985,15 +945,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bins(
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, capsys):
     prepare(tmp_path / 'whole', *corpus)
-    real, calls = journal.Output.add, []
-
-    def interrupted(output, piece, encoded):
-        calls.append(piece)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        return real(output, piece, encoded)
-
-    monkeypatch.setattr(journal.Output, 'add', interrupted)
+    calls = interrupt_at(monkeypatch, 20)
     monkeypatch.setattr(journal, 'SAVE_SECONDS', 1000)
     with pytest.raises(SystemExit) as end:
         prepare(tmp_path / 'stopped', *corpus)

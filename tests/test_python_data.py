@@ -15,9 +15,10 @@ import sysconfig
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
-from test_data import assert_meta_is_true, bin_of, contents
-from test_ready_sets import copied, definitions, needs_gpt2
+from support.datasets import assert_meta_is_true, bin_of, contents
+from support.needs import needs_gpt2
+from support.ready_sets import copied, definitions
+from support.scripts import ROOT, run
 
 from text.dataset import Dataset
 from text.tokenizer import TiktokenTokenizer, check_description, load

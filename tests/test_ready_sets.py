@@ -10,64 +10,22 @@ import io
 import json
 import os
 import re
-import runpy
-import sys
-import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMMIT, ROOT, run
-from test_data import assert_meta_is_true, bin_of, contents
-from test_files import Server
+from support.datasets import assert_meta_is_true, bin_of, contents
+from support.needs import MIRROR, needs_gpt2, needs_shakespeare
+from support.ready_sets import copied, definitions, prepared
+from support.scripts import ROOT, run
+from support.servers import COMMIT, FileServer
 
 from system import hub as hub_module
 from text import dataset, dataset_option, folders, tokenizer
 from text.sources import cutting
 
-MIRROR = Path(os.environ.get('NANOGPT_MIRROR') or '/nowhere')
-VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or '/nowhere')
-needs_shakespeare = pytest.mark.skipif(
-    not (MIRROR / 'shakespeare/input.txt').is_file(), reason="NANOGPT_MIRROR has no Shakespeare"
-)
-needs_gpt2 = pytest.mark.skipif(
-    not VOCABULARY.is_dir(), reason="TIKTOKEN_CACHE_DIR has no vocabulary"
-)
 READY = sorted(path.parent.name for path in ROOT.glob('data/*/prepare.py'))
-
-
-def copied(name, folder, *changes):
-    """data/NAME/prepare.py in `folder`, beside the other ready sets; changes: (old, new) of its
-    text."""
-    for own in (ROOT / 'data').glob('**/prepare.py'):
-        script = folder / own.relative_to(ROOT)
-        script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_bytes(own.read_bytes())
-    script = folder / 'data' / name / 'prepare.py'
-    text = script.read_text(encoding='utf-8')
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    script.write_text(text, encoding='utf-8')
-    return script
-
-
-def prepared(name, folder, *options, changes=()):
-    """The folder with the bins that a copy of data/NAME/prepare.py makes, in this process: that is
-    faster."""
-    script = copied(name, folder, *changes)
-    argv, sys.argv = sys.argv, [str(script), *options]
-    try:
-        runpy.run_path(str(script), run_name='__main__')
-    finally:
-        sys.argv = argv
-    return script.parent
-
-
-def definitions(name):
-    """What data/NAME/prepare.py defines, without running it."""
-    return runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'))
 
 
 def refused(capsys, name, folder, *options, **kwargs):
@@ -241,10 +199,8 @@ def test_a_prepare_without_network_ends_with_one_line(tmp_path, monkeypatch, cap
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.delenv('NANOGPT_MIRROR', raising=False)
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    with FileServer() as server:
         yield server
-        server.shutdown()
 
 
 def test_enwik8_is_bytes_cut_where_the_benchmark_cuts_them(server, tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY
-from forked import around_saves, keep_each, learned, outcome, run, train
+from support.forked import run, train
+from support.hooks import around_saves, keep_each
+from support.outcomes import learned, outcome
+from support.scripts import TINY
 
 from training import checkpoint, guard
 

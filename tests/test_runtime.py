@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, run
+from support.scripts import TINY, run
 
 from system.compilation import compile_model
 from system.device import (

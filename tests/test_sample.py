@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from support.scripts import ROOT, run
 
 import models
 from generation import quantize

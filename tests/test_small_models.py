@@ -131,7 +131,7 @@ def test_counting_anew_forgets_and_counting_in_parts_is_counting(monkeypatch):
     model.fit([(rows, rows)])
     model.fit([(rows[:, :-1], rows[:, 1:])])
     whole = model.lm_head.keys, model.lm_head.sums
-    monkeypatch.setattr(ngrams, 'AT_ONCE', 50)  # two rows, then two more, …
+    monkeypatch.setattr(ngrams, 'MAX_PENDING', 50)  # two rows, then two more, …
     model.fit([(row[None, :-1], row[None, 1:]) for row in rows])
     assert all(map(torch.equal, whole, (model.lm_head.keys, model.lm_head.sums)))
 
@@ -466,11 +466,11 @@ def test_initialisations(init, std):
         ('trigram', dict(k=math.nan), 'k=nan must be above 0'),
         ('bigram', dict(table='count'), "table='count' is unknown"),
         ('trigram', dict(rank=4), 'rank=4'),
-        ('bigram', dict(table='learned'), 'take --rank=64'),
+        ('bigram', dict(table='learned'), 'use --rank=64'),
         ('trigram', dict(table='learned', vocab_size=1000), '--rank=64'),
         ('trigram', dict(vocab_size=10**7), 'too large to count 3'),
         ('mlp', dict(context=0), 'context=0'),
-        ('mlp', dict(batchnorm='layer'), "take ema or precise or frozen or batch"),
+        ('mlp', dict(batchnorm='layer'), "use ema, precise, frozen or batch"),
         ('mlp', dict(init='zero'), 'or xavier'),
         ('wavenet', dict(form='tree'), 'gated or hierarchical'),
         ('wavenet', dict(kernel=1), 'kernel=1'),
@@ -479,7 +479,7 @@ def test_initialisations(init, std):
         (
             'wavenet',
             dict(form='hierarchical', n_stack=2),
-            'form=hierarchical has no n_stack: leave out n_stack=2',
+            'form=hierarchical has no n_stack: omit n_stack=2',
         ),
         ('wavenet', dict(form='hierarchical', dropout=0.1), 'has no dropout'),
         ('wavenet', dict(dropout=1.0), 'dropout=1.0'),

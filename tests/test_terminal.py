@@ -9,9 +9,9 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import forked
 import pytest
-from conftest import ROOT, TINY, run
+from support import forked
+from support.scripts import ROOT, TINY, run
 
 from system import errors
 from text import prompts

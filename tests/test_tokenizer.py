@@ -4,20 +4,19 @@ what a lossy kind loses is not counted."""
 
 import base64
 import functools
-import http.server
 import io
 import json
 import math
 import random
 import runpy
 import sys
-import threading
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.scripts import ROOT
+from support.servers import COMMIT, Hub
 
 import models
 from generation.decode import TextStream
@@ -499,49 +498,20 @@ def test_without_the_package(monkeypatch, package, description):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A server that answers for the files in tmp_path/served as the Hub does; everything is of the
-    commit 'c0ffee…'."""
-
-    class Answer(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            repo, _, rest = self.path.lstrip('/').partition('/resolve/')
-            file = tmp_path / 'served' / repo / rest.partition('/')[2]
-            gated, found = repo.startswith('closed'), file.is_file()
-            self.send_response(403 if gated else 200 if found else 404)
-            if gated or not found:
-                known = file.parent.is_dir() and not gated
-                self.send_header(
-                    'X-Error-Code',
-                    'GatedRepo' if gated else 'EntryNotFound' if known else 'RepoNotFound',
-                )
-            self.send_header('X-Repo-Commit', 'c0ffee' * 6 + 'beef')
-            self.send_header('ETag', f'"{file.name}"')
-            self.send_header('Content-Length', str(file.stat().st_size if found else 0))
-            self.end_headers()
-            return file.read_bytes() if found else b''
-
-        def do_GET(self):
-            self.wfile.write(self.do_HEAD())
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('NANOGPT_MIRROR', f'http://127.0.0.1:{server.server_port}')
-    constants = pytest.importorskip('huggingface_hub').constants
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    yield tmp_path / 'served'
-    server.shutdown()
-    server.server_close()
+    """The folder whose files a server answers for as the Hub does."""
+    with Hub(tmp_path / 'served') as server:
+        monkeypatch.setenv('NANOGPT_MIRROR', server.url)
+        constants = pytest.importorskip('huggingface_hub').constants
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+        yield server.models
 
 
 def test_a_models_tokenizer_on_the_hub(hub, capsys):
     hub.mkdir()
     bert = written(hub / 'bert-of-a-kind', make('as BERT'))
     assert vocabulary.open('bert-of-a-kind').describe() == make('as BERT').describe()
-    assert f"from the Hugging Face Hub, revision {'c0ffee' * 6}beef" in capsys.readouterr().out
+    assert f"from the Hugging Face Hub, revision {COMMIT}" in capsys.readouterr().out
     (hub / 'some').mkdir()
     written(hub / 'some' / 'llama', make('as Llama'))
     (hub / 'some' / 'llama' / 'tokenizer.json').unlink()

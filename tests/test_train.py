@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run, same
-from forked import learned, losses, metrics, train
+from support.forked import train
+from support.outcomes import learned, losses, metrics, same
+from support.scripts import ROOT, TINY, run
 
 from model import GPT, GPTConfig
 from training import checkpoint, pretrained

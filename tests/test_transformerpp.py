@@ -7,9 +7,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY, run, same
 from safetensors.torch import load_file, save_file
-from test_export import check, export, exported, saved
+from support.exporting import export, exported, saved
+from support.mistakes import check
+from support.outcomes import same
+from support.scripts import TINY, run
 
 from generation import quantize
 from generation.decode import Context
@@ -241,11 +243,11 @@ def test_the_context_may_grow():
         (dict(n_hidden=-1), 'n_hidden=-1'),
         (dict(rope_theta=0.0), 'rope_theta=0.0'),
         (dict(norm_eps=-1.0), 'norm_eps=-1.0'),
-        (dict(norm_place='behind'), 'take pre or post'),
+        (dict(norm_place='behind'), 'use pre or post'),
         (dict(dropout=1.0), 'dropout=1.0'),
         (dict(head_dim=3), 'head_dim=3'),
         (dict(head_dim=-2), 'head_dim=-2'),
-        (dict(attention_kind='mla', attention_bias=True), "attention_kind='mla' has none"),
+        (dict(attention_kind='mla', attention_bias=True), "attention_kind='mla' has no biases"),
         (
             dict(attention_kind='alibi', rope_scaling='linear'),
             "attention_kind='alibi' rotates nothing",
@@ -640,7 +642,7 @@ def test_where_rotations_are_said(transformers, tmp_path, change):
 
 
 def test_gpt_says_whose_a_llamas_folder_is(tmp_path):
-    with pytest.raises(ValueError, match='holds no GPT-2 but a transformerpp'):
+    with pytest.raises(ValueError, match='holds a transformerpp, not a GPT-2'):
         GPT.from_pretrained(exported(tmp_path, shaken()))
 
 

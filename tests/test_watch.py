@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run, same
+from support.outcomes import same
+from support.scripts import ROOT, TINY, run
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ from model import LanguageModel
 from models.parts import layers
 from training import watch
 from training.metrics import Metrics
-from training.watch import Watch, look
+from training.watch import Watch, activation_stats
 
 GPT = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=50, dropout=0.1, bias=True)
 IDX = np.random.default_rng(0).integers(0, 50, (8, 16))
@@ -57,7 +58,8 @@ def train(
                 model(torch.as_tensor(IDX), torch.as_tensor(np.roll(IDX, 1 + step + micro)))[1] / 2
             ).backward()
         watcher.before_step(step % log_interval == 0)
-        norm = watcher.count(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        watcher.count_clipped(norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.after_step()
@@ -126,7 +128,7 @@ def test_planted_dead_units_are_found(f, name, planted, is_flat, is_last):
         model.c_fc.bias[[1, 5, 6]] = planted
         model.c_fc.bias[7] = -planted  # at the other end a ReLU is not flat, a tanh is
     dead = 4 / 12 if 'tanh' in name or 'sigmoid' in name else 3 / 12
-    ((found, (share, saturated, values)),) = look(
+    ((found, (share, saturated, values)),) = activation_stats(
         model, torch.as_tensor(IDX[:, :15]), nullcontext()
     ).items()
     assert found == name and share.item() == pytest.approx(dead)
@@ -157,7 +159,7 @@ def test_the_steps_of_a_recurrence_are_examples_of_the_same_units():
             [torch.tanh(99 * x[:, t].abs().clamp(min=1) * (t % 2)) for t in range(x.size(1))], 1
         )
 
-    ((name, (dead, saturated, _)),) = look(
+    ((name, (dead, saturated, _)),) = activation_stats(
         Layer(f), torch.as_tensor(IDX[:, :15]), nullcontext()
     ).items()
     assert (name, dead.item(), saturated.item()) == ('tanh', 0, pytest.approx(7 / 15))
@@ -199,9 +201,9 @@ def test_clipped_steps_are_counted_between_the_logged_ones_and_after_a_resume(tm
     norms = [3.0, 0.5, 2.0, 1.0, float('inf'), float('nan'), 1.5]
     model = build()
     watcher = train(model, tmp_path, 0)
-    assert [watcher.count(torch.tensor(norm)).item() for norm in norms][:4] == norms[:4] and int(
-        watcher.clipped
-    ) == 3
+    for norm in norms:
+        watcher.count_clipped(torch.tensor(norm))
+    assert int(watcher.clipped) == 3
     for out_dir, grad_clip, clipped in (
         (tmp_path / 'all', 1e-6, [1, 3, 5, 7]),
         (tmp_path / 'none', 1e6, [0, 0, 0, 0]),
@@ -238,7 +240,7 @@ def test_weights_buffers_gradients_and_random_numbers_are_the_same(tmp_path, nam
             model._compiled_call_impl = lambda *_: pytest.fail(
                 "the compiled model was called for a look"
             )
-            look(model, watcher.idx, nullcontext())
+            activation_stats(model, watcher.idx, nullcontext())
             watcher.draw(3)
         ends.append((model.state_dict(), torch.get_rng_state(), model.training))
     assert same(*ends) and not any(
@@ -349,7 +351,7 @@ def test_what_there_is_no_number_for_is_null_and_the_page_is_drawn(tmp_path, tro
 def test_a_counted_model_has_nothing_to_watch(tmp_path, capsys):
     model = build('bigram')
     watcher = Watch(True, model, tmp_path, 1.0, nullcontext(), DATA)
-    assert capsys.readouterr().out.count('\n') == 1 and not watcher.on
+    assert capsys.readouterr().out.count('\n') == 1 and not watcher.is_on
     assert watcher.draw(0) == {} and not [*tmp_path.iterdir()]
 
 

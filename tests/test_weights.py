@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from support.scripts import run
 from torch import nn
 
 import models

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from support.scripts import ROOT
 from support.zoo import ZOO, T, V, batch, new, prepared
 from torch.nn import functional as F
 

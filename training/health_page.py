@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 RED = '#c23b22'
-# left, bottom, width, height: fixed, because matplotlib takes seconds to work a layout out
+# left, bottom, width, height: fixed, because matplotlib takes seconds to compute a layout
 PANELS = {
     'update': (0.04, 0.76, 0.23, 0.18),
     'norm': (0.04, 0.525, 0.23, 0.18),
@@ -16,25 +16,34 @@ PANELS = {
     'activations': (0.45, 0.29, 0.2, 0.65),
     'gradients': (0.79, 0.29, 0.2, 0.65),
 }
+STYLE = {
+    'font.size': 10,
+    'axes.grid': True,
+    'grid.color': '#e4e4e4',
+    'axes.spines.top': False,
+    'axes.axisbelow': True,
+    'axes.spines.right': False,
+    'axes.titlelocation': 'left',
+    'axes.titlesize': 11,
+}
+LABEL_HEIGHT = 0.085  # of a line's name at its end, as a share of the panel's height
 
 
 def draw(title, history, samples, matrices, grad_clip):
-    """The figure: `history` are lines of metrics.jsonl, samples {activations/… or gradients/…:
-    values}."""
+    """The page as a matplotlib figure.
+
+    history: records of metrics.jsonl with what watch.py adds. samples: {activations/NAME or
+    gradients/NAME: array of values}, for the histograms. matrices: names of parameters that have
+    more than one dimension. grad_clip: the longest gradient, or 0.
+    """
     import matplotlib
     import matplotlib.figure  # without pyplot, which would look for a display
 
-    style = {
-        'font.size': 10,
-        'axes.grid': True,
-        'grid.color': '#e4e4e4',
-        'axes.spines.top': False,
-        'axes.axisbelow': True,
-        'axes.spines.right': False,
-        'axes.titlelocation': 'left',
-        'axes.titlesize': 11,
-    }
-    with matplotlib.rc_context(style):
+    activations = _of_kind(samples, 'activations')
+    gradients = _of_kind(samples, 'gradients')
+    gradients = {name: values for name, values in gradients.items() if name in matrices}
+
+    with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(20, 13), dpi=100)
         figure.text(
             0.04,
@@ -43,193 +52,243 @@ def draw(title, history, samples, matrices, grad_clip):
             fontsize=13,
             parse_math=False,
         )
-        at = {name: figure.add_axes(place) for name, place in PANELS.items()}
-        _lines(at['update'], history, 'update_ratio', matrices)
-        at['update'].axhline(-3, color=RED, lw=1.2, ls='--')
-        at['update'].set_title("size of updates, log10(std(change) / std(matrix)): -3 is healthy")
-        _lines(at['norm'], history, 'grad_norm')
-        at['norm'].set(yscale='log', title="length of the gradient, by layer")
-        _lines(at['dead'], history, 'saturated', lw=0.8, ls=':')
-        _lines(at['dead'], history, 'dead')
-        at['dead'].set(
+        panels = {name: figure.add_axes(place) for name, place in PANELS.items()}
+
+        _lines(panels['update'], history, 'update_ratio', matrices)
+        panels['update'].axhline(-3, color=RED, lw=1.2, ls='--')
+        panels['update'].set_title(
+            "size of updates, log10(std(change) / std(matrix)): -3 is healthy"
+        )
+
+        _lines(panels['norm'], history, 'grad_norm')
+        panels['norm'].set(yscale='log', title="length of the gradient, by layer")
+
+        _lines(panels['dead'], history, 'saturated', lw=0.8, ls=':')
+        _lines(panels['dead'], history, 'dead')
+        panels['dead'].set(
             ylim=(-0.02, 1.02),
             title="share of dead units (flat for all examples); dotted: of flat activations",
         )
-        _clipping(at['clip'], history, grad_clip)
-        _shares(at['shares'], history, grad_clip)
-        for kind in ('activations', 'gradients'):
-            found = {
-                name.split('/', 1)[1]: values
-                for name, values in samples.items()
-                if name.startswith(kind)
-            }
-            _ridges(
-                at[kind],
-                {
-                    name: values
-                    for name, values in found.items()
-                    if kind[0] == 'a' or name in matrices
-                },
-                kind,
-            )
+
+        _clipping(panels['clip'], history, grad_clip)
+        _shares(panels['shares'], history, grad_clip)
+        _activations(panels['activations'], activations)
+        _gradients(panels['gradients'], gradients)
         for key in ('update', 'norm', 'dead'):
-            _name_ends(at[key])
+            _name_ends(panels[key])
     return figure
 
 
+def _of_kind(samples, kind):
+    """{name: values} of the samples called KIND/NAME."""
+    prefix = f'{kind}/'
+    return {
+        name.removeprefix(prefix): values
+        for name, values in samples.items()
+        if name.startswith(prefix)
+    }
+
+
 def _colours(n):
+    """n colours from dark to light."""
     import matplotlib
 
     return matplotlib.colormaps['viridis'](np.linspace(0, 0.82, max(1, n)))
 
 
+# ---- values over steps ---------------------------------------------------------------------------
+
+
 def _series(history, key):
-    """(steps, values) of what has been logged as `key`; smoothed a little where there are many."""
-    values = np.array([line.get(key, math.nan) for line in history], float)
-    good, near = np.isfinite(values), np.ones(1 + 2 * (len(values) // 200))
-    with np.errstate(invalid='ignore'):  # 0 / 0 where nothing near was finite
-        means = np.convolve(np.where(good, values, 0), near, 'same') / np.convolve(
-            good, near, 'same'
-        )
-    return np.array([line['iter'] for line in history]), means
+    """(steps, values) of what was logged as `key`, smoothed a little where there are many.
+
+    Each value becomes the mean of the finite ones near it.
+    """
+    steps = np.array([record['iter'] for record in history])
+    values = np.array([record.get(key, math.nan) for record in history], float)
+    is_finite = np.isfinite(values)
+    window = np.ones(1 + 2 * (len(values) // 200))
+    sums = np.convolve(np.where(is_finite, values, 0), window, 'same')
+    counts = np.convolve(is_finite, window, 'same')
+    with np.errstate(invalid='ignore'):  # 0 / 0 where nothing near is finite
+        return steps, sums / counts
+
+
+def _names(history, key):
+    """The names NAME of what was logged as KEY/NAME, in the order in which they appear."""
+    prefix = f'{key}/'
+    names = {}  # a dict keeps the order
+    for record in history:
+        for logged in record:
+            if logged.startswith(prefix):
+                names[logged.removeprefix(prefix)] = None
+    return list(names)
 
 
 def _lines(axes, history, key, names=None, **style):
-    """A line for each KEY/NAME, coloured by depth."""
-    names = names or list(
-        dict.fromkeys(
-            k.split('/', 1)[1] for line in history for k in line if k.startswith(f'{key}/')
-        )
-    )
+    """A line for each KEY/NAME, coloured by depth; names: which, or None for all."""
+    if not names:
+        names = _names(history, key)
+    width = 1.6 if len(names) < 12 else 1.0
+    marker = 'o' if len(history) < 3 else ''
+    style = dict(lw=width, marker=marker, ms=4) | style
     for name, colour in zip(names, _colours(len(names))):
-        style = (
-            dict(lw=1.6 if len(names) < 12 else 1.0, marker='o' if len(history) < 3 else '', ms=4)
-            | style
-        )
-        axes.plot(
-            *_series(history, f'{key}/{name}'),
-            color=colour,
-            label=name if key != 'saturated' else '_',
-            **style,
-        )
+        steps, values = _series(history, f'{key}/{name}')
+        label = name
+        if key == 'saturated':  # dotted, and named by the line of the dead units
+            label = '_'
+        axes.plot(steps, values, color=colour, label=label, **style)
     if not names and key == 'dead':
-        axes.text(0.5, 0.5, "no nonlinearity was seen", transform=axes.transAxes, ha='center')
+        _say(axes, "there is no nonlinearity")
     axes.margins(x=0.01)
+
+
+def _say(axes, text):
+    """Text in the middle of a panel."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha='center')
 
 
 def _name_ends(axes, most=8):
-    """Name a few lines at their right end, the highest and the lowest where there are many; no two
-    in one place."""
-    ends = [
-        (line.get_ydata(), line.get_label(), line.get_color())
-        for line in axes.lines
-        if line.get_label()[0] != '_'
-    ]
-    ends = [
-        (values[np.isfinite(values)][-1], *rest)
-        for values, *rest in ends
-        if np.isfinite(values).any()
-    ]
-    ends = sorted(ends, key=lambda end: end[0])
+    """Name lines at their right end without overlap; of more than `most` the highest and lowest."""
+    ends = []  # (last finite value, name, colour)
+    for line in axes.lines:
+        if line.get_label().startswith('_'):  # without a name
+            continue
+        values = line.get_ydata()
+        values = values[np.isfinite(values)]
+        if len(values):
+            ends.append((values[-1], line.get_label(), line.get_color()))
+    ends.sort(key=lambda end: end[0])
     if len(ends) > most:
         ends = ends[: most // 2] + ends[-most // 2 :]
-    axes.get_ylim()  # works the limits out
-    up = -math.inf
+
+    axes.get_ylim()  # computes the limits, which the transforms need
+    height = -math.inf  # of the name below
     for i, (value, name, colour) in enumerate(ends):
         place = axes.transAxes.inverted().transform(axes.transData.transform((0, value)))[1]
-        up = max(min(place, 1 - 0.085 * (len(ends) - 1 - i)), up + 0.085)
-        axes.text(1.01, up, name, transform=axes.transAxes, color=colour, va='center', fontsize=9)
+        # low enough to leave room for the names above, and above the one below
+        highest = 1 - LABEL_HEIGHT * (len(ends) - 1 - i)
+        height = max(min(place, highest), height + LABEL_HEIGHT)
+        axes.text(
+            1.01, height, name, transform=axes.transAxes, color=colour, va='center', fontsize=9
+        )
+
+
+# ---- clipping ------------------------------------------------------------------------------------
 
 
 def _clipping(axes, history, grad_clip):
-    """The length of the gradient, and how many steps it was too long in."""
-    axes.plot(*_series(history, 'grad_norm'), color='#1f5fa8', lw=1.2)
+    """The length of the gradient, and in how many steps it was longer than grad_clip."""
+    steps, norms = _series(history, 'grad_norm')
+    axes.plot(steps, norms, color='#1f5fa8', lw=1.2)
     axes.set(
         yscale='log',
         xlabel='step',
-        title="length of the gradient, which is never cut (grad_clip=0)",
+        title="length of the gradient, which is never clipped (grad_clip=0)",
     )
     axes.margins(x=0.01)
-    counted = [line for line in history if 'clipped' in line]
+    counted = [record for record in history if 'clipped' in record]
     if not grad_clip or not counted:
         return
+
     axes.axhline(grad_clip, color=RED, lw=1.2, ls='--')
     right = axes.twinx()
-    steps = [line['iter'] - counted[0]['iter'] + 1 for line in counted]
-    right.fill_between(
-        [line['iter'] for line in counted],
-        [line['clipped'] / n for line, n in zip(counted, steps)],
-        color=RED,
-        alpha=0.12,
-        lw=0,
-    )
+    steps = [record['iter'] for record in counted]
+    counts = [step - steps[0] + 1 for step in steps]
+    shares = [record['clipped'] / n for record, n in zip(counted, counts)]
+    right.fill_between(steps, shares, color=RED, alpha=0.12, lw=0)
     right.set(ylim=(0, 1), yticks=[0, 0.5, 1], yticklabels=['0', '50 %', '100 %'])
     right.grid(False)
     axes.set_title(
-        f"gradient longer than {grad_clip:g} in {counted[-1]['clipped']} of {steps[-1]} steps (red: share)"
+        f"gradient longer than {grad_clip:g} in {counted[-1]['clipped']} of {counts[-1]} steps "
+        "(red: share)"
     )
 
 
 def _shares(axes, history, grad_clip):
-    """Whose gradient it is that is cut."""
-    cut = [line for line in history if 0 < grad_clip < line['grad_norm'] < math.inf]
-    lines = cut or [line for line in history if 0 < line['grad_norm'] < math.inf]
-    layers = [key for key in (lines[-1] if lines else {}) if key.startswith('grad_norm/')]
-    shares = [
-        np.nanmean([(line.get(key, math.nan) / line['grad_norm']) ** 2 for line in lines])
-        for key in layers
-    ]
+    """Which layers the clipped gradients are from, or all gradients where none was clipped."""
+    records = [record for record in history if 0 < grad_clip < record['grad_norm'] < math.inf]
+    which = " that were clipped"
+    if not records:
+        records = [record for record in history if 0 < record['grad_norm'] < math.inf]
+        which = "; none was clipped"
+
+    layers = _names(records[-1:], 'grad_norm')
+    shares = []
+    for layer in layers:
+        norms = [record.get(f'grad_norm/{layer}', math.nan) for record in records]
+        squares = [(norm / record['grad_norm']) ** 2 for norm, record in zip(norms, records)]
+        shares.append(np.nanmean(squares))
     axes.bar(range(len(layers)), shares, color=_colours(len(layers)), width=0.75)
     axes.set_xticks(
         range(len(layers)),
-        [key.split('/', 1)[1] for key in layers],
+        layers,
         rotation=90 if len(layers) > 14 else 0,
         fontsize=9 if len(layers) < 40 else 6,
     )
     axes.grid(False, axis='x')
     axes.set_title(
-        f"share of the gradient's square, by layer: mean of {len(lines)} logged steps"
-        + (" that were cut" if cut else "; none was cut")
+        f"share of the gradient's square, by layer: mean of {len(records)} logged steps{which}"
     )
 
 
-def _ridges(axes, samples, kind):
-    """A histogram in each row, the input's on top: of activations, or of how large gradients
-    are."""
-    names = {
-        name: f"{name}   {values.mean():.2g} ± {values.std():.2g}"
-        for name, values in samples.items()
-    }
-    if kind == 'gradients':
-        samples = {name: np.log10(np.abs(values[values != 0])) for name, values in samples.items()}
-        samples = {name: values for name, values in samples.items() if len(values)}
-    axes.set_title("activations" if kind == 'activations' else "gradients: log10 of their sizes")
+# ---- histograms ----------------------------------------------------------------------------------
+
+
+def _activations(axes, samples):
+    """The histograms of activations."""
+    axes.set_title("activations")
+    _ridges(axes, samples, {name: _described(name, values) for name, values in samples.items()})
+
+
+def _gradients(axes, samples):
+    """The histograms of how large gradients are, on a logarithmic scale."""
+    axes.set_title("gradients: log10 of their sizes")
+    labels = {name: _described(name, values) for name, values in samples.items()}
+    sizes = {}
+    for name, values in samples.items():
+        values = values[values != 0]
+        if len(values):
+            sizes[name] = np.log10(np.abs(values))
+    _ridges(axes, sizes, labels)
+
+
+def _described(name, values):
+    return f"{name}   {values.mean():.2g} ± {values.std():.2g}"
+
+
+def _ridges(axes, samples, labels):
+    """A histogram of each of the samples {name: values} in a row, the first on top."""
     axes.text(-0.02, 1.02, "mean ± standard deviation", transform=axes.transAxes, ha='right')
     axes.set_yticks([])
     if not samples:
-        axes.text(0.5, 0.5, "none was seen", transform=axes.transAxes, ha='center')
+        _say(axes, "there are none")
         return
+
     spans = np.array([np.percentile(values, (0.1, 99.9)) for values in samples.values()])
-    low, high = spans[:, 0].min(), spans[:, 1].max()
+    low = spans[:, 0].min()
+    high = spans[:, 1].max()
     edges = np.linspace(low, high + (high - low or 1) * 1e-6, 61)
-    middles, n = (edges[1:] + edges[:-1]) / 2, len(samples)
+    middles = (edges[1:] + edges[:-1]) / 2
+    n = len(samples)
     for row, (values, colour) in enumerate(zip(samples.values(), _colours(n))):
-        # the root: tails stay visible
-        counts = np.sqrt(np.histogram(values, edges)[0] / len(values))
+        # the square root: tails stay visible
+        heights = np.sqrt(np.histogram(values, edges)[0] / len(values))
         axes.fill_between(
             middles,
             -row,
-            -row + 0.95 * counts / max(counts.max(), 1e-9),
+            -row + 0.95 * heights / max(heights.max(), 1e-9),
             color=colour,
             alpha=0.85,
             lw=0,
             zorder=row + 2,
         )
+
+    # Of more than 60 rows only some are named.
+    names = list(samples)
     rows = range(0, n, -(-n // 60))
     axes.set_yticks(
-        [-row for row in rows],
-        [names[list(samples)[row]] for row in rows],
-        fontsize=9 if n < 40 else 7,
+        [-row for row in rows], [labels[names[row]] for row in rows], fontsize=9 if n < 40 else 7
     )
     axes.set_ylim(1 - 1.02 * n, 1.05)
     axes.grid(False, axis='y')

@@ -1,26 +1,31 @@
 """Network health while training (train.py --watch=True): dead units, gradients, the size of
 updates, clipped steps.
 
-At each logged step, into metrics.jsonl and to the loggers:
-    update_ratio/PARAMETER   log10(std(what the step changed) / std(the parameter)); about -3 is healthy, -1 too fast
-    grad_norm/LAYER          length of the layer's gradient before clipping
-    dead/ACTIVATION          share of units where the nonlinearity is flat for all examples: they learn nothing
-    saturated/ACTIVATION     share of single activations where it is
-    clipped                  steps so far whose gradient was longer than grad_clip
-and without the slash the whole model: the median of matrices, the means over activations. At each
-evaluation also the page health.png, and histograms of activations and gradients: a line in
-health.jsonl, and to the loggers.
+At each logged step it adds to the record in metrics.jsonl and the loggers:
 
-Activations are looked at from outside, with one batch in eval mode, under the operators of the
-forward pass: so no model needs a word for it, compiled, distributed and recomputed ones included,
-and neither weights, buffers nor random numbers know that somebody looks. Idea of the pages: A.
-Karpathy's lectures "Neural Networks: Zero to Hero", part 4.
+    update_ratio/PARAMETER   log10(std(the step's change) / std(the parameter)): about -3 is
+                             healthy, -1 too fast
+    grad_norm/LAYER          length of the layer's gradient before clipping
+    dead/ACTIVATION          share of units where the nonlinearity is flat for all examples: they
+                             learn nothing
+    saturated/ACTIVATION     share of single activations where it is flat
+    clipped                  steps so far whose gradient was longer than grad_clip
+
+and the same without the slash for the whole model: the median over matrices, the mean over
+activations. At each evaluation it draws health.png, and writes histograms of activations and
+gradients to health.jsonl and the loggers.
+
+Activations are recorded below the model, where torch dispatches the operators of a forward pass
+with one batch in eval mode. So no model needs code for it, also if it is compiled, distributed or
+recomputed, and weights, buffers and random numbers stay as they are. The pages follow A. Karpathy's
+lectures "Neural Networks: Zero to Hero", part 4.
 """
 
 import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from system import files
 from training import health_page
 
-EXAMPLES = 512  # tokens to look at activations with: enough to tell a dead unit from a rare one
+EXAMPLES = 512  # tokens per look at activations: enough to tell a dead unit from a rare one
 SAMPLE = 10_000  # values of each tensor that go into its histogram
-POINTS = 2000  # logged steps that the page keeps; above that every second one is left out
+POINTS = 2000  # logged steps that the page keeps; above that every second one is dropped
 
-# Where a nonlinearity y = f(x) is flat, so that hardly any gradient comes through.
+# Where a nonlinearity y = f(x) is flat, so that hardly any gradient passes.
 FLAT = {
     'relu': lambda x, y: y == 0,
     'tanh': lambda x, y: y.abs() > 0.97,
@@ -44,231 +49,309 @@ FLAT = {
 
 
 class Watch:
-    """What train.py asks at each step. With `on` false every method does nothing.
+    """Observes a model as train.py trains it; with `is_on` false every method does nothing.
 
-    ctx: the forward pass's autocast; data: a dataset.Dataset, with whose first training batch
-    activations are looked at. What the run has logged in out_dir before, if it is resumed, is gone
-    on with; clipped: its count so far. Raises ValueError.
+    out_dir: where it writes, and reads what a resumed run has logged before. ctx: the forward
+    pass's autocast. data: a dataset.Dataset, whose first training batch shows the activations.
+    clipped: the count of clipped steps of a resumed run. Raises ValueError without matplotlib.
     """
 
-    def __init__(self, on, model, out_dir, grad_clip, ctx, data, clipped=0):
+    def __init__(self, is_on, model, out_dir, grad_clip, ctx, data, clipped=0):
         self.clipped = clipped
-        self.on = on and not model.fit and any(p.requires_grad for p in model.parameters())
-        if not self.on:
-            if on:
-                print("watch: this model is counted, there are no gradients to watch", flush=True)
+        has_gradients = not model.fit and any(p.requires_grad for p in model.parameters())
+        self.is_on = is_on and has_gradients
+        if is_on and not has_gradients:
+            print("watch: this model is counted, it has no gradients to watch", flush=True)
+        if not self.is_on:
             return
         if not importlib.util.find_spec('matplotlib'):
             raise ValueError("watch=True draws its page with matplotlib: pip install matplotlib")
-        self.model, self.folder, self.grad_clip, self.ctx = model, Path(out_dir), grad_clip, ctx
-        self.parameters = {
-            name: p for name, p in zip(_short_names(model), model.parameters()) if p.requires_grad
-        }
-        self.matrices = [name for name, p in self.parameters.items() if p.dim() > 1] or list(
-            self.parameters
-        )
+
+        self.model = model
+        self.folder = Path(out_dir)
+        self.grad_clip = grad_clip
+        self.ctx = ctx
+        self.parameters = {}
+        for name, p in zip(_short_names(model), model.parameters()):
+            if p.requires_grad:
+                self.parameters[name] = p
+        self.matrices = [name for name, p in self.parameters.items() if p.dim() > 1]
+        if not self.matrices:
+            self.matrices = list(self.parameters)
+
         self.idx = self._examples(data.train_batch(0, 0)[0])
-        self.history, self.samples = [], {}
-        for line in _read(self.folder / 'metrics.jsonl'):
-            if 'update_ratio' in line:
-                self._remember(line)
+        self.samples = {}  # {gradients/… or activations/…: values of the last logged step}
+        self.history = []  # records of logged steps
+        for record in _read(self.folder / 'metrics.jsonl'):
+            if 'update_ratio' in record:
+                self._remember(record)
 
     def _examples(self, idx):
-        """Of idx (B, T) as many rows as EXAMPLES allows, and a T that is no width of the model: so
-        dimensions differ."""
-        widths = {n for p in self.parameters.values() for n in p.shape}
-        T = next((T for T in range(idx.shape[1], 0, -1) if T not in widths), idx.shape[1])
-        return torch.tensor(
-            idx[: max(1, EXAMPLES // T), :T], device=next(self.model.parameters()).device
-        )
+        """The part of idx (B, T) to look at activations with, on the model's device.
 
-    def _remember(self, line):
-        self.history.append({k: math.nan if v is None else v for k, v in line.items()})
+        It has at most EXAMPLES tokens, and a T that differs from every width of the model, so that
+        the recorder can tell a tensor's dimensions apart.
+        """
+        widths = set()
+        for p in self.parameters.values():
+            widths.update(p.shape)
+        T = idx.shape[1]
+        while T > 0 and T in widths:
+            T -= 1
+        if T == 0:
+            T = idx.shape[1]
+        rows = max(1, EXAMPLES // T)
+        return torch.tensor(idx[:rows, :T], device=next(self.model.parameters()).device)
+
+    def _remember(self, record):
+        self.history.append(
+            {key: math.nan if value is None else value for key, value in record.items()}
+        )
         if len(self.history) > POINTS:
             del self.history[1::2]
 
     def before_step(self, is_logged):
-        """Keep the parameters and what there is to know of the gradients, once these are whole,
-        before clipping."""
-        if not self.on or not is_logged:
+        """Keep the parameters, and measure the gradients, which are whole and not yet clipped."""
+        if not self.is_on or not is_logged:
             return
         self.before = [p.detach().clone() for p in self.parameters.values()]
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(grads.values()))).tolist()
-        layers = {}
+        squares = {}  # of each layer's gradient
         for name, norm in zip(grads, norms):
-            layers[_layer(name)] = layers.get(_layer(name), 0.0) + norm * norm
-        self.norms = {layer: math.sqrt(square) for layer, square in layers.items()}
-        self.samples |= {f'gradients/{name}': _sample(grad) for name, grad in grads.items()}
+            layer = _layer(name)
+            squares[layer] = squares.get(layer, 0.0) + norm * norm
+        self.norms = {layer: math.sqrt(square) for layer, square in squares.items()}
+        for name, grad in grads.items():
+            self.samples[f'gradients/{name}'] = _sample(grad)
 
-    def count(self, grad_norm):
-        """Count a step whose gradient was so long; returns that. Without waiting for the device."""
-        if self.on and self.grad_clip:
-            self.clipped = self.clipped + ((grad_norm > self.grad_clip) & (grad_norm < math.inf))
-        return grad_norm
+    def count_clipped(self, grad_norm):
+        """Count a step that is clipped, by its gradient's length (a 0-dimensional tensor).
+
+        It does not wait for the device: `clipped` is a tensor then.
+        """
+        if self.is_on and self.grad_clip:
+            is_clipped = (grad_norm > self.grad_clip) & (grad_norm < math.inf)
+            self.clipped = self.clipped + is_clipped
 
     @torch.no_grad()
-    def after_step(self, line):
-        """What the optimizer did, and the activations after it, to go into this step's `line` of
-        the log."""
-        if not self.on:
+    def after_step(self, record):
+        """What the optimizer did and the activations after it: {key: number}, to be logged.
+
+        record: the step's record so far, with iter and grad_norm.
+        """
+        if not self.is_on:
             return {}
-        ratios = [
-            (p.float() - old.float()).std(correction=0) / old.float().std(correction=0)
-            for p, old in zip(self.parameters.values(), self.before)
-        ]
+        ratios = []
+        for p, before in zip(self.parameters.values(), self.before):
+            change = p.float() - before.float()
+            ratios.append(change.std(correction=0) / before.float().std(correction=0))
         ratios = dict(zip(self.parameters, torch.stack(ratios).log10().tolist()))
         del self.before
-        health = {'update_ratio': _middle([ratios[name] for name in self.matrices])}
+
+        health = {'update_ratio': _median([ratios[name] for name in self.matrices])}
         health |= {f'update_ratio/{name}': ratio for name, ratio in ratios.items()}
         health |= {f'grad_norm/{layer}': norm for layer, norm in self.norms.items()}
         if self.grad_clip:
-            health['clipped'] = self.clipped = int(self.clipped)
-        seen = look(self.model, self.idx, self.ctx)
-        for i, key in enumerate(('dead', 'saturated')):
-            if seen:
-                shares = dict(
-                    zip(seen, torch.stack([found[i] for found in seen.values()]).tolist())
-                )
-                health |= {key: sum(shares.values()) / len(shares)} | {
-                    f'{key}/{name}': v for name, v in shares.items()
-                }
-        self.samples |= {f'activations/{name}': values for name, (_, _, values) in seen.items()}
-        health = {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in health.items()}
-        self._remember(
-            {k: v if math.isfinite(v) else None for k, v in health.items()}
-            | {k: line[k] for k in ('iter', 'grad_norm')}
-        )
+            self.clipped = int(self.clipped)
+            health['clipped'] = self.clipped
+
+        stats = activation_stats(self.model, self.idx, self.ctx)
+        if stats:
+            for key in ('dead', 'saturated'):
+                shares = torch.stack([getattr(one, key) for one in stats.values()]).tolist()
+                health[key] = sum(shares) / len(shares)
+                health |= {f'{key}/{name}': share for name, share in zip(stats, shares)}
+        for name, one in stats.items():
+            self.samples[f'activations/{name}'] = one.values
+
+        for key, value in health.items():
+            if isinstance(value, float):
+                health[key] = float(f'{value:.4g}')
+        finite = {key: value if math.isfinite(value) else None for key, value in health.items()}
+        self._remember(finite | {'iter': record['iter'], 'grad_norm': record['grad_norm']})
         return health
 
     def draw(self, step):
-        """Draw health.png and add a line to health.jsonl; returns {name: values} of what the
-        histograms are of."""
-        if not self.on or not self.samples:
+        """Draw health.png, and add the histograms of `step` to health.jsonl.
+
+        Returns {gradients/… or activations/…: array of the values in the histogram}.
+        """
+        if not self.is_on or not self.samples:
             return {}
-        samples = {
-            name: values.float().cpu().numpy().astype(float)
-            for name, values in self.samples.items()
-        }
-        samples = {name: values[np.isfinite(values)] for name, values in samples.items()}
-        samples = {name: values for name, values in samples.items() if len(values)}
+        samples = {}
+        for name, tensor in self.samples.items():
+            values = tensor.float().cpu().numpy().astype(float)
+            values = values[np.isfinite(values)]
+            if len(values):
+                samples[name] = values
+
+        # Later lines are of a part of the run that was lost, before it was resumed.
         lines = [line for line in _read(self.folder / 'health.jsonl') if line['iter'] < step]
         lines.append(
             {'iter': step} | {name: _histogram(values) for name, values in samples.items()}
         )
         with files.replacing(self.folder / 'health.jsonl') as file:
             file.writelines(json.dumps(line).encode() + b'\n' for line in lines)
-        folder = self.folder.name.encode(errors='replace').decode()  # a name may be no text
-        title = f"{folder}: {type(self.model).__name__}, step {self.history[-1]['iter']}"
+
+        folder = self.folder.name.encode(errors='replace').decode()  # a name may not be text
+        figure = health_page.draw(
+            title=f"{folder}: {type(self.model).__name__}, step {self.history[-1]['iter']}",
+            history=self.history,
+            samples=samples,
+            matrices=self.matrices,
+            grad_clip=self.grad_clip,
+        )
         with files.replacing(self.folder / 'health.png') as file:
-            health_page.draw(title, self.history, samples, self.matrices, self.grad_clip).savefig(
-                file, format='png'
-            )
+            figure.savefig(file, format='png')
         return samples
 
 
 # ---- activations ---------------------------------------------------------------------------------
 
 
+class ActivationStats(NamedTuple):
+    """What one nonlinearity did, as tensors on the model's device."""
+
+    dead: torch.Tensor  # share of units that are flat for all examples
+    saturated: torch.Tensor  # share of activations that are flat
+    values: torch.Tensor  # some activations
+
+
 @torch.no_grad()
-def look(model, idx, ctx):
-    """{activation: (share of dead units, share of saturated activations, some values)} of idx (B,
-    T) in eval mode, in order. Tensors on the model's device."""
-    was_training, eyes = model.training, _Eyes(model, idx.size(1))
-    hooks = [
-        hook
-        for name, module in model.named_modules()
-        if name
-        for hook in (
-            module.register_forward_pre_hook(lambda *_, name=name: eyes.inside.append(name)),
-            module.register_forward_hook(lambda *_: eyes.inside.pop() and None),
-        )
-    ]
+def activation_stats(model, idx, ctx):
+    """{name: ActivationStats} of each nonlinearity in a forward pass of idx (B, T), in order.
+
+    The model runs in eval mode, under the context manager ctx (autocast).
+    """
+    was_training = model.training
+    recorder = _Recorder(model, idx.size(1))
+
+    def enter(name):
+        def hook(module, inputs):
+            recorder.modules.append(name)
+
+        return hook
+
+    def leave(module, inputs, output):
+        recorder.modules.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(enter(name)))
+            hooks.append(module.register_forward_hook(leave))
     try:
         model.eval()
-        with ctx, eyes:
+        with ctx, recorder:
             model.forward(idx, idx)  # not the compiled call
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return {
-        name: (dead.float().mean(), saturated, values)
-        for name, (dead, saturated, values) in eyes.found().items()
-    }
+    return recorder.stats()
 
 
-class _Eyes(TorchDispatchMode):
-    """Sees every operator of a forward pass, and notes those of FLAT, by the module that they are
-    in."""
+class _Recorder(TorchDispatchMode):
+    """Sees every operator of a forward pass, and records those of FLAT by the module that they are
+    in.
+
+    model: for the width of its logits. T: the length of the examples.
+    """
 
     def __init__(self, model, T):
         super().__init__()
-        self.V, self.T, self.inside, self.calls = model.config.vocab_size, T, [''], {}
+        self.V = model.config.vocab_size
+        self.T = T
+        self.modules = ['']  # the names of the modules being called, the innermost last
+        # {name: [(which units are dead, share of flat activations, some values) of each call]}
+        self.calls = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        op = func.overloadpacket.__name__
-        is_flat = FLAT.get(op.removesuffix('_'))
-        x = args[0].clone() if is_flat and op.endswith('_') else args[0] if args else None
+        name = func.overloadpacket.__name__
+        op = name.removesuffix('_')
+        is_flat = FLAT.get(op)
+        if is_flat is None:
+            return func(*args, **(kwargs or {}))
+        x = args[0]
+        if name.endswith('_'):  # in place
+            x = x.clone()
         y = func(*args, **(kwargs or {}))
-        if is_flat:
-            self.note(op.removesuffix('_'), y, is_flat(x, y))
+        self._record(op, y, is_flat(x, y))
         return y
 
-    def note(self, op, y, flat):
-        if y.dim() == 3 and y.size(-1) == self.T != y.size(1):  # (B, C, T), a convolution's
-            y, flat = y.mT, flat.mT
-        is_cap = self.inside == [''] and y.size(-1) == self.V  # of logits, which are no units
-        if y.dim() < 2 or y.size(-1) == self.T or is_cap:  # (…, T, T) are attention's scores
+    def _record(self, op, y, flat):
+        """Record the output y of an operator, and where it is flat; not if y has no units."""
+        if y.dim() == 3 and y.size(-1) == self.T != y.size(1):  # (B, C, T), of a convolution
+            y = y.mT
+            flat = flat.mT
+        if y.dim() < 2:
             return
-        name = _short(self.inside[-1].removesuffix(op).rstrip('.') + f'.{op}').lstrip('.')
+        is_attention = y.size(-1) == self.T  # scores (…, T, T)
+        is_logits = self.modules == [''] and y.size(-1) == self.V  # soft-capped, outside modules
+        if is_attention or is_logits:
+            return
+        module = self.modules[-1].removesuffix(op).rstrip('.')
+        name = _short(f'{module}.{op}').lstrip('.')
         flat = flat.flatten(0, -2)  # (examples, units)
-        self.calls.setdefault(name, []).append((flat.all(0), flat.float().mean(), _sample(y)))
+        call = flat.all(0), flat.float().mean(), _sample(y)
+        self.calls.setdefault(name, []).append(call)
 
-    def found(self):
-        """{name: (which units are dead, share of saturated activations, some values)}."""
-        found = {}
+    def stats(self):
+        """{name: ActivationStats}; calls of one module after the first get numbers."""
+        stats = {}
         for name, calls in self.calls.items():
             if len(calls) >= self.T > 1:  # a recurrence: the calls are examples of the same units
                 dead, saturated, values = zip(*calls)
                 calls = [(torch.stack(dead).all(0), torch.stack(saturated).mean(), values[-1])]
-            found |= {f'{name}_{i}' if i > 1 else name: call for i, call in enumerate(calls, 1)}
-        return found
+            for i, (dead, saturated, values) in enumerate(calls, 1):
+                numbered = name if i == 1 else f'{name}_{i}'
+                stats[numbered] = ActivationStats(dead.float().mean(), saturated, values)
+        return stats
 
 
-# ---- small things --------------------------------------------------------------------------------
+# ---- names and numbers ---------------------------------------------------------------------------
 
 
 def _short(name):
-    """A name without what all have."""
+    """A parameter's or module's name without the parts that all have."""
     return name.removeprefix('transformer.').removesuffix('.weight')
 
 
 def _short_names(model):
+    """The short names of the model's parameters, or the full ones where two would be the same."""
     names = [name for name, _ in model.named_parameters()]
     short = [_short(name) for name in names]
-    return short if len(set(short)) == len(names) else names
+    if len(set(short)) < len(names):
+        return names
+    return short
 
 
 def _layer(name):
-    """What a parameter is in: h.0 of h.0.attn.c_attn, ln_f of ln_f.bias."""
+    """The layer that a parameter belongs to: h.0 of h.0.attn.c_attn, ln_f of ln_f.bias."""
     parts = name.split('.')
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    return '.'.join(parts[: number + 1])
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return '.'.join(parts[: i + 1])
+    return parts[0]
 
 
-def _middle(values):
+def _median(values):
+    """The median of the finite values; NaN if there are none."""
     values = [value for value in values if math.isfinite(value)]
     return float(np.median(values)) if values else math.nan
 
 
 def _sample(tensor):
-    """Up to SAMPLE values of it, evenly spread; an odd stride, so that they are of all columns."""
+    """Up to SAMPLE values of a tensor, evenly spread."""
     flat = tensor.detach().flatten()
-    return flat[:: -(-len(flat) // SAMPLE) | 1].clone()
+    stride = -(-len(flat) // SAMPLE)
+    stride |= 1  # odd, so that the values are from all columns
+    return flat[::stride].clone()
 
 
 def _histogram(values, bins=40):
+    """The histogram of an array of values as plain types for JSON."""
     counts, edges = np.histogram(values, bins)
     return dict(
         mean=float(f'{values.mean():.4g}'),
@@ -280,10 +363,10 @@ def _histogram(values, bins=40):
 
 
 def _read(path):
-    """The records of a file of JSON lines, damaged ones left out."""
-    for line in (
-        path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else ()
-    ):
+    """The records in a file of JSON lines, without damaged ones."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

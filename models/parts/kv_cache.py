@@ -1,4 +1,7 @@
-"""What a model keeps of the tokens so far, and rows that hold several documents."""
+"""The cache of generation (KVCache), and rows that hold several documents (PackedDocuments).
+
+Shapes: B batch, T new tokens, L all tokens so far, H heads, D head size.
+"""
 
 import itertools
 
@@ -9,142 +12,155 @@ from models.parts import kernels
 
 
 class KVCache:
-    """What a model keeps of the tokens so far: their ids, and tensors per layer, such as keys and
-    values. With it, one token more costs one row of each product.
+    """The tokens so far: their ids, and tensors of each layer, such as keys and values.
 
-    Every row of the batch fills the columns up to `length`. Prompts of different lengths end in the
-    same column, so that the rows go on together; row b's tokens then begin at column first[b], and
-    before it everything is zero. shapes: for each layer the (H, D) of each tensor that it keeps,
-    (B, H, room, D); none for models that need only the ids. eot: see `same_document`.
+    With it, one more token costs one row of each product.
+
+    All rows of the batch fill the columns up to `length`. Prompts of different lengths end in the
+    same column, so that their rows continue together; row b then begins at column first[b], and
+    everything before it is zero.
+
+    room: columns there are, the longest `length`. shapes: for each layer the (H, D) of each tensor
+    (B, H, room, D) that it keeps; empty for models that need only the ids. eot: the token that
+    begins a document, within which attention stays; -1: no limit.
     """
 
     def __init__(self, B, room, shapes, device=None, dtype=None, eot=-1):
-        self.kept = [
-            [torch.zeros(B, H, room, D, device=device, dtype=dtype) for H, D in layer]
-            for layer in shapes
-        ]
+        self.kept = []  # the tensors of each layer
+        for layer in shapes:
+            tensors = [torch.zeros(B, H, room, D, device=device, dtype=dtype) for H, D in layer]
+            self.kept.append(tensors)
         self.ids = torch.full((B, room), -1, device=device)  # -1: before a row's first token
-        self.room, self.length, self.first, self.seen, self.eot = room, 0, None, None, eot
+        self.room = room
+        self.length = 0
+        self.first = None  # (B,), or None: all rows begin at column 0
+        self.mask = None  # of the newest tokens: (T, L) or (B, 1, T, L), or None: they see all
+        self.eot = eot
 
     def extend(self, idx):
-        """Make room for idx (B, T), the next tokens of each row. Returns their places: a slice, or
-        (B, T). ValueError."""
-        (_, T), start = idx.shape, self.length
+        """Make room for idx (B, T), the next tokens of each row.
+
+        Returns their positions: a slice, or (B, T) where rows differ. Raises ValueError if they do
+        not fit.
+        """
+        T = idx.size(1)
+        start = self.length
         if start + T > self.room:
             raise ValueError(
                 f"{T} tokens do not fit into a cache for {self.room} that holds {start}"
             )
         self.length += T
         self.ids[:, start : self.length] = idx
-        self.seen, is_even = None, self.first is None and self.eot < 0
-        # otherwise all that is there is seen, or it is a whole prompt
-        if not is_even or (start and T > 1):
-            columns = torch.arange(self.length, device=idx.device)
-            self.seen = columns <= columns[start:, None]  # (T, length)
-        if is_even:
+
+        rows_differ = self.first is not None or self.eot >= 0
+        if not rows_differ and (start == 0 or T == 1):
+            # A whole prompt, for which the kernel is causal, or one token, which sees everything.
+            self.mask = None
+            return slice(start, self.length)
+
+        columns = torch.arange(self.length, device=idx.device)
+        self.mask = columns <= columns[start:, None]  # (T, L)
+        if not rows_differ:
             return slice(start, self.length)
         if self.first is not None:
-            self.seen = self.seen & (columns >= self.first.view(-1, 1, 1, 1))  # (B, 1, T, length)
+            self.mask = self.mask & (columns >= self.first.view(-1, 1, 1, 1))  # (B, 1, T, L)
         if self.eot >= 0:
-            self.seen = self.seen & same_document(self.ids[:, : self.length], self.eot, T)
-        # a token sees all from the first of its row, or document, on
-        return self.seen[:, 0].sum(-1) - 1
+            self.mask = self.mask & same_document(self.ids[:, : self.length], self.eot, T)
+        # A token sees everything from the beginning of its row or document: it counts its position.
+        return self.mask[:, 0].sum(-1) - 1
 
     @property
     def layers(self):
         """A LayerCache for each layer."""
-        return [LayerCache(self, kept) for kept in self.kept]
+        return [LayerCache(self, tensors) for tensors in self.kept]
 
-    def recent(self, n, T):
-        """The n ids before the last T of each row, -1 where there was none: (B, n)."""
-        return F.pad(self.ids[:, : self.length - T], (n, 0), value=-1)[:, self.length - T :]
+    def previous_ids(self, n, T):
+        """The n ids before the last T of each row: (B, n), -1 where there are none."""
+        ids = F.pad(self.ids[:, : self.length - T], (n, 0), value=-1)
+        return ids[:, self.length - T :]
 
     def select(self, rows):
-        """Go on with these rows (N,) of the batch, in this order."""
-        self.kept = [[tensor[rows] for tensor in layer] for layer in self.kept]
-        self.ids, self.first = (
-            self.ids[rows],
-            self.first if self.first is None else self.first[rows],
-        )
+        """Keep these rows (N,) of the batch, in this order, in place."""
+        for i, tensors in enumerate(self.kept):
+            self.kept[i] = [tensor[rows] for tensor in tensors]
+        self.ids = self.ids[rows]
+        if self.first is not None:
+            self.first = self.first[rows]
 
     @classmethod
     def join(cls, caches, room):
-        """One cache with the rows of several, which have one row each, and room for so many
-        columns."""
-        length, one = max(cache.length for cache in caches), caches[0]
-        whole = cls(
-            len(caches),
-            room,
-            [[(t.size(1), t.size(3)) for t in layer] for layer in one.kept],
-            one.ids.device,
-            next((t.dtype for layer in one.kept for t in layer), None),
-            one.eot,
-        )
-        whole.length, starts = length, [length - cache.length for cache in caches]
+        """One cache of the rows of several caches with one row each, with `room` columns."""
+        one = caches[0]
+        device = one.ids.device
+        dtype = one.kept[0][0].dtype if one.kept else None
+        shapes = []
+        for tensors in one.kept:
+            shapes.append([(tensor.size(1), tensor.size(3)) for tensor in tensors])  # (H, D) each
+        joined = cls(len(caches), room, shapes, device, dtype, one.eot)
+        joined.length = max(cache.length for cache in caches)
+
+        starts = [joined.length - cache.length for cache in caches]
         for b, (start, cache) in enumerate(zip(starts, caches)):
-            whole.ids[b, start:length] = cache.ids[0, : cache.length]
-            for mine, theirs in zip(whole.kept, cache.kept):
-                for x, y in zip(mine, theirs):
-                    x[b, :, start:length] = y[0, :, : cache.length]
-        whole.first = torch.tensor(starts, device=one.ids.device) if any(starts) else None
-        return whole
+            joined.ids[b, start : joined.length] = cache.ids[0, : cache.length]
+            for targets, sources in zip(joined.kept, cache.kept):
+                for target, source in zip(targets, sources):
+                    target[b, :, start : joined.length] = source[0, :, : cache.length]
+        if any(starts):
+            joined.first = torch.tensor(starts, device=device)
+        return joined
 
 
 class LayerCache:
-    """What one layer has of a KVCache: `tensors`, (B, H, room, D) each."""
+    """What a KVCache holds for one layer: `tensors`, (B, H, room, D) each."""
 
     def __init__(self, cache, tensors):
-        self.cache, self.tensors = cache, tensors
+        self.cache = cache
+        self.tensors = tensors
 
-    def keep(self, *new):
-        """Keep what the new tokens bring, (B, H, T, D) for each tensor; returns all there is of
-        each, (B, H, length, D)."""
+    def update(self, *new):
+        """Store the new tokens' part of each tensor, (B, H, T, D).
+
+        Returns each tensor up to them, (B, H, L, D).
+        """
         end = self.cache.length
-        for kept, x in zip(self.tensors, new):
-            kept[:, :, end - x.size(2) : end] = x
-        return [kept[:, :, :end] for kept in self.tensors]
+        for tensor, x in zip(self.tensors, new):
+            tensor[:, :, end - x.size(2) : end] = x
+        return [tensor[:, :, :end] for tensor in self.tensors]
 
-    def is_whole(self, T):
-        """Whether the T new tokens are all that there is, in each row: a prompt that is read at
-        once."""
-        return self.cache.length == T and self.cache.seen is None
+    def is_prompt(self, T):
+        """Whether the T new tokens are all there are, in every row, as when a prompt is read."""
+        return self.cache.length == T and self.cache.mask is None
 
     def attend(self, q, k, v, dropout=0.0, kernel='auto'):
-        """Keep k and v of the new tokens, and attend to all that q (B, H, T, D) may see: (B, H, T,
-        D), in q's type."""
-        past_k, past_v = self.keep(k, v)
-        dtype = past_k.dtype
-        if self.is_whole(q.size(2)):
-            return kernels.causal_attention(*(x.to(dtype) for x in (q, k, v)), kernel=kernel).to(
-                q.dtype
-            )
-        return kernels.sdpa(q.to(dtype), past_k, past_v, mask=self.cache.seen).to(q.dtype)
+        """Store k and v of the new tokens, and attend from q to all that it may see.
 
-
-def same_document(ids, eot, T):
-    """Which of L ids (B, L) are of the same document as each of the last T: bool (B, 1, T, L). It
-    begins with its `eot`."""
-    number = (ids == eot).cumsum(1)
-    return (number[:, -T:, None] == number[:, None])[:, None]
+        q (B, H, T, D), k and v (B, H, T, D). Returns (B, H, T, D), in q's dtype.
+        """
+        all_k, all_v = self.update(k, v)
+        dtype = all_k.dtype
+        if self.is_prompt(q.size(2)):
+            y = kernels.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), kernel=kernel)
+        else:
+            y = kernels.sdpa(q.to(dtype), all_k, all_v, mask=self.cache.mask)
+        return y.to(q.dtype)
 
 
 class PackedDocuments:
-    """Where rows hold several documents, what stands in for a cache, and for what each layer has of
-    it, while all tokens are new: attention goes no further back than a document, whose places begin
-    at 0.
+    """Rows of several documents, read at once: attention stays within a document.
 
-    On CUDA this is SDPA with a mask, which FlashAttention does not take: slower than causal
-    attention alone.
+    Each document's positions begin at 0. This stands in for a KVCache, and for each layer's
+    LayerCache, when all tokens are new. On CUDA attention is then SDPA with a mask, which
+    FlashAttention does not support: it is slower than causal attention alone.
     """
 
     def __init__(self, eot):
         self.eot = eot
 
     def extend(self, idx):
-        """The places of idx in their documents, (B, T), as KVCache.extend."""
+        """The positions of idx in their documents, (B, T), as KVCache.extend."""
         self.length = idx.size(1)
-        self.seen = same_document(idx, self.eot, self.length).tril()  # (B, 1, T, T)
-        return self.seen[:, 0].sum(-1) - 1
+        self.mask = same_document(idx, self.eot, self.length).tril()  # (B, 1, T, T)
+        return self.mask[:, 0].sum(-1) - 1
 
     @property
     def cache(self):
@@ -154,29 +170,35 @@ class PackedDocuments:
     def layers(self):
         return itertools.repeat(self)
 
-    def recent(self, n, T):
-        """No ids before these, as KVCache.recent."""
-        return self.seen.new_full((len(self.seen), n), -1, dtype=torch.int64)
+    def previous_ids(self, n, T):
+        """None before these: (B, n) of -1, as KVCache.previous_ids."""
+        return self.mask.new_full((len(self.mask), n), -1, dtype=torch.int64)
 
-    def keep(self, *new):
+    def update(self, *new):
         return new
 
-    def is_whole(self, T):
-        return False
+    def is_prompt(self, T):
+        return False  # it needs the mask
 
     def attend(self, q, k, v, dropout=0.0, kernel='auto'):
-        return kernels.causal_attention(q, k, v, dropout, self.seen, kernel=kernel)
+        return kernels.causal_attention(q, k, v, dropout, self.mask, kernel=kernel)
 
 
-def packed_documents(eot):
-    """A PackedDocuments, or None where documents are read through, eot < 0."""
-    return PackedDocuments(eot) if eot >= 0 else None
+def same_document(ids, eot, T):
+    """Which of L ids (B, L) are in the same document as each of the last T: bool (B, 1, T, L).
+
+    A document begins with its `eot`.
+    """
+    number = (ids == eot).cumsum(1)  # (B, L)
+    return (number[:, -T:, None] == number[:, None])[:, None]
 
 
 def with_previous_ids(idx, n, cache=None):
-    """idx (B, T) behind the n ids before it, -1 where there were none: (B, n + T). A cache takes
-    idx in."""
+    """idx (B, T) after the n ids before it, -1 where there are none: (B, n + T).
+
+    With a cache, idx continues the tokens that it holds, and is added to them.
+    """
     if cache is None:
         return F.pad(idx, (n, 0), value=-1)
     cache.extend(idx)
-    return torch.cat([cache.recent(n, idx.size(1)), idx], 1)
+    return torch.cat([cache.previous_ids(n, idx.size(1)), idx], 1)

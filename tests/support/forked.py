@@ -1,20 +1,18 @@
 """The project's scripts in processes forked from one that has torch loaded: 0.1 s each, where a new
 process takes 3 s.
 
-So runs can be killed by the hundred, ranks form without torchrun, and a hook breaks something
-inside one of them: a function that can be pickled (functools.partial gives it arguments), called in
-the new process before the script.
+`Run` starts one and can watch, signal and kill it; `ranks` and `torchrun` start several that train
+together; `run` and `train` wait for the end, and `Warm` does so where there is no network. A hook
+breaks something inside a process: a function that can be pickled (functools.partial gives it
+arguments), called before the script.
 """
 
 import contextlib
 import functools
-import hashlib
 import importlib
-import json
 import multiprocessing
 import os
 import runpy
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,17 +24,19 @@ from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import torch
-from conftest import ROOT
 from tqdm.std import TqdmDefaultWriteLock
 
-from training import checkpoint
+from support import scripts
+from support.scripts import ROOT, is_of_the_project
 
 # training.distributed is left out: it reads its rank when it is imported
 PRELOAD = [
-    'conftest',
-    'forked',
+    'numpy.ma',
+    'pytest',
+    'support.forked',
+    'support.hooks',
+    'support.outcomes',
     'torch.distributed.launcher.api',
     'torch._dynamo',
     'configurator',
@@ -53,6 +53,10 @@ PRELOAD = [
     'training.watch',
 ]
 TqdmDefaultWriteLock.mp_lock = None  # a semaphore that a killed process would leave behind
+
+# torch asks the driver once and keeps the answer: forks of this process inherit it, and one that
+# has a limit on its memory could not load the driver.
+torch.cuda.is_available()
 
 
 @functools.cache
@@ -76,23 +80,40 @@ def _context():
 
 
 class Run:
-    """A script, or None for the hook alone, in a process and session of its own. SIGALRM ends it
-    after `limit` seconds."""
+    """A script, or None for the hook alone, in a process and session of its own.
 
-    def __init__(self, script, *words, hook=None, env=(), cwd=ROOT, limit=60):
-        self.said = Path(tempfile.mkstemp()[1])
-        call = (
-            str(self.said),
-            script,
-            [str(word) for word in words],
-            hook,
-            dict(env),
-            str(cwd),
-            limit,
+    SIGALRM ends it after `limit` seconds. is_apart: stderr is kept apart from stdout. has_sample: a
+    run of train.py ends with its sample, which takes most of its time.
+    """
+
+    def __init__(
+        self,
+        script,
+        *words,
+        hook=None,
+        env=(),
+        cwd=ROOT,
+        limit=60,
+        is_apart=False,
+        has_sample=False,
+    ):
+        self.outputs = [_empty_file()]
+        if is_apart:
+            self.outputs.append(_empty_file())
+        call = dict(
+            outputs=[str(path) for path in self.outputs],
+            script=script and str(script),
+            words=[str(word) for word in words],
+            hook=hook,
+            env=dict(env),
+            cwd=str(cwd),
+            limit=limit,
+            has_sample=has_sample,
         )
-        self.process = _context().Process(target=_main, args=call)
+        self.process = _context().Process(target=_main, kwargs=call)
         self.process.start()
-        self.pid, self.limit = self.process.pid, limit
+        self.pid = self.process.pid
+        self.limit = limit
 
     def kill(self, number=signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
@@ -102,55 +123,70 @@ class Run:
         return self.process.is_alive()
 
     def text(self):
-        return self.said.read_text(errors='replace')
+        """What it has written so far; to stdout alone where stderr is kept apart."""
+        return self.outputs[0].read_text(errors='replace')
 
     def wait(self, timeout=None):
-        """Its return code (the negative number of a signal), and what it wrote to stdout and
-        stderr."""
+        """Its return code (the negative number of a signal), and what it wrote: `output`, or
+        `stdout` and `stderr` where these are kept apart."""
         self.process.join(timeout or self.limit)
         assert self.process.exitcode is not None, (
             f"still running after {timeout or self.limit} s:\n{self.text()[-2000:]}"
         )
-        done = SimpleNamespace(returncode=self.process.exitcode, output=self.text())
-        self.said.unlink()
-        return done
+        texts = [path.read_text(errors='replace') for path in self.outputs]
+        for path in self.outputs:
+            path.unlink()
+        code = self.process.exitcode
+        if len(texts) == 1:
+            return SimpleNamespace(returncode=code, output=texts[0])
+        return SimpleNamespace(returncode=code, stdout=texts[0], stderr=texts[1])
 
 
-def is_of_the_project(path):
-    """Whether a module's file is a part of nanogpt, and not a test or a library."""
-    path = Path(path)
-    folders = ['system', 'text', 'models', 'interop', 'generation', 'training']
-    return path.parent == ROOT or any(path.is_relative_to(ROOT / folder) for folder in folders)
+def _empty_file():
+    descriptor, name = tempfile.mkstemp()
+    os.close(descriptor)
+    return Path(name)
 
 
-def _main(said, script, words, hook, env, cwd, limit):
+def _main(outputs, script, words, hook, env, cwd, limit, has_sample):
+    """What the process of a Run does, from its start to its exit code."""
     signal.alarm(limit)
     os.setsid()
-    descriptor = os.open(said, os.O_WRONLY | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (
-        os.fdopen(number, 'w', buffering=1, errors='replace') for number in (1, 2)
-    )
+    os.dup2(os.open(outputs[0], os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(os.open(outputs[-1], os.O_WRONLY | os.O_APPEND), 2)
+    encoding = env.get('PYTHONIOENCODING')
+    errors = 'strict' if encoding else 'replace'
+    sys.stdout = os.fdopen(1, 'w', buffering=1, encoding=encoding, errors=errors)
+    sys.stderr = os.fdopen(2, 'w', buffering=1, encoding=encoding, errors=errors)
     os.environ.update(env)
     os.chdir(cwd)
-    sys.path[0:0] = [cwd]
-    if cwd != str(ROOT):  # a copy of the project has modules of its own
-        for name, module in list(sys.modules.items()):
-            if is_of_the_project(getattr(module, '__file__', None) or '/'):
-                del sys.modules[name]
-    code = run_here(script, words, hook)
-    sys.stdout.flush(), sys.stderr.flush()
+    if script:
+        folder = Path(cwd, script).parent
+        sys.path.insert(0, str(folder))
+        if not folder.is_relative_to(ROOT):  # a copy of the project has modules of its own
+            _forget_the_project()
+    code = run_here(script, words, hook, has_sample)
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
-def run_here(script, words, hook=None):
-    """Run the script in this process, as its main module, without the sample at the end.
+def _forget_the_project():
+    for name, module in list(sys.modules.items()):
+        if is_of_the_project(getattr(module, '__file__', None) or '/'):
+            del sys.modules[name]
+
+
+def run_here(script, words, hook=None, has_sample=False):
+    """Run the script in this process, as its main module, and train.py without the sample at its
+    end.
 
     Returns the exit code that `python SCRIPT` would have, its excepthook included.
     """
-    importlib.import_module('generation.final_sample').print_final_sample = lambda *args: None
+    if not has_sample:
+        final_sample = importlib.import_module('generation.final_sample')
+        final_sample.print_final_sample = lambda *args: None
     sys.argv = [script, *words]
     try:
         try:
@@ -285,7 +321,7 @@ def _processes():
 def run(script, *words, processes=1, **options):
     """Run it to its end; returns the (master's) Run.wait()."""
     if sys.platform == 'win32':  # no fork: a process as any other
-        done = conftest.run(script, *words, processes=processes)
+        done = scripts.run(script, *words, processes=processes)
         return SimpleNamespace(returncode=done.returncode, output=done.stdout + done.stderr)
     runs = (
         [Run(script, *words, **options)]
@@ -303,127 +339,51 @@ def train(out_dir, *words, **options):
     return done.output
 
 
-# ---- what a run leaves ---------------------------------------------------------------------------
+class Warm:
+    """warm('train.py', '--seed=1') -> what scripts.run gives: returncode, stdout and stderr.
 
-
-def metrics(out_dir):
-    return [json.loads(line) for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines()]
-
-
-def losses(out_dir):
-    """What a run measured, without the times."""
-    keep = ('iter', 'loss', 'lr', 'grad_norm', 'tokens', 'train_loss', 'val_loss', 'skipped')
-    return [{k: line[k] for k in keep if k in line} for line in metrics(out_dir)]
-
-
-def sha256(value):
-    """One sum over a nested structure of plain types and tensors, to the bit."""
-    digest = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            digest.update(f'{value.dtype} {tuple(value.shape)}'.encode())
-            digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                digest.update(f'{key!r}:'.encode())
-                add(value[key])
-        elif isinstance(value, (list, tuple)):
-            digest.update(f'[{len(value)}'.encode())
-            for item in value:
-                add(item)
-        else:
-            digest.update(f'{value!r},'.encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
-def learned(out_dir):
-    """All of a run's last state that training changes, times left out."""
-    state = checkpoint.read(Path(out_dir) / 'ckpt.pt')
-    if shards := state.pop('shards', None):
-        from training import fsdp
-
-        state |= fsdp.read_whole_state(shards['out_dir'], shards)
-    kept = {k: state[k] for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss')}
-    times = ('wall_seconds', 'train_seconds', 'wandb_id')
-    return kept | {'progress': {k: v for k, v in state['progress'].items() if k not in times}}
-
-
-def outcome(out_dir):
-    """What must be equal where nothing was lost: the sum of all that was learned, and every line
-    that was measured."""
-    return sha256(learned(out_dir)), losses(out_dir)
-
-
-# ---- hooks ---------------------------------------------------------------------------------------
-
-
-def both(*hooks):
-    for hook in hooks:
-        hook()
-
-
-class AskedForCuda(BaseException):
-    """Not an Exception: nothing recovers from it."""
-
-
-def forbid_cuda():
-    """Be on a machine whose GPU must be left alone, because another program has all of it, say.
-
-    torch itself may ask whether there is one; the project may not, and whatever would initialize
-    CUDA ends the process.
+    There is no network. After `seconds` the script gets a SIGTERM, two minutes later a SIGALRM.
+    memory: how many bytes it may use beside what is loaded; disk: bytes of a file that it may
+    write; 0: any number. sample: whether train.py ends with one.
     """
 
-    def is_available():
-        path = Path(sys._getframe(1).f_code.co_filename).resolve()
-        if is_of_the_project(path):
-            raise AskedForCuda(f"torch.cuda.is_available, by {path.name}")
-        return True
+    def __init__(self, folder):
+        self.environment = {
+            'PYTHONPATH': '',
+            'HF_HOME': f'{folder}/hf',
+            'TIKTOKEN_CACHE_DIR': f'{folder}/bpe',
+            'HTTPS_PROXY': 'http://127.0.0.1:9',
+            'NANOGPT_MIRROR': '',
+        }
 
-    def forbidden(name):
-        def function(*args, **kwargs):
-            raise AskedForCuda(f"torch.cuda.{name}")
-
-        return function
-
-    harmless = dict(
-        is_available=is_available,
-        is_initialized=lambda: False,
-        device_count=lambda: 1,
-        is_current_stream_capturing=lambda: False,
-    )
-    for name, value in list(vars(torch.cuda).items()):
-        is_its_own = str(getattr(value, '__module__', '')).startswith('torch.cuda')
-        if callable(value) and is_its_own and (name[0] != '_' or name == '_lazy_init'):
-            setattr(torch.cuda, name, harmless.get(name) or forbidden(name))
-    torch.backends.cuda.is_built = lambda: True
-
-
-def around_saves(before=None, after=None):
-    """Call before(out_dir, name, state) and after(…) around every checkpoint.save."""
-    save = checkpoint.save
-
-    def wrapped(out_dir, name, state):
-        if before:
-            before(out_dir, name, state)
-        save(out_dir, name, state)
-        if after:
-            after(out_dir, name, state)
-
-    checkpoint.save = wrapped
-
-
-def keep_each(folder, out_dir, name, state):
-    """For `around_saves`: out_dir as a kill would leave it behind this save, as folder/STEP."""
-    if name == 'ckpt.pt':
-        shutil.copytree(
-            out_dir,
-            Path(folder) / str(state['iter_num']),
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns('.lock', 'earlier-*'),
+    def __call__(
+        self, script, *words, cwd=ROOT, seconds=60, memory=0, disk=0, env=None, sample=False
+    ):
+        run = Run(
+            ROOT / script,
+            *words,
+            hook=functools.partial(_limit_resources, memory, disk),
+            env={**self.environment, **(env or {})},
+            cwd=cwd,
+            limit=seconds + 120,
+            is_apart=True,
+            has_sample=sample,
         )
+        run.process.join(seconds)
+        if run.is_alive():
+            run.kill(signal.SIGTERM)
+        return run.wait()
+
+
+def _limit_resources(memory, disk):
+    """A hook for Warm."""
+    import resource
+
+    if memory:
+        used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory,) * 2)
+    if disk:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (disk,) * 2)
 
 
 def wait_for(condition, timeout=60, step=0.01):

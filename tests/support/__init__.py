@@ -1,0 +1,1 @@
+"""What several test files need; fixtures are in conftest.py."""
