@@ -578,7 +578,7 @@ def test_a_hostile_checkpoint_does_nothing(copy, tmp_path, wrap):
     [
         (dict(model_name='nope'), "model='nope' is unknown"),
         (dict(model_name=3), 'model=3 is unknown'),
-        (dict(model_args={'n_layer': 2}), "no GPT's of such sizes"),
+        (dict(model_args={'n_layer': 2}), "not those of a GPT of such sizes"),
         (dict(model_args={'zzz': 1}), "not those of a GPT"),
         (dict(model_args={'n_layer': 'x'}), "not those of a GPT"),
         (dict(model={}), "not those of a GPT"),
