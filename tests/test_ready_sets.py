@@ -22,7 +22,8 @@ from support.scripts import ROOT, run
 from support.servers import COMMIT, FileServer
 
 from system import hub as hub_module
-from text import dataset, dataset_option, folders, sources, tokenizer
+from text import dataset, dataset_option, folders, tokenizer
+from text.sources import cutting
 
 READY = sorted(path.parent.name for path in ROOT.glob('data/*/prepare.py'))
 
@@ -347,7 +348,7 @@ def test_a_set_of_the_hub_is_its_documents(of_the_hub, hub, tmp_path, monkeypatc
 
 @needs_gpt2
 def test_a_set_of_the_hub_goes_on_where_it_was(of_the_hub, hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, 'PIECE', 1000)  # small files would share a piece
+    monkeypatch.setattr(cutting, 'PIECE', 1000)  # small files would share a piece
     name, words, inside = of_the_hub
     whole = prepared(name, tmp_path / 'at once', *words, changes=changes_of(name)) / inside
     first, last = (OF_THE_HUB[name][0].format(i) for i in (1, 4))
@@ -392,7 +393,7 @@ def test_a_language_that_there_is_not(hub, tmp_path, capsys, words, message):
 
 @needs_gpt2
 def test_only_the_beginning_of_a_language(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, 'PIECE', 1000)
+    monkeypatch.setattr(cutting, 'PIECE', 1000)
     files = [OF_THE_HUB['oscar'][0].format(i) for i in (1, 2, 3)]
     for i, file in enumerate(files):
         hub[0][file] = file_of(file, TEXTS[20 * i : 20 * i + 20])
