@@ -10,24 +10,24 @@
     zcat big.txt.gz | python data/prepare.py mine - --tokenizer=train:bpe:8192
 
 NAME is a folder in this repository's data/. With a slash in it, or a dot in front, it is a path,
-and a relative one begins where you stand.
+relative to the current folder.
 
 SOURCES are text files, JSONL and parquet (a row is a document: --field), text and JSONL also as
 .gz or .zst, folders of these, globs in quotes, - for standard input, and
 owner/name[@REVISION][:FOLDER-OR-GLOB] for a dataset on the Hugging Face Hub, whose files are
-fetched one after the other and not kept. Of folders and globs, files that are not UTF-8 text, and
-.jsonl without a row on each line, are left out, which is said. For .csv, .tsv and .json an error
-says how to make rows of them; --as_text reads them as they are.
+downloaded one after the other and not kept. In folders and globs, files that are not UTF-8 text,
+and .jsonl files without a row on each line, are skipped, which a line reports. For .csv, .tsv and
+.json an error says how to make rows of them; --as_text reads them as they are.
 
-DOCUMENTS of a text are the file, its paragraphs, its lines, or whatever stands between two
-separators: --document=TEXT. Line ends around a separator belong to no document. Documents go to
-train, val or test as a whole, by the sha256 of the seed and their text, so that copies stay on one
-side; one above 4 MB goes by its first 4 MB. Behind each stands the tokenizer's end-of-text token,
-or --separator. One text file alone is divided by position: the first nine tenths train.
+DOCUMENTS of a text are the file, its paragraphs, its lines, or whatever is between two separators:
+--document=TEXT. Line ends around a separator belong to no document. Documents go to train, val or
+test as a whole, by the sha256 of the seed and their text, so that copies stay on one side; one
+above 4 MB goes by its first 4 MB. After each comes the tokenizer's end-of-text token, or
+--separator. A single text file is divided by position: the first nine tenths train.
 
 VAL AND TEST FILES of your own: --val=FILE, --test=FILE, each a file, a folder or a glob, repeated
-as you like. With --val the sources all go to train, and --split is an error; with --test alone
---split divides them into train and val. A file that is also among the sources is left out of train.
+as you like. With --val all sources go to train, and --split is an error; with --test alone,
+--split divides them into train and val. A file that is also among the sources is not trained on.
 A document that is in several splits stays in all of them; with --dedup only in test, else in val.
 
 CONVERSATIONS are rows with "messages" or "conversations" (OpenAI's, ShareGPT's), with "prompt" and
@@ -35,14 +35,15 @@ CONVERSATIONS are rows with "messages" or "conversations" (OpenAI's, ShareGPT's)
 --field=MESSAGES or --field=ASKED,ANSWERED names. Where rows have "text" as well, the conversation
 is prepared, unless --field=text asks for the text. They are written in a chat template, and only
 the answers are learned, except for those with "weight": 0 or "loss_mask": 0; a row that has one of
-these itself is left out, and counted. A row's "system" or "system_prompt" becomes a turn in front,
+these itself is skipped, and counted. A row's "system" or "system_prompt" becomes a turn in front,
 Alpaca's "history" earlier turns, whose answers are read, not learned.
 
-A run that was stopped goes on when it gets the same command; the bins are the same for any
---num_proc. Old bins stay until the new ones are whole.
+The same command continues a run that was stopped; the bins are the same for any --num_proc. Old
+bins stay until the new ones are complete.
 """
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -67,26 +68,60 @@ from text.folders import is_path
 from text.sources.formats import read_text
 
 FLAGS = 'dedup', 'skip_bad_rows', 'as_text'  # options without a value
-# vocabulary.open's options
+# The options of vocabulary.open.
 TRAINING = 'model_type', 'character_coverage', 'max_piece_length', 'byte_fallback'
-
-
-def _refuse(message):
-    """argparse's error; a single word is the NAME to it, where a user most likely left the NAME
-    out."""
-    if message == 'the following arguments are required: SOURCE':
-        message = "NAME or SOURCE is missing: write `python data/prepare.py NAME SOURCE`, such as mine book.txt"
-    fail(message)
+AT_LEAST = {'num_proc': 1, 'max_bytes': 1, 'shard_tokens': 0, 'train_bytes': 1, 'seed': 0}
+AT_MOST = {'num_proc': 1024, 'max_piece_length': 1 << 20}
 
 
 def arguments(words):
-    """What was asked for."""
+    """The options and sources on the command line. Ends the script on a mistake."""
+    parser = _parser()
+    for word in words:
+        if empty := re.fullmatch(r'(--\w+)=--', word):  # argparse would read it as -- alone
+            fail(f"{empty[1]} has no value; write {empty[1]}=VALUE")
+    for flag in FLAGS:
+        words = [word for word in words if word != f'--{flag}=False']
+        words = [f'--{flag}' if word == f'--{flag}=True' else word for word in words]
+    asked = parser.parse_intermixed_args(words)
+    for key, least in AT_LEAST.items():
+        number = getattr(asked, key)
+        if number is not None and number < least:
+            fail(f"{key}={number} must be at least {least}")
+    for key, most in AT_MOST.items():
+        number = getattr(asked, key)
+        if number is not None and number > most:
+            fail(f"{key}={number} must be at most {most}")
+    asked.document = unescaped(asked.document)
+    if asked.separator is not None:
+        asked.separator = unescaped(asked.separator)
+    return asked
+
+
+def _parser():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = _refuse
+
+    def refuse(message):
+        """Called by argparse on a mistake."""
+        # To argparse, a single word is the NAME; most likely it is a source.
+        if message == 'the following arguments are required: SOURCE':
+            message = (
+                "NAME or SOURCE is missing: write `python data/prepare.py NAME SOURCE`, such as "
+                "mine book.txt"
+            )
+        unknown = re.match(r'unrecognized arguments: (--\w+)', message)
+        if unknown:
+            options = [f'--{key}' for key in vars(parser.parse_intermixed_args(['name', 'source']))]
+            near = difflib.get_close_matches(unknown[1], options, n=1)
+            if near:
+                message += f"; did you mean {near[0]}?"
+        fail(message)
+
+    parser.error = refuse
     add = parser.add_argument
     add(
         'name',
@@ -103,30 +138,29 @@ def arguments(words):
         '--tokenizer',
         default='gpt2',
         metavar='NAME',
-        help="char, byte, gpt2, cl100k_base, o200k_base, a "
-        "sentencepiece model, a tokenizer.json, a name on the Hugging Face Hub, train:bpe:VOCAB, "
-        "train:sentencepiece:VOCAB; default: gpt2",
+        help="char, byte, gpt2, cl100k_base, o200k_base, a sentencepiece model, a tokenizer.json, "
+        "a name on the Hugging Face Hub, train:bpe:VOCAB, train:sentencepiece:VOCAB; default: gpt2",
     )
     add(
         '--field',
         metavar='NAME[,NAME…]',
-        help="of a row: which is its text or its messages (a.b: "
-        "b in a); of several, the last is what is answered, the others what is asked; default: "
-        "those of a conversation, or text",
+        help="the field of a row that holds its text or its messages (a.b: b in a); of several "
+        "fields, the last is the answer and the others are the question; default: those of a "
+        "conversation, or text",
     )
     add(
         '--document',
         default='file',
         metavar='KIND',
-        help="what is one in a text: file, "
-        r"paragraph, line, or any text that stands between documents, such as '<|endoftext|>' or "
-        r"'\n---\n' (\n, \t and \r are line ends and tabs, \\ is a backslash); default: file",
+        help="what a document is in a text: file, paragraph, line, or the text that separates "
+        r"documents, such as '<|endoftext|>' or '\n---\n' (\n, \t and \r are line ends and tabs, "
+        r"\\ is a backslash); default: file",
     )
     add(
         '--separator',
         metavar='TEXT',
-        help="behind each document, where the tokenizer has no "
-        "end-of-text token; default: a newline, unless the document ends with one; "
+        help="what to write after each document if the tokenizer has no end-of-text token; "
+        "default: a newline, unless the document ends with one; "
         r"\n, \t, \r and \\ are as in --document",
     )
     add('--as_text', action='store_true', help="read .csv, .tsv and .json as text, as they are")
@@ -144,27 +178,26 @@ def arguments(words):
         '--val',
         metavar='FILE',
         action='append',
-        help="a file, folder or glob to validate on; the "
-        "sources then all go to train; may be repeated",
+        help="a file, folder or glob to validate on; all sources then go to train; may be repeated",
     )
     add(
         '--test',
         metavar='FILE',
         action='append',
-        help="the same to test on; --split is then of train and val",
+        help="a file, folder or glob to test on; --split is then of train and val",
     )
     add('--seed', type=int, default=1337, help="of the split; default: 1337")
     add(
         '--dedup',
         action='store_true',
-        help="keep one of equal documents, test's or else val's, "
-        "which needs 100 bytes of memory for each; those above 4 MB stay as they are",
+        help="keep one of equal documents: test's, or else val's; needs 100 bytes of memory for "
+        "each document; those above 4 MB are not compared",
     )
     add(
         '--skip_bad_rows',
         action='store_true',
-        help="leave out rows that can't be used, such as "
-        "invalid JSON, and report them at the end; default: the first one is an error",
+        help="skip rows that can't be used, such as invalid JSON, and report them at the end; "
+        "default: the first one is an error",
     )
     add(
         '--max_bytes',
@@ -186,35 +219,13 @@ def arguments(words):
         type=int,
         default=100_000_000,
         metavar='N',
-        help="of text to train it on, taken evenly from the sources; default: 100 MB",
+        help="how much text to train it on, spread evenly over the sources; default: 100 MB",
     )
     training.add_argument('--model_type', help="of sentencepiece: bpe or unigram")
     training.add_argument('--character_coverage', type=float, metavar='SHARE')
     training.add_argument('--max_piece_length', type=int, metavar='N')
     training.add_argument('--byte_fallback', choices=('True', 'False'))
-    for word in words:
-        if empty := re.fullmatch(r'(--\w+)=--', word):  # argparse would read it as -- alone
-            fail(f"{empty[1]} has no value; write {empty[1]}=VALUE")
-    for flag in FLAGS:
-        words = [word for word in words if word != f'--{flag}=False']
-        words = [f'--{flag}' if word == f'--{flag}=True' else word for word in words]
-    asked = parser.parse_intermixed_args(words)
-    for key, least in (
-        ('num_proc', 1),
-        ('max_bytes', 1),
-        ('shard_tokens', 0),
-        ('train_bytes', 1),
-        ('seed', 0),
-    ):
-        if getattr(asked, key) is not None and getattr(asked, key) < least:
-            fail(f"{key}={getattr(asked, key)} must be at least {least}")
-    for key, most in (('num_proc', 1024), ('max_piece_length', 1 << 20)):
-        if (getattr(asked, key) or 0) > most:
-            fail(f"{key}={getattr(asked, key)} must be at most {most}")
-    asked.document = unescaped(asked.document)
-    if asked.separator is not None:
-        asked.separator = unescaped(asked.separator)
-    return asked
+    return parser
 
 
 def unescaped(text):
@@ -224,7 +235,7 @@ def unescaped(text):
 
 
 def shares_of(asked):
-    """The shares that divide the sources, or None where all go to train. Raises ValueError."""
+    """The shares that divide the sources, or None if all go to train. Raises ValueError."""
     if asked.val:
         if asked.split is not None:
             raise ValueError(
@@ -251,7 +262,8 @@ def folder_of(name):
     folder = DATA / name
     if is_path(name):
         folder = Path(os.path.expanduser(name))
-    if (script := folder / 'prepare.py').is_file():
+    script = folder / 'prepare.py'
+    if script.is_file():
         raise ValueError(f"{folder} belongs to {script}, which makes its bins: use another NAME")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: use another NAME")
@@ -259,19 +271,22 @@ def folder_of(name):
 
 
 def is_in_repository():
-    """Whether the user stands in the repository, so that `python train.py` works."""
+    """Whether the user is in the repository's folder, so that `python train.py` works."""
     return Path.cwd() == DATA.parent
 
 
-def name_of(name, folder):
-    """What --dataset= is to be, from where the user stands: a path stays one."""
+def dataset_argument(name, folder):
+    """The value of --dataset= that finds the folder from the user's; a path stays a path."""
     if not is_path(name):
         return name
     path = folder.as_posix()  # which needs no quotes on Windows
-    return path if is_path(path) else f'./{path}'
+    if is_path(path):
+        return path
+    return f'./{path}'
 
 
-def template_of(path):
+def read_template(path):
+    """The chat template in a JSON file. Raises ValueError, OSError."""
     text = read_text(path, as_text=True)
     try:
         return json.loads(text)
@@ -280,35 +295,46 @@ def template_of(path):
 
 
 def tokenizer_for(asked, source, folder):
-    """The tokenizer. One that has to read the text is kept, for a command that was stopped and goes
-    on."""
+    """The tokenizer. One that has to read the text is kept in the dataset's workplace, for a run
+    that is stopped and continued. Raises ValueError, OSError."""
     options = {key: getattr(asked, key) for key in TRAINING if getattr(asked, key) is not None}
     if asked.byte_fallback:
         options['byte_fallback'] = asked.byte_fallback == 'True'
-    if asked.tokenizer != 'char' and not asked.tokenizer.startswith('train:'):
+    is_char = asked.tokenizer == 'char'
+    if not is_char and not asked.tokenizer.startswith('train:'):
         return vocabulary.open(asked.tokenizer, **options)
-    most = None if asked.tokenizer == 'char' else asked.train_bytes
+
+    n_bytes = asked.train_bytes
+    if is_char:
+        n_bytes = None  # all of them
     kept = files.workplace(folder) / 'tokenizer.json'
-    key = [asked.tokenizer, options, most, asked.separator, source.fingerprint]
-    if kept.is_file() and (known := json.loads(kept.read_text(encoding='utf-8')))['of'] == key:
-        return tokenizer.load(known['tokenizer'])
+    key = [asked.tokenizer, options, n_bytes, asked.separator, source.fingerprint]
+    if kept.is_file():
+        known = json.loads(kept.read_text(encoding='utf-8'))
+        if known['of'] == key:
+            return tokenizer.load(known['tokenizer'])
     print(f"tokenizer {asked.tokenizer}: reading the text for its vocabulary", flush=True)
 
     def texts():
-        if most:
-            return source.texts(most)
-        characters = set()
-        if source.has_ends:
-            characters.update('\n' if asked.separator is None else asked.separator)
-        for text in source.texts():
-            characters.update(text)
-        return [''.join(characters)]  # each once: the texts may be many
+        if is_char:
+            return [_characters(source, asked.separator)]
+        return source.texts(n_bytes)
 
     made = vocabulary.open(asked.tokenizer, texts, **options)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(kept) as file:
         file.write(json.dumps({'of': key, 'tokenizer': made.describe()}).encode())
     return made
+
+
+def _characters(source, separator):
+    """A text of each character once that the bins need: the texts may be many."""
+    characters = set()
+    if source.has_ends:
+        characters.update('\n' if separator is None else separator)
+    for text in source.texts():
+        characters.update(text)
+    return ''.join(characters)
 
 
 def main(words):
@@ -321,47 +347,53 @@ def main(words):
             f"write ./{asked.name}",
             flush=True,
         )
-    template = template_of(asked.template) if asked.template else None
+    template = None
+    if asked.template:
+        template = read_template(asked.template)
     with files.alone_in(folder):
-        meta = make(asked, shares, folder, template)
+        meta = prepare(asked, shares, folder, template)
+
+    options = []
     if meta.get('masked'):
-        recipe, options = 'finetune_shakespeare.py', ['--init_from=gpt2']
+        recipe = 'finetune_shakespeare.py'
+        options = ['--init_from=gpt2']
     elif meta['tokenizer']['kind'] in ('char', 'byte'):
-        recipe, options = 'train_shakespeare_char.py', []
+        recipe = 'train_shakespeare_char.py'
     else:
-        recipe, options = 'train_shakespeare.py', []
-    words = ['train.py', f'config/{recipe}']
+        recipe = 'train_shakespeare.py'
+    command = ['train.py', f'config/{recipe}']
     if not is_in_repository():
-        words = [(DATA.parent / word).as_posix() for word in words]
-    words += [*options, f'--dataset={name_of(asked.name, folder)}']
-    words += [f'--out_dir=out-{folder.resolve().name}']
-    print(f"now, for example: python {shlex.join(words)}")
+        command = [(DATA.parent / word).as_posix() for word in command]
+    command += [*options, f'--dataset={dataset_argument(asked.name, folder)}']
+    command += [f'--out_dir=out-{folder.resolve().name}']
+    print(f"now, for example: python {shlex.join(command)}")
 
 
-def make(asked, shares, folder, template):
-    """Prepare what was asked for; returns the meta."""
+def prepare(asked, shares, folder, template):
+    """Make the dataset; returns its meta. Raises ValueError, OSError."""
     try:
         source = sources.open(
             asked.sources,
-            asked.field,
-            asked.document,
-            template,
-            folder,
-            asked.max_bytes,
+            field=asked.field,
+            document=asked.document,
+            template=template,
+            folder=folder,
+            max_bytes=asked.max_bytes,
             skip_bad_rows=asked.skip_bad_rows,
             as_text=asked.as_text,
             val=asked.val or (),
             test=asked.test or (),
         )
-        own = tokenizer_for(asked, source, folder)
-        if asked.separator is not None and getattr(own, 'eot', None) is not None:
+        encoder = tokenizer_for(asked, source, folder)
+        if asked.separator is not None and getattr(encoder, 'eot', None) is not None:
             raise ValueError(
-                f"tokenizer {asked.tokenizer} has a token for the end of a document: leave --separator out"
+                f"tokenizer {asked.tokenizer} has a token for the end of a document: leave "
+                "--separator out"
             )
-        source.look_for_special_tokens(own)
+        source.look_for_special_tokens(encoder)
     except (ValueError, OSError) as error:
         work = files.workplace(folder)
-        # nothing of an earlier run waits there
+        # Unless bins of a run that was stopped wait there, nothing is worth keeping.
         if isinstance(error, ValueError) and not (work / 'bins').exists():
             shutil.rmtree(work, ignore_errors=True)
         (work / 'stdin').unlink(missing_ok=True)
@@ -374,13 +406,13 @@ def make(asked, shares, folder, template):
     return bins.prepare(
         folder,
         source,
-        own,
-        shares,
-        asked.seed,
-        asked.dedup,
-        asked.num_proc,
-        asked.shard_tokens,
-        asked.separator,
+        encoder,
+        split=shares,
+        seed=asked.seed,
+        dedup=asked.dedup,
+        num_proc=asked.num_proc,
+        shard_tokens=asked.shard_tokens,
+        end=asked.separator,
     )
 
 

@@ -1,13 +1,13 @@
-"""How fast generation is: each number format, and nanoGPT's way, which reads the whole context for
-every token, in float32.
+"""Measure how fast generation is in each number format, beside nanoGPT's way, which reads the whole
+context for every token, in float32.
 
     python bench.py generation                      # the shape of GPT-2 124M, random weights
     python bench.py generation --init_from=gpt2-xl --dtypes=bfloat16 --num_samples=8
     python bench.py generation --plot=speed.png     # tokens/s against position
 
-The sides take turns, so that a machine whose speed drifts is fair to all; a token's time is the
-median of the rounds. A token has to read the weights of every product, and the keys and values so
-far: over the measured bandwidth, its limit.
+The variants alternate, so that a machine whose speed drifts is fair to all; a token's time is the
+median of the rounds. The limit is the time that it takes, at the measured memory bandwidth, to read
+what a token needs: the weights of all linear layers, and the keys and values so far.
 """
 
 from system.errors import begin_script
@@ -16,7 +16,6 @@ begin_script()  # before the imports, which take seconds
 
 import copy
 import dataclasses
-import functools
 import statistics
 import sys
 import time
@@ -46,21 +45,57 @@ from training import pretrained
 # ---- settings ------------------------------------------------------------------------------------
 init_from = ''  # as in sample.py; '': random weights of `model`, whose fields are settings too
 model = 'gpt'  # gpt, or NAME for models/NAME.py
-dtypes = 'auto'  # formats to compare: float32,bfloat16,float16,int8; auto: those that pay here
-uncached = True  # also read the whole context for each token, in float32
-prompt_tokens = 1  # random ones, before the first token
+dtypes = 'auto'  # formats to compare: float32,bfloat16,float16,int8; auto: those that pay off here
+uncached = True  # also measure reading the whole context for each token, in float32
+prompt_tokens = 1  # length of the random prompt
 max_new_tokens = 256  # tokens to generate
-num_samples = 1  # side by side
-prefill_tokens = 512  # of the prompt whose reading is timed
-rounds = 3  # runs of each side
+num_samples = 1  # samples generated side by side
+prefill_tokens = 512  # length of the prompt whose reading is measured
+rounds = 3  # runs of each variant
 seed = 1337  # of weights and tokens
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
-plot = ''  # a picture of tokens/s against position, .png, .svg or .pdf
+plot = ''  # file for a picture of tokens/s against position: .png, .svg or .pdf
 # --------------------------------------------------------------------------------------------------
 
 
+def config_class(values):
+    """The Config whose fields are settings too; None where a checkpoint decides."""
+    if values['init_from']:
+        return None
+    return models.architecture(values['model']).Config
+
+
+def build_model(config):
+    """The model to measure in float32, in eval mode, by the settings."""
+    if init_from:
+        return pretrained.load_model(init_from, device)
+    names = {field.name for field in dataclasses.fields(config_class(config))}
+    fields = {name: config[name] for name in names & config.keys()}
+    return models.build(model, vocab_size=50257, **fields).to(device).eval()
+
+
+def formats_to_compare():
+    """The number formats that the setting dtypes names, each once."""
+    if dtypes == 'auto':
+        formats = ['float32', resolve_dtype('auto', device)]
+        if device == 'cpu' and quantize.has_int8():
+            formats.append('int8')
+    else:
+        formats = [dtype for dtype in dtypes.split(',') if dtype]
+    unknown = set(formats) - quantize.DTYPES.keys()
+    if unknown:
+        fail(
+            f"dtypes={dtypes!r}: {min(unknown)!r} is unknown; use some of "
+            f"{', '.join(quantize.DTYPES)}"
+        )
+    return list(dict.fromkeys(formats))
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
 def clock(work):
-    """Seconds that work() takes."""
+    """Seconds that work() takes on the device."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -68,179 +103,178 @@ def clock(work):
     return time.perf_counter() - start
 
 
-def bandwidth(size=2**26):
-    """Bytes per second that the device reads at best: two vectors of `size` float32 in one
-    product."""
+def measure_bandwidth(size=2**26):
+    """Bytes per second that the device reads at best: the fastest of ten dot products of two
+    float32 vectors."""
     a, b = torch.ones(2, size, device=device)
-    return 2 * 4 * size / min(clock(lambda: torch.dot(a, b)) for _ in range(10))
+    n_bytes = 2 * 4 * size
+    return n_bytes / min(clock(lambda: torch.dot(a, b)) for _ in range(10))
 
 
-def token_times(side):
-    """Seconds of each further token of num_samples rows, [float]."""
-    tokens = torch.randint(n_vocab, (prompt_tokens,)).tolist()
-    context, times = (
-        decode.Context(side, [tokens] * num_samples, prompt_tokens + max_new_tokens),
-        [],
-    )
+def measure_tokens(variant):
+    """Seconds of each of max_new_tokens steps of num_samples rows, [float]."""
+    prompt = torch.randint(n_vocab, (prompt_tokens,)).tolist()
+    rows = [prompt] * num_samples
+    context = decode.Context(variant, rows, room=prompt_tokens + max_new_tokens)
     context.logits()
-    step = decode.stream(context, max_new_tokens + 1, sampling, range(num_samples))
-    next(step)  # of the prompt, which is read
-    for _ in range(max_new_tokens):
-        times.append(clock(lambda: next(step)))
-    return times
+    steps = decode.stream(context, max_new_tokens + 1, sampling, range(num_samples))
+    next(steps)  # its logits are there already: nothing to measure
+    return [clock(lambda: next(steps)) for _ in range(max_new_tokens)]
 
 
-def products(side):
-    """Seconds of the products of one token alone."""
-    linears = [m for m in side.modules() if isinstance(m, (nn.Linear, quantize.WeightOnlyLinear))]
-    rows = {
-        n: torch.randn(num_samples, 1, n, device=device)
-        for n in {m.weight.shape[1] for m in linears}
-    }
-    return clock(lambda: [m(rows[m.weight.shape[1]]) for m in linears])
+def measure_prefill(variant):
+    """Tokens per second when a prompt is read."""
+    prompt = torch.randint(n_vocab, (1, min(prefill_tokens, block_size)), device=device)
+    return prompt.numel() / clock(lambda: variant(prompt))
 
 
-def bytes_read(side):
-    """Bytes of a token in the middle: all products' weights, and the keys and values so far."""
-    tensors = [
-        t
-        for m in side.modules()
-        if isinstance(m, (nn.Linear, quantize.WeightOnlyLinear))
-        for t in (m.weight, *m.buffers())
-    ]
-    cache = side.init_cache(num_samples, 1, 'meta', side.cache_dtype)
-    per_token = (
-        sum(t.numel() * t.element_size() for kept in cache.kept for t in kept) if cache else 0
-    )
-    seen = prompt_tokens + max_new_tokens // 2
-    return (
-        sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-        + seen * per_token
-    )
+def measure_linears(variant):
+    """Seconds of one token's linear layers alone."""
+    linears = linear_layers(variant)
+    sizes = {layer.weight.shape[1] for layer in linears}
+    inputs = {size: torch.randn(num_samples, 1, size, device=device) for size in sizes}
+
+    def run_all():
+        for layer in linears:
+            layer(inputs[layer.weight.shape[1]])
+
+    return clock(run_all)
 
 
-with user_errors():
-    config, _ = configure(
-        globals(),
-        sys.argv[1:],
-        resolve_device,
-        lambda values: None if values['init_from'] else models.architecture(values['model']).Config,
-    )
-    check_at_least(1, config, 'prompt_tokens max_new_tokens num_samples prefill_tokens rounds')
-    check_at_least(0, config, 'seed')
-    device = resolve_device(device)
-    auto = resolve_dtype('auto', device)
-    wishes = (
-        ['float32', auto, 'int8']
-        if dtypes == 'auto'
-        else [dtype for dtype in dtypes.split(',') if dtype]
-    )
-    if dtypes == 'auto' and not (device == 'cpu' and quantize.has_int8()):
-        wishes.remove('int8')
-    if unknown := set(wishes) - quantize.DTYPES.keys():
-        fail(
-            f"dtypes={dtypes!r}: {min(unknown)!r} is unknown; take some of {', '.join(quantize.DTYPES)}"
-        )
-    if plot and (
-        not Path(plot).parent.is_dir() or Path(plot).suffix not in ('.png', '.svg', '.pdf')
-    ):
-        fail(f"plot={plot!r}: take a .png, .svg or .pdf in a folder that is there")
-    tune_for_speed()
-    seed_everything(seed, 1, device=device)
-    if init_from:
-        plain = pretrained.load_model(init_from, device)
-    else:
-        fields = {
-            f.name for f in dataclasses.fields(models.architecture(model).Config)
-        } & config.keys()
-        plain = (
-            models.build(model, vocab_size=50257, **{name: config[name] for name in fields})
-            .to(device)
-            .eval()
-        )
-    block_size, n_vocab = plain.config.block_size, plain.config.vocab_size
-    if prompt_tokens + max_new_tokens >= block_size:
-        fail(
-            f"prompt_tokens + max_new_tokens = {prompt_tokens + max_new_tokens} must be below the context of {block_size}"
-        )
-    plain.tokenizer, sampling, sides = None, Sampling(0.8, min(200, n_vocab)), {}
-    for dtype in dict.fromkeys(wishes):
-        sides[dtype] = copy.deepcopy(plain)
-        quantize.convert_weights(sides[dtype], dtype)
-if uncached:
-    sides['uncached'] = plain
-    plain.init_cache = lambda *args: None
+def linear_layers(variant):
+    """Its linear layers, converted or not."""
+    kinds = (nn.Linear, quantize.WeightOnlyLinear)
+    return [module for module in variant.modules() if isinstance(module, kinds)]
 
-times = {name: [] for name in sides}
-alone, prefill = ({name: [] for name in sides} for _ in range(2))
-peak = bandwidth()
-with (
-    user_errors(),
-    memory_errors("take fewer --num_samples, or a smaller model"),
-    tqdm(total=rounds * len(sides), leave=False, disable=None, unit='run') as bar,
-):
-    for _ in range(rounds):
-        for name, side in sides.items():
-            bar.set_description(name)
-            times[name].append(token_times(side))
-            with torch.inference_mode():
-                alone[name].append(statistics.median(products(side) for _ in range(5)))
-                prompt = torch.randint(n_vocab, (1, min(prefill_tokens, block_size)), device=device)
-                prefill[name].append(prompt.numel() / clock(functools.partial(side, prompt)))
-            bar.update()
 
-print(
-    f"{plain.num_params() / 1e6:.1f}M parameters, {device}, {torch.get_num_threads()} threads, {peak / 1e9:.1f} GB/s; "
-    f"{num_samples} x {max_new_tokens} tokens after {prompt_tokens}, {rounds} rounds, medians"
-)
-print(
-    "{:10} {:>9} {:>9} {:>9} {:>14} {:>8} {:>8} {:>18} {:>9}".format(
-        '',
-        'prompt/s',
-        'tokens/s',
-        'ms/token',
-        'first, last ¹',
-        'total, s',
-        'times ²',
-        'products, ms ³',
-        'of limit',
-    )
-)
-curves = {name: [statistics.median(some) for some in zip(*runs)] for name, runs in times.items()}
-for name, curve in curves.items():
-    total, tenth = statistics.median(map(sum, times[name])), max(1, len(curve) // 10)
-    ms, own = statistics.median(curve) * 1e3, statistics.median(alone[name]) * 1e3
-    ratio = (
-        statistics.median(sum(b) / sum(a) for a, b in zip(times[name], times['uncached']))
-        if uncached
-        else 1
-    )
-    ends = (
-        f"{statistics.mean(curve[:tenth]) * 1e3:.2f}, {statistics.mean(curve[-tenth:]) * 1e3:.2f}"
-    )
-    limit = f"{bytes_read(sides[name]) / peak * 1e3 / ms:9.1%}" if name != 'uncached' else ''
+def bytes_per_token(variant):
+    """Bytes to read for a token in the middle of the text: the weights of all linear layers, and
+    the keys and values so far."""
+    sizes = {}  # by address: shared weights count once
+    for layer in linear_layers(variant):
+        for tensor in (layer.weight, *layer.buffers()):
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    n_bytes = sum(sizes.values())
+    cache = variant.init_cache(num_samples, 1, 'meta', variant.cache_dtype)
+    if cache:
+        n_positions = prompt_tokens + max_new_tokens // 2
+        for layer in cache.kept:
+            for tensor in layer:
+                n_bytes += n_positions * tensor.numel() * tensor.element_size()
+    return n_bytes
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def print_row(name, curve):
+    """Print a variant's line of the table. curve: seconds of each token, medians of the rounds."""
+    tenth = max(1, len(curve) // 10)
+    ms = statistics.median(curve) * 1e3
+    first_ms = statistics.mean(curve[:tenth]) * 1e3
+    last_ms = statistics.mean(curve[-tenth:]) * 1e3
+    total = statistics.median(sum(run) for run in token_times[name])
     speed = num_samples * max_new_tokens / total
-    share = f"{own:.2f} ({own / ms:.0%})"
+    speedup = 1
+    if uncached:
+        pairs = zip(token_times[name], token_times['uncached'])
+        speedup = statistics.median(sum(theirs) / sum(own) for own, theirs in pairs)
+    prefill = statistics.median(prefill_speeds[name])
+    linears_ms = statistics.median(linear_times[name]) * 1e3
+    limit = ''
+    if name != 'uncached':
+        limit_ms = bytes_per_token(variants[name]) / bandwidth * 1e3
+        limit = f'{limit_ms / ms:9.1%}'
+    ends = f'{first_ms:.2f}, {last_ms:.2f}'
+    share = f'{linears_ms:.2f} ({linears_ms / ms:.0%})'
     print(
-        f"{name:10} {statistics.median(prefill[name]):9.0f} {speed:9.1f} {ms:9.2f} {ends:>14} {total:8.2f} {ratio:8.2f} "
-        f"{share:>18} {limit}"
+        f'{name:10} {prefill:9.0f} {speed:9.1f} {ms:9.2f} {ends:>14} {total:8.2f} '
+        f'{speedup:8.2f} {share:>18} {limit}'
     )
-print(
-    f"¹ mean of {tenth} tokens, ms; ² as fast as uncached; ³ of one token's Linears alone, and their share of its time"
-)
-if plot:
+
+
+def draw_plot(curves):
+    """Write the picture of tokens per second against position."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=150, layout='constrained')
     axes = figure.subplots()
     for name, curve in curves.items():
-        axes.plot(
-            range(prompt_tokens + 1, prompt_tokens + 1 + len(curve)),
-            [num_samples / t for t in curve],
-            label=name,
-        )
+        positions = range(prompt_tokens + 1, prompt_tokens + 1 + len(curve))
+        axes.plot(positions, [num_samples / seconds for seconds in curve], label=name)
     axes.set(xlabel='position', ylabel='tokens per second', yscale='log')
     axes.legend(frameon=False)
-    with user_errors(), files.replacing(plot) as file:
+    with files.replacing(plot) as file:
         figure.savefig(file, format=plot.rpartition('.')[2])
     print(f"picture: {plot}")
+
+
+with user_errors():
+    config, _ = configure(globals(), sys.argv[1:], resolve_device, config_class)
+    check_at_least(1, config, 'prompt_tokens max_new_tokens num_samples prefill_tokens rounds')
+    check_at_least(0, config, 'seed')
+    device = resolve_device(device)
+    formats = formats_to_compare()
+    if plot:
+        path = Path(plot)
+        if not path.parent.is_dir() or path.suffix not in ('.png', '.svg', '.pdf'):
+            fail(f"plot={plot!r} must be a .png, .svg or .pdf in an existing folder")
+
+    tune_for_speed()
+    seed_everything(seed, 1, device=device)
+    plain = build_model(config)
+    plain.tokenizer = None  # all ids are drawn, padding too
+    block_size = plain.config.block_size
+    n_vocab = plain.config.vocab_size
+    n_tokens = prompt_tokens + max_new_tokens
+    if n_tokens >= block_size:
+        fail(
+            f"prompt_tokens + max_new_tokens = {n_tokens} must be below the context of {block_size}"
+        )
+    sampling = Sampling(temperature=0.8, top_k=min(200, n_vocab))
+    variants = {}
+    for dtype in formats:
+        variants[dtype] = copy.deepcopy(plain)
+        quantize.convert_weights(variants[dtype], dtype)
+    if uncached:
+        variants['uncached'] = plain
+        plain.init_cache = lambda *args: None
+
+    # {variant: [of each round]}
+    token_times = {name: [] for name in variants}  # seconds of each token
+    linear_times = {name: [] for name in variants}  # seconds
+    prefill_speeds = {name: [] for name in variants}  # tokens per second
+    bandwidth = measure_bandwidth()
+    with (
+        memory_errors("use fewer --num_samples, or a smaller model"),
+        tqdm(total=rounds * len(variants), leave=False, disable=None, unit='run') as bar,
+    ):
+        for _ in range(rounds):
+            for name, variant in variants.items():
+                bar.set_description(name)
+                token_times[name].append(measure_tokens(variant))
+                with torch.inference_mode():
+                    linears = [measure_linears(variant) for _ in range(5)]
+                    linear_times[name].append(statistics.median(linears))
+                    prefill_speeds[name].append(measure_prefill(variant))
+                bar.update()
+
+    print(
+        f"{plain.num_params() / 1e6:.1f}M parameters, {device}, {torch.get_num_threads()} threads, "
+        f"{bandwidth / 1e9:.1f} GB/s; {num_samples} x {max_new_tokens} tokens after "
+        f"{prompt_tokens}, {rounds} rounds, medians"
+    )
+    print(
+        f"{'':10} {'prompt/s':>9} {'tokens/s':>9} {'ms/token':>9} {'first, last ¹':>14} "
+        f"{'total, s':>8} {'times ²':>8} {'linears, ms ³':>18} {'of limit':>9}"
+    )
+    curves = {}
+    for name, runs in token_times.items():
+        curves[name] = [statistics.median(position) for position in zip(*runs)]
+        print_row(name, curves[name])
+    print(
+        f"¹ ms, mean of {max(1, max_new_tokens // 10)} tokens; ² as fast as uncached; "
+        "³ one token's linear layers alone, and their share of its time"
+    )
+    if plot:
+        draw_plot(curves)

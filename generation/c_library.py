@@ -74,8 +74,8 @@ def _path_in_cache(flags):
 
 
 def _cpu_features():
-    """The lines of /proc/cpuinfo that say which instructions the CPUs have; [] where there is no
-    such file."""
+    """The lines of /proc/cpuinfo that say which instructions the CPUs have; [] where that file is
+    missing."""
     try:
         text = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
     except OSError:
@@ -105,7 +105,7 @@ def _compile(flags, path, can_be_single_threaded):
 def _open(path):
     """The library at `path`; None where there is none, or a damaged one."""
     try:
-        if path.stat().st_size == 0:  # what a crash may leave
+        if path.stat().st_size == 0:  # left by a crash
             return None
         return ctypes.CDLL(str(path))
     except OSError:

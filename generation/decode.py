@@ -74,7 +74,7 @@ class Context:
         return self.last_logits[:, -1, : self.n_vocab]
 
     def _read_all(self):
-        """Read each row anew, sliding those that are too long, into a new cache where the model has
+        """Read all rows, after sliding those that are too long, into a new cache if the model has
         one. Returns logits (B, 1, V)."""
         self._slide_full_rows()
         if self.cache is not None:

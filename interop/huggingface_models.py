@@ -1,6 +1,14 @@
-"""The architectures that `transformers` has too: what their config.json and weights are there.
+"""The architectures that `transformers` has too: how their configs and weights are converted.
 
-CONVERTERS has a class for each.
+A class for each, in CONVERTERS, has the methods
+
+    export_config(config) -> a Config in the keys of a config.json
+    export_weights(state, config, vocab_size) -> {their name: tensor} of a state dict
+    keys(config) -> the Keys of a config.json
+    import_config(keys) -> the fields of a Config
+    import_weights(stored, keys, fields) -> the state dict of {their name: tensor}
+
+and `sizes`, {our field: (their key, transformers' default)}.
 """
 
 import math
@@ -11,9 +19,9 @@ import torch
 class Keys:
     """The values of a config.json, each checked when it is asked for.
 
-    problems: a sentence for each that can't be used.
+    config: the dict that was read. inside: the key whose value it is; '': it is the whole file.
+    problems: a message for each value that can't be used.
     assumed: {key: default} of the sizes that are missing.
-    inside: the key whose object `config` is; '': it is the whole file.
     """
 
     def __init__(self, config, inside=''):
@@ -23,15 +31,16 @@ class Keys:
         self.assumed = {}
 
     def has(self, key):
-        """Whether the key is there with a value: null leaves it to the default."""
+        """Whether the key has a value; null stands for the default."""
         return self.config.get(key) is not None
 
     def refuse(self, key, reason):
+        """Add a problem: this key's value, and the reason why it can't be used."""
         value = self.config[key] if key in self.config else self.assumed[key]
         self.problems.append(f"{self.inside}{key}={shortened(value)} {reason}")
 
     def size(self, key, default):
-        """A whole number from 1 up. Where the key is missing, it is noted in `assumed`."""
+        """A whole number from 1 up. If the key is missing, the default, noted in `assumed`."""
         if key not in self.config:
             self.assumed[key] = default
             return default
@@ -41,11 +50,11 @@ class Keys:
         return self.config[key]
 
     def optional_size(self, key, default):
-        """A whole number from 1 up; without the key, or with null, it is the default."""
+        """A whole number from 1 up; the default if the key is missing or null."""
         return self.size(key, default) if self.has(key) else default
 
     def number(self, key, default=None):
-        """A number above 0; without the key, or with null, it is the default, if there is one."""
+        """A number above 0; the default if the key is missing or null; without one, a problem."""
         value = self.config[key] if self.has(key) else default
         if value is None and default is None:
             self.problems.append(f"{self.inside}{key} is missing")
@@ -56,7 +65,7 @@ class Keys:
         return float(value)
 
     def flag(self, key, default):
-        """true or false; without the key, or with null, it is the default."""
+        """true or false; the default if the key is missing or null."""
         value = self.config[key] if self.has(key) else default
         if type(value) is not bool:
             self.refuse(key, "is neither true nor false")
@@ -64,7 +73,7 @@ class Keys:
         return value
 
     def choice(self, key, choices, default):
-        """choices[value]; where the key is missing or null, choices[default]."""
+        """choices[value]; choices[default] if the key is missing or null."""
         value = self.config[key] if self.has(key) else default
         if type(value) is str and value in choices:
             return choices[value]
@@ -79,9 +88,11 @@ class Keys:
 
 
 def shortened(value):
-    """A value of a config.json as it stands in a message."""
+    """A value of a config.json for a message, in at most 60 characters."""
     text = repr(value)
-    return text if len(text) <= 60 else f'{text[:57]}...'
+    if len(text) > 60:
+        return f'{text[:57]}...'
+    return text
 
 
 class GPT2:
@@ -92,8 +103,8 @@ class GPT2:
     default kernel ignores it too.
     """
 
-    model_type, architecture = 'gpt2', 'GPT2LMHeadModel'
-    # {our field: (their key, transformers' default)}
+    model_type = 'gpt2'
+    architecture = 'GPT2LMHeadModel'
     sizes = {
         'block_size': ('n_positions', 1024),
         'vocab_size': ('vocab_size', 50257),
@@ -101,13 +112,14 @@ class GPT2:
         'n_head': ('n_head', 12),
         'n_embd': ('n_embd', 768),
     }
-    # {their key: another that transformers reads as the same}
+    # {their key: another name that transformers accepts for it}
     aliases = {
         'n_positions': 'max_position_embeddings',
         'n_layer': 'num_hidden_layers',
         'n_head': 'num_attention_heads',
         'n_embd': 'hidden_size',
     }
+    # {their activation: our gelu}
     activations = {
         'gelu': 'exact',
         'gelu_python': 'exact',
@@ -118,15 +130,15 @@ class GPT2:
         'gelu_python_tanh': 'tanh',
         'relu': 'relu',
     }
-    # what export writes: torch's own kernels there
-    written = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'relu': 'relu'}
-    linear = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-    tables = ('transformer.wte.weight', 'lm_head.weight')  # a row per id
-    without_bias = (*tables, 'transformer.wpe.weight')
+    # {our gelu: their activation}, of several the one that runs torch's own kernel
+    exported_activations = {'exact': 'gelu', 'tanh': 'gelu_pytorch_tanh', 'relu': 'relu'}
+    transposed = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) there
+    vocab_tables = ('transformer.wte.weight', 'lm_head.weight')  # a row per id
+    without_bias = (*vocab_tables, 'transformer.wpe.weight')
 
     @classmethod
-    def config(cls, c):
-        """config.json's part of a Config `c`."""
+    def export_config(cls, c):
+        """A Config `c` in the keys of a config.json."""
         sizes = {theirs: getattr(c, ours) for ours, (theirs, _) in cls.sizes.items()}
         dropout = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c.dropout)
         return {
@@ -135,7 +147,7 @@ class GPT2:
             'n_ctx': c.block_size,
             'n_inner': c.inner,
             'layer_norm_epsilon': c.norm_eps,
-            'activation_function': cls.written[c.gelu],
+            'activation_function': cls.exported_activations[c.gelu],
             'tie_word_embeddings': c.tied,
             'scale_attn_weights': True,
             'scale_attn_by_inverse_layer_idx': False,
@@ -144,25 +156,29 @@ class GPT2:
 
     @classmethod
     def keys(cls, config):
-        """The Keys of a config.json by their own names."""
-        aliases = {name: alias for name, alias in cls.aliases.items() if alias in config}
-        return Keys(config | {name: config[alias] for name, alias in aliases.items()})
+        """The Keys of a config.json, with aliases under the name that they stand for."""
+        config = dict(config)
+        for name, alias in cls.aliases.items():
+            if alias in config:
+                config[name] = config[alias]
+        return Keys(config)
 
     @classmethod
-    def fields(cls, keys):
-        """The Config fields of a config.json; what can't be used is in keys.problems."""
+    def import_config(cls, keys):
+        """The Config fields of a config.json; what can't be used is added to keys.problems."""
         fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
-        H, C = fields['n_head'], fields['n_embd']
+        H = fields['n_head']
+        C = fields['n_embd']
         if C % H and not keys.problems:
             keys.refuse('n_embd', f"is not divisible by n_head={H}")
         n_inner = keys.optional_size('n_inner', 4 * C)
         keys.only('add_cross_attention', False)
-        # These two are only checked here: _scale_queries uses them.
+        # These two are only checked here; _scale_queries applies them.
         keys.flag('scale_attn_weights', True)
         keys.flag('scale_attn_by_inverse_layer_idx', False)
         return {
             **fields,
-            'n_inner': 0 if n_inner == 4 * C else n_inner,
+            'n_inner': 0 if n_inner == 4 * C else n_inner,  # 0: 4 of n_embd
             'bias': True,
             'gelu': keys.choice('activation_function', cls.activations, 'gelu_new'),
             'tied': keys.flag('tie_word_embeddings', True),
@@ -170,15 +186,15 @@ class GPT2:
         }
 
     @classmethod
-    def stored(cls, state, c, vocab_size):
-        """What is stored there of a model with this state dict and Config, for vocab_size ids."""
+    def export_weights(cls, state, c, vocab_size):
+        """{their name: tensor} of a state dict of Config `c`, for the first vocab_size ids."""
         stored = {}
         for name, value in state.items():
             if name == 'lm_head.weight' and c.tied:
                 continue
-            if name in cls.tables:
+            if name in cls.vocab_tables:
                 value = value[:vocab_size]
-            if name.endswith(cls.linear):
+            if name.endswith(cls.transposed):
                 value = value.t()
             stored[name] = value
             stem, _, kind = name.rpartition('.')
@@ -187,45 +203,51 @@ class GPT2:
         return stored
 
     @classmethod
-    def state(cls, stored, keys, fields):
-        """The state dict out of what is stored there, whose names may lack `transformer.`; fields:
-        of `fields`."""
+    def import_weights(cls, stored, keys, fields):
+        """Our state dict of {their name: tensor}, whose names may lack `transformer.`.
+
+        fields: what import_config returned for these keys."""
         state = {}
         for name, value in stored.items():
-            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # masks
+            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks
                 continue
             if name != 'lm_head.weight':
                 name = 'transformer.' + name.removeprefix('transformer.')
-            state[name] = value.t() if name.endswith(cls.linear) else value
+            if name.endswith(cls.transposed):
+                value = value.t()
+            state[name] = value
         cls._scale_queries(state, keys, fields)
         return state
 
     @classmethod
     def _scale_queries(cls, state, keys, fields):
-        """Scale the queries' weights and biases in the dict `state`, so that our attention, which
-        divides scores by √D, computes what theirs does.
+        """Scale the queries' weights and biases in the dict `state`: our attention always divides
+        scores by √D, theirs may not, or also by the layer's number.
 
-        Scaled tensors become float64: they are rounded once, when `load_weights` loads them.
+        Scaled tensors become float64, so that they are rounded only once, by `load_weights`.
         """
         C = fields['n_embd']
         D = C // fields['n_head']
         factor = 1.0 if keys.flag('scale_attn_weights', True) else math.sqrt(D)
         is_by_layer = keys.flag('scale_attn_by_inverse_layer_idx', False)
         for layer in range(fields['n_layer']):
-            own = factor / (layer + 1) if is_by_layer else factor
+            scale = factor / (layer + 1) if is_by_layer else factor
+            if scale == 1:
+                continue
             for kind in ('weight', 'bias'):
                 name = f'transformer.h.{layer}.attn.c_attn.{kind}'
-                if own != 1 and name in state:
-                    queries, others = state[name][:C], state[name][C:]
-                    state[name] = torch.cat([queries.double() * own, others.double()])
+                if name in state:
+                    queries = state[name][:C].double() * scale
+                    keys_and_values = state[name][C:].double()
+                    state[name] = torch.cat([queries, keys_and_values])
 
 
 class Llama:
-    """models/transformerpp.py as LlamaForCausalLM: queries, keys and values have matrices of their
-    own there."""
+    """models/transformerpp.py as LlamaForCausalLM, in which queries, keys and values have a matrix
+    each."""
 
-    model_type, architecture = 'llama', 'LlamaForCausalLM'
-    # {our field: (their key, transformers' default)}
+    model_type = 'llama'
+    architecture = 'LlamaForCausalLM'
     sizes = {
         'block_size': ('max_position_embeddings', 2048),
         'vocab_size': ('vocab_size', 32000),
@@ -234,20 +256,23 @@ class Llama:
         'n_embd': ('hidden_size', 4096),
         'n_hidden': ('intermediate_size', 11008),
     }
+    # {our field: its values that Llama has too}
+    exportable = {'attention_kind': ('mha', 'gqa', 'mqa'), 'norm_place': ('pre',)}
     # {their rope_type: our rope_scaling}
     ropes = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3'}
-    outside = {
+    vocab_tables = ('model.embed_tokens.weight', 'lm_head.weight')  # a row per id
+    # {our module: theirs}; if theirs are several, our matrix is theirs, stacked.
+    outer_modules = {
         'transformer.wte': 'model.embed_tokens',
         'transformer.ln_f': 'model.norm',
         'lm_head': 'lm_head',
     }
-    q, k, v = 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'
-    block = {
+    block_modules = {
         'ln_1': 'input_layernorm',
         'ln_2': 'post_attention_layernorm',
-        'attn.c_attn': f'{q} {k} {v}',
-        'attn.c_q': q,
-        'attn.c_kv': f'{k} {v}',
+        'attn.c_attn': 'self_attn.q_proj self_attn.k_proj self_attn.v_proj',
+        'attn.c_q': 'self_attn.q_proj',
+        'attn.c_kv': 'self_attn.k_proj self_attn.v_proj',
         'attn.c_proj': 'self_attn.o_proj',
         'mlp.c_gate': 'mlp.gate_proj',
         'mlp.c_fc': 'mlp.up_proj',
@@ -255,24 +280,25 @@ class Llama:
     }
 
     @classmethod
-    def pairs(cls, n_layer):
-        """(our name, [their names]): ours has their matrices, or biases, one above the other."""
-        for ours, theirs in cls.outside.items():
+    def weight_names(cls, n_layer):
+        """Yield (our name, [their names]) of all weights: ours is theirs, stacked along dim 0."""
+        for ours, theirs in cls.outer_modules.items():
             yield f'{ours}.weight', [f'{theirs}.weight']
         for layer in range(n_layer):
-            for ours, theirs in cls.block.items():
+            for ours, theirs in cls.block_modules.items():
                 for kind in ('weight', 'bias'):
                     names = [f'model.layers.{layer}.{name}.{kind}' for name in theirs.split()]
                     yield f'transformer.h.{layer}.{ours}.{kind}', names
 
     @classmethod
-    def config(cls, c):
-        """config.json's part of a Config `c`. Raises ValueError where Llama has no such thing."""
-        for name, known in (('attention_kind', ('mha', 'gqa', 'mqa')), ('norm_place', ('pre',))):
-            if getattr(c, name) not in known:
+    def export_config(cls, c):
+        """A Config `c` in the keys of a config.json. Raises ValueError for what Llama lacks."""
+        for name, supported in cls.exportable.items():
+            value = getattr(c, name)
+            if value not in supported:
                 raise ValueError(
-                    f"can't be exported: Hugging Face's Llama has no {name}={getattr(c, name)!r}, but "
-                    f"{', '.join(known)}"
+                    f"can't be exported: Hugging Face's Llama has no {name}={value!r}, only "
+                    f"{', '.join(supported)}"
                 )
         if c.n_embd % c.n_head:
             raise ValueError(
@@ -296,8 +322,8 @@ class Llama:
 
     @staticmethod
     def rope_keys(c):
-        """What config.json says of the rotations: in rope_parameters, and in the two keys that
-        transformers read before version 5."""
+        """The keys of the rotary embedding: rope_parameters, and the two that transformers read
+        before version 5."""
         rope = {'rope_type': 'default'}
         if c.rope_scaling != 'none':
             rope = {'rope_type': c.rope_scaling, 'factor': c.rope_factor}
@@ -319,24 +345,30 @@ class Llama:
         return Keys(config)
 
     @classmethod
-    def fields(cls, keys):
-        """The Config fields of a config.json; what can't be used is in keys.problems."""
+    def import_config(cls, keys):
+        """The Config fields of a config.json; what can't be used is added to keys.problems."""
         fields = {ours: keys.size(theirs, default) for ours, (theirs, default) in cls.sizes.items()}
-        H, C = fields['n_head'], fields['n_embd']
+        H = fields['n_head']
+        C = fields['n_embd']
         G = keys.optional_size('num_key_value_heads', H)
         if H % G:
             keys.refuse('num_key_value_heads', f"is not a divisor of num_attention_heads={H}")
-        kind = 'mha' if G == H else 'mqa' if G == 1 else 'gqa'
+        if G == H:
+            kind = 'mha'
+        elif G == 1:
+            kind = 'mqa'
+        else:
+            kind = 'gqa'
         D = keys.optional_size('head_dim', max(1, C // H))
         if keys.has('head_dim') and D % 2:
-            keys.refuse('head_dim', "is odd: rotation is of pairs")
+            keys.refuse('head_dim', "is odd: rotary embeddings rotate pairs of channels")
         if not keys.has('head_dim') and C % (2 * H) and not keys.problems:
             keys.refuse(
                 'hidden_size',
-                f"is not divisible by 2 x num_attention_heads={H}: rotation "
-                "is of pairs; weights with heads of another size need head_dim",
+                f"is not divisible by 2 x num_attention_heads={H}: rotary embeddings rotate "
+                "pairs of channels; weights with heads of another size need head_dim",
             )
-        keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')  # one, by two names
+        keys.choice('hidden_act', {'silu': 'silu', 'swish': 'silu'}, 'silu')  # only checked
         keys.only('partial_rotary_factor', 1.0)
         return {
             **fields,
@@ -352,58 +384,64 @@ class Llama:
 
     @classmethod
     def rope_fields(cls, keys, block_size):
-        """The Config fields of the rotary embedding, from rope_scaling (transformers before version
-        5) if it has a value, else from rope_parameters."""
+        """The Config fields of the rotary embedding: from rope_scaling (transformers before version
+        5) if it has a value, otherwise from rope_parameters."""
         name = 'rope_scaling' if keys.config.get('rope_scaling') else 'rope_parameters'
-        found = keys.config.get(name) or {}
-        if type(found) is not dict:
+        config = keys.config.get(name) or {}
+        if type(config) is not dict:
             keys.refuse(name, "is not an object")
             return {}
-        rope = Keys(found, inside=name)
+        rope = Keys(config, inside=name)
         type_key = 'rope_type' if rope.has('rope_type') else 'type'
         scaling = rope.choice(type_key, cls.ropes, 'default')
         rope.only('partial_rotary_factor', 1.0)
-        theta = rope if rope.has('rope_theta') else keys
-        fields = {'rope_theta': theta.number('rope_theta', 1e4), 'rope_scaling': scaling}
+        theta_keys = rope if rope.has('rope_theta') else keys
+        fields = {'rope_theta': theta_keys.number('rope_theta', 1e4), 'rope_scaling': scaling}
         if scaling != 'none':
             fields['rope_factor'] = rope.number('factor')
         if scaling == 'llama3':
-            low, high = rope.number('low_freq_factor'), rope.number('high_freq_factor')
+            low = rope.number('low_freq_factor')
+            high = rope.number('high_freq_factor')
             if low >= high and not rope.problems:
                 rope.refuse('low_freq_factor', f"is not below high_freq_factor={high}")
             fields |= {'rope_low_freq': low, 'rope_high_freq': high}
             original = 'original_max_position_embeddings'
-            where = keys if keys.has(original) else rope  # transformers looks in this order
-            fields['rope_original'] = where.optional_size(original, block_size)
+            original_keys = keys if keys.has(original) else rope  # as transformers looks it up
+            fields['rope_original'] = original_keys.optional_size(original, block_size)
         keys.problems += rope.problems
         return fields
 
     @classmethod
-    def stored(cls, state, c, vocab_size):
-        """What is stored there of a model with this state dict and Config, for vocab_size ids."""
+    def export_weights(cls, state, c, vocab_size):
+        """{their name: tensor} of a state dict of Config `c`, for the first vocab_size ids."""
         stored = {}
-        for ours, theirs in cls.pairs(c.n_layer):
+        for ours, theirs in cls.weight_names(c.n_layer):
             if ours in state and not (ours == 'lm_head.weight' and c.tied):
                 stored |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
-        return {k: v[:vocab_size] if 'embed' in k or 'head' in k else v for k, v in stored.items()}
+        for name in cls.vocab_tables:
+            if name in stored:
+                stored[name] = stored[name][:vocab_size]
+        return stored
 
     @classmethod
-    def state(cls, stored, keys, fields):
-        """The state dict out of what is stored there; fields: of `fields`."""
-        # old versions' angles
-        stored = {k: v for k, v in stored.items() if not k.endswith('inv_freq')}
+    def import_weights(cls, stored, keys, fields):
+        """Our state dict of {their name: tensor}; fields: what import_config returned for these
+        keys."""
+        # Old versions of transformers store the rotations' frequencies.
+        stored = {name: v for name, v in stored.items() if not name.endswith('inv_freq')}
+        # mha has one matrix for queries, keys and values; gqa and mqa have one for the queries.
         absent = ('attn.c_attn',)
         if fields['attention_kind'] == 'mha':
             absent = ('attn.c_q', 'attn.c_kv')
         state = {}
-        for ours, theirs in cls.pairs(fields['n_layer']):
-            is_here = all(
-                name in stored for name in theirs
-            )  # else `load_weights` says what is missing
-            if is_here and not ours.rpartition('.')[0].endswith(absent):
+        for ours, theirs in cls.weight_names(fields['n_layer']):
+            if ours.rpartition('.')[0].endswith(absent):
+                continue
+            if all(name in stored for name in theirs):
                 state[ours] = torch.cat([stored.pop(name) for name in theirs])
-        return state | stored  # nothing should be left
+        # load_weights reports what is missing, and what is left over here.
+        return state | stored
 
 
-# by our names of the architectures
+# {our name of the architecture: class}
 CONVERTERS = {'gpt': GPT2, 'transformerpp': Llama}

@@ -203,7 +203,7 @@ def test_a_row_of_weight_0_is_left_out(key):
         assert turns({**row, key: weight}) == SUM
     for weight in (0, False, 0.0):
         parts, unused = reader(row).parts({**row, key: weight})
-        assert parts is None and unused == ['row(s) with weight 0, which are left out']
+        assert parts is None and unused == ['row(s) with weight 0, which are skipped']
 
 
 def test_another_weight_of_a_row_is_reported():
@@ -412,13 +412,13 @@ def test_text_is_prepared_where_the_first_row_has_no_conversation_beside_it(caps
         (
             {'messages': [ASK, {**ANSWER, 'train_detail': [{'train': False}]}]},
             None,
-            "has 'train_detail', which tells parts of the answer apart, while an answer is "
+            "has 'train_detail', which masks parts of the answer, while an answer is "
             'learned as a whole or not at all: write "weight": 0',
         ),
         (
             {'messages': [ASK, ANSWER], 'weight': '0'},
             None,
-            "the row has weight='0': only 0 (the row is left out) and 1 (its answers are learned)",
+            "the row has weight='0': only 0 (the row is skipped) and 1 (its answers are learned)",
         ),
         ({'messages': [ASK, ANSWER], 'weight': -1}, None, 'the row has weight=-1: only 0'),
         ({'messages': [ASK, ANSWER], 'loss_mask': [0, 1]}, None, 'has loss_mask=[0, 1]: only 0'),
@@ -619,7 +619,7 @@ def test_what_its_author_masked_is_not_learned(tmp_path, capsys, write, suffix):
     learned = texts(tmp_path / 'out')[1]
     assert learned == sorted([*EXPECTED[1], 'a0'])
     unit = 'line' if suffix == 'jsonl' else 'row'
-    report = f'1 row(s) with weight 0, which are left out; the first is {rows}, {unit} 13\n'
+    report = f'1 row(s) with weight 0, which are skipped; the first is {rows}, {unit} 13\n'
     assert report in capsys.readouterr().out
 
 
@@ -629,8 +629,8 @@ def test_where_all_rows_are_left_out_the_reason_is_printed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         prepare(tmp_path / 'out', rows)
     said = capsys.readouterr()
-    assert '2 row(s) with weight 0, which are left out' in said.out
-    assert 'every document is empty or left out' in said.err
+    assert '2 row(s) with weight 0, which are skipped' in said.out
+    assert 'every document is empty or skipped' in said.err
 
 
 def pack(content, packed):

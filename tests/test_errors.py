@@ -966,7 +966,7 @@ def test_sampling_in_two_ways_at_once(warm, trained, words):
     [
         (
             '--dtypes=float32,int4',
-            "dtypes='float32,int4': 'int4' is unknown; take some of float32, bfloat16",
+            "dtypes='float32,int4': 'int4' is unknown; use some of float32, bfloat16",
         ),
         ('--rounds=0', 'rounds=0 must be at least 1'),
         (

@@ -214,7 +214,7 @@ def test_what_is_scored_of_hellaswag(evaluate, tmp_path):
         f'--hellaswag={FIXTURES}/hellaswag.jsonl',
         '--limit=2',
     )
-    rows, _ = made['todo']['hellaswag']
+    rows = made['todo']['hellaswag'].rows
     texts = [(bytes(ids[:-n]).decode(), bytes(ids[-n:]).decode()) for ids, n in rows]
     assert texts[0] == (
         "Making tea: A woman fills a kettle with water and puts it on the stove. She",
@@ -535,7 +535,7 @@ HELLASWAG = {
         (
             ['--dataset=chars'],
             '',
-            "was made with another tokenizer than the model's: give the text itself",
+            "was made with another tokenizer than the model's: evaluate the text itself",
         ),
         (
             ['--dataset=file'],

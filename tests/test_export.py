@@ -133,7 +133,7 @@ def test_padding_of_the_vocabulary_stays_here(transformers, tmp_path):
     )
     n = len(DESCRIPTIONS['char']['chars'])
     assert (
-        f'vocab_size is {n} there: the 128 here are padded' in done.stdout
+        f"vocab_size={n}: the model's 128 are padded" in done.stdout
         and len(done.stdout.splitlines()) == 2
     )
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
@@ -772,7 +772,7 @@ def test_a_model_without_a_tokenizer_is_exported_without_one(tmp_path):
     done = export(
         f'--init_from={saved(tmp_path / "model.pt", random_model())}', f'--folder={tmp_path / "hf"}'
     )
-    assert 'has no tokenizer: the model does not say which its 100 ids belong to' in done.stdout
+    assert 'has no tokenizer: the model does not say which one its 100 ids use' in done.stdout
     assert {path.name for path in (tmp_path / 'hf').iterdir()} == {
         'config.json',
         'generation_config.json',
@@ -788,12 +788,12 @@ def test_mistakes(tmp_path):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'precious').write_text('precious')
     check(export(source), "the folder to write is missing")
-    check(export(source, f'--folder={tmp_path / "full"}'), 'is there and not empty')
-    check(export(source, f'--folder={tmp_path / "model.pt"}'), 'is there and not empty')
+    check(export(source, f'--folder={tmp_path / "full"}'), 'exists and is not empty')
+    check(export(source, f'--folder={tmp_path / "model.pt"}'), 'exists and is not empty')
     check(export(source, f'--folder={tmp_path / "model.pt" / "below"}'), 'model.pt')
     check(
         export(source, f'--folder={tmp_path / "hf"}', '--dtype=int8'),
-        "dtype='int8' is unknown: take float32, bfloat16",
+        "dtype='int8' is unknown: use float32, bfloat16",
     )
     check(
         export(f'--out_dir={tmp_path / "full"}', f'--folder={tmp_path / "hf"}'),
@@ -839,6 +839,6 @@ def test_a_run_and_a_folder_as_plain_words(trained, tmp_path):
     assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == (
         tmp_path / 'b' / 'model.safetensors'
     ).read_bytes()
-    check(export(trained, tmp_path / 'a'), f"folder='{tmp_path / 'a'}' is there and not empty")
+    check(export(trained, tmp_path / 'a'), f"folder='{tmp_path / 'a'}' exists and is not empty")
     check(export(trained), "the folder to write is missing")
     assert export('--dtype', 'float16', trained, '--folder', tmp_path / 'c').returncode == 0

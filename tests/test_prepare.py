@@ -598,6 +598,20 @@ def test_special_tokens_in_a_conversation_are_told_and_those_of_its_template_are
     assert f"'{MARK}' 1 time(s), first in {words[0]}, while sample.py" in capsys.readouterr().out
 
 
+def test_marks_of_a_template_that_the_tokenizer_lacks_are_reported(tmp_path, capsys):
+    marks = {'user': ['<|im_start|>user\n', '<|im_end|>\n'], 'assistant': ['A: ', '<|im_end|>\n']}
+    (tmp_path / 'template.json').write_text(json.dumps(marks))
+    rows = write_rows(
+        tmp_path / 'rows.jsonl', [{'q': f'what? {i}', 'a': 'that'} for i in range(60)]
+    )
+    words = [rows, '--field=q,a', f"--template={tmp_path / 'template.json'}", '--tokenizer=byte']
+    prepare(tmp_path / 'out', *words)
+    assert (
+        'notice: the tokenizer has no special tokens <|im_start|>, <|im_end|>, which the template '
+        'writes: they were encoded as ordinary text\n'
+    ) in capsys.readouterr().out
+
+
 def test_that_nothing_divides_rows_is_said(tmp_path, capsys):
     rows = write_rows(tmp_path / 'rows.jsonl', [{'text': text} for text in DOCUMENTS])
     prepare(tmp_path / 'out', rows, '--document=line', '--tokenizer=byte')
@@ -648,6 +662,14 @@ def test_a_table_is_refused_with_a_command_that_makes_rows_of_it(
     subprocess.run(['bash', '-c', command], check=True, env=here)
     prepare('./out', shlex.split(command)[-1], '--tokenizer=byte')
     assert decoded(Path('out')) == expected([row['text'] for row in ROWS])
+
+
+def test_the_command_that_converts_a_table_replaces_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('a.csv').write_bytes(TABLES['.csv'])
+    for name in ('a.jsonl', 'a-rows.jsonl', 'a-rows-2.jsonl'):
+        assert f'> {name}` writes' in failure(capsys, './out', 'a.csv')
+        Path(name).touch()
 
 
 def test_rows_in_a_json_file_are_read_where_a_field_is_named(tmp_path, monkeypatch, capsys):
@@ -927,9 +949,9 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, small_pieces, corpus, monkeypatch, 
     monkeypatch.setattr(journal, 'SAVE_SECONDS', 1000)
     with pytest.raises(SystemExit) as end:
         prepare(tmp_path / 'stopped', *corpus)
-    assert end.value.code == 130 and 'the same command goes on' in capsys.readouterr().err
+    assert end.value.code == 130 and 'the same command continues' in capsys.readouterr().err
     prepare(tmp_path / 'stopped', *corpus)
-    assert 'going on' in capsys.readouterr().out
+    assert 'continuing after' in capsys.readouterr().out
     pieces = len([*sources.open(corpus[:1], document='paragraph').pieces()])
     assert len(calls) == pieces + 1 and contents(tmp_path / 'stopped') == contents(
         tmp_path / 'whole'
@@ -988,13 +1010,13 @@ def test_bins_that_are_replaced_only_in_part_are_refused(
 
 
 SCRIPT = f"""if True:
-    import runpy, sys, time
+    import os, runpy, sys, time
     sys.path.insert(0, {str(ROOT)!r})
     from text import journal
     from text.sources import cutting
     save = journal.Output.save
     journal.Output.save = lambda output: (save(output), time.sleep(0.01))       # or it would be done before it is killed
-    cutting.PIECE, cutting.LARGE, journal.SAVE_SECONDS, journal.os.fsync = 256, 1024, -1, lambda descriptor: None
+    cutting.PIECE, cutting.LARGE, journal.SAVE_SECONDS, os.fsync = 256, 1024, -1, lambda descriptor: None
     sys.argv[0] = {str(ROOT / 'data/prepare.py')!r}
     runpy.run_path(sys.argv[0], run_name='__main__')"""
 
@@ -1039,12 +1061,12 @@ def test_a_worker_that_is_killed_costs_nothing_that_was_done(tmp_path, monkeypat
         return size
 
     monkeypatch.setattr(journal.Output, 'add', kill)
-    assert 'take a smaller --num_proc' in failure(
+    assert 'use a smaller --num_proc' in failure(
         capsys, tmp_path / 'out', rows, '--tokenizer=byte', '--num_proc=2'
     )
     monkeypatch.undo()
     prepare(tmp_path / 'out', rows, '--tokenizer=byte', '--num_proc=1')
-    assert 'going on after' in capsys.readouterr().out
+    assert 'continuing after' in capsys.readouterr().out
     assert decoded(tmp_path / 'out') == expected(
         [json.loads(line)['text'] for line in rows.read_text().splitlines()]
     )
@@ -1206,7 +1228,7 @@ FILES = {
         (['good.txt', '--byte_fallback=True'], 'byte_fallback'),
         (['good.txt', '--byte_fallback=true'], 'byte_fallback'),
         (['good.txt', '--template=good.txt'], r'good\.txt is not JSON'),
-        (['good.txt', '--fiel=x'], 'unrecognized arguments: --fiel=x'),
+        (['good.txt', '--fiel=x'], 'unrecognized arguments: --fiel=x; did you mean --field\\?$'),
         (['good.txt', '--document=Lines'], "document='Lines' looks like 'line': write that"),
         (['good.txt', '--document='], "document='' must be file, paragraph, line, or the text"),
         (['good.txt', '--val=nothing.txt'], r'there is no file or folder .*nothing\.txt'),

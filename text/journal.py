@@ -1,16 +1,13 @@
-"""Bins as they grow: appended to piece by piece, stopped anywhere, gone on with, put in place once
-they are whole.
+"""Bins while they are prepared: appended to piece by piece, interruptible and resumable.
 
-`Output` keeps them in a folder of their own, with a journal of what is done; `switch` puts them
-where readers look.
+`Output` keeps them in a folder of their own. journal.json there says how much of them is done: a
+run that was stopped cuts off what is beyond, and continues with the next piece.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
-import os
-import re
 import shutil
 import signal
 import sys
@@ -20,88 +17,47 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from system import files
+from text.bin_files import Stream
 from text.documents import SKIPPED, count_remarks
 
 SAVE_SECONDS = 5  # between two journals
-SPLITS = 'train', 'val', 'test'
+KEPT = "what is done is kept, and the same command continues from there"
 
-
-class Stream:
-    """One file to append arrays to, or numbered ones of `shard` items each, from item n on: what is
-    beyond is cut off."""
-
-    def __init__(self, folder, name, suffix, dtype, shard, n):
-        self.folder, self.name, self.suffix, self.dtype = folder, name, suffix, np.dtype(dtype)
-        self.shard, self.n, self.file = shard, n, None
-        for path in self.paths():
-            number = int(path.stem.rpartition('-')[2]) if shard else 0
-            if (left := min(n - number * shard, shard) if shard else n) <= 0:
-                path.unlink()
-            elif path.stat().st_size > left * self.dtype.itemsize:
-                os.truncate(path, left * self.dtype.itemsize)
-        if sum(path.stat().st_size for path in self.paths()) != n * self.dtype.itemsize:
-            raise EOFError
-
-    def paths(self):
-        return sorted(
-            self.folder.glob(
-                f'{self.name}-*{self.suffix}' if self.shard else self.name + self.suffix
-            )
-        )
-
-    def append(self, array):
-        array = np.ascontiguousarray(array, self.dtype)
-        while len(array):
-            number, inside = divmod(self.n, self.shard) if self.shard else (0, self.n)
-            if self.file is None or (self.shard and not inside):
-                self.close()
-                number = f'-{number:05d}' if self.shard else ''
-                self.file = open(
-                    self.folder / f'{self.name}{number}{self.suffix}', 'ab', buffering=0
-                )
-            now = array[: self.shard - inside] if self.shard else array
-            self._write(memoryview(now).cast('B'))
-            array, self.n = array[len(now) :], self.n + len(now)
-
-    def _write(self, content):
-        try:
-            while content:
-                content = content[self.file.write(content) :]
-        except OSError as error:
-            raise OSError(f"cannot write {self.file.name}: {error.strerror}") from None
-
-    def sync(self):
-        if self.file:
-            os.fsync(self.file.fileno())
-
-    def close(self):
-        if self.file:
-            self.sync()
-            self.file.close()
-        self.file = None
-
-
-_KEPT = "what is done is kept, and the same command goes on with it"
+NOTHING_DONE = {
+    'identity': None,  # a hash of everything that the bins depend on
+    'file': 0,  # the number of the source's file that was read last,
+    'pieces': 0,  # and how many of its pieces are done
+    'size': 0,  # bytes of the source that are done
+    'dropped': 0,  # duplicates
+    'kept': 0,  # digests of documents, which --dedup compares
+    'seconds': 0.0,
+    'remarks': {},  # as documents.count_remarks counts them
+    'splits': {},  # {split: {tokens, bytes, documents, learned}}
+}
 
 
 class Output:
-    """The bins as they grow in `folder`, and the journal that says how much of them is whole."""
+    """The bins as they grow in `folder`; `done` is what the journal will say of them.
+
+    identity: a hash of everything that the bins depend on; what another one has left in the folder
+    is removed. splits: names; dtype: of the ids; masked: whether there are masks too; dedup: keep
+    the first of equal documents; shard_tokens: tokens of a file, 0 for any number.
+    """
 
     def __init__(self, folder, identity, splits, dtype, masked, dedup, shard_tokens):
-        self.folder, self.splits, self.dtype, self.masked, self.dedup = (
-            folder,
-            splits,
-            dtype,
-            masked,
-            dedup,
-        )
-        self.shard_tokens, found = shard_tokens, load(folder)
+        self.folder = folder
+        self.splits = splits
+        self.dtype = dtype
+        self.masked = masked
+        self.dedup = dedup
+        self.shard_tokens = shard_tokens
+        found = load(folder)
         try:
             if found['identity'] != identity:
                 raise EOFError
-            self._begin(found)
+            self._open(found)
             print(
-                f"going on after the first {found['size'] / 1e6:,.1f} MB, which are done",
+                f"continuing after the first {found['size'] / 1e6:,.1f} MB, which are done",
                 flush=True,
             )
         except EOFError:
@@ -112,109 +68,116 @@ class Output:
                 )
             shutil.rmtree(folder)
             folder.mkdir()
-            self._begin(
-                _NOTHING
-                | {
-                    'identity': identity,
-                    'splits': {
-                        split: dict.fromkeys(('tokens', 'bytes', 'documents', 'learned'), 0)
-                        for split in splits
-                    },
-                }
-            )
+            counts = dict.fromkeys(('tokens', 'bytes', 'documents', 'learned'), 0)
+            empty = {split: counts for split in splits}
+            self._open({**NOTHING_DONE, 'identity': identity, 'splits': empty})
 
-    def _begin(self, done):
-        """Go on from what the journal says. Raises EOFError where there is less."""
-        self.done, self.saved, self.began = (
-            done,
-            time.monotonic(),
-            time.monotonic() - done['seconds'],
-        )
-        n, shard = (
-            {split: facts['tokens'] for split, facts in done['splits'].items()},
-            self.shard_tokens,
-        )
-        self.bins = {
-            split: Stream(self.folder, split, '.bin', self.dtype, shard, n[split]) for split in n
-        }
-        self.masks = {
-            split: Stream(self.folder, split, '.mask', 'u1', shard, n[split])
-            for split in n
-            if self.masked
-        }
-        self.digests = (
-            Stream(self.folder, 'digests', '', 'V16', 0, done['kept']) if self.dedup else None
-        )
-        self.seen = (
-            set(np.fromfile(self.folder / 'digests', 'V16').tolist())
-            if self.dedup and done['kept']
-            else set()
-        )
+    def _open(self, done):
+        """Open the files where the journal says that they end. Raises EOFError if they are
+        shorter."""
+        self.done = done
+        self.saved_at = time.monotonic()
+        self.began_at = time.monotonic() - done['seconds']
+        self.bins = {}
+        self.masks = {}
+        for split, facts in done['splits'].items():
+            self.bins[split] = self._stream(split, '.bin', self.dtype, facts['tokens'])
+        if self.masked:
+            for split, facts in done['splits'].items():
+                self.masks[split] = self._stream(split, '.mask', 'u1', facts['tokens'])
+        self.digests = None
+        self.seen = set()  # digests of documents
+        if self.dedup:
+            self.digests = Stream(self.folder, 'digests', '', 'V16', shard=0, n=done['kept'])
+            if done['kept']:
+                self.seen = set(np.fromfile(self.folder / 'digests', 'V16').tolist())
 
-    def left_of(self, source):
-        """The source's pieces that are not done."""
-        return itertools.islice(
-            source.pieces(self.done['file']) if self.done['file'] else source.pieces(),
-            self.done['pieces'],
-            None,
-        )
+    def _stream(self, split, suffix, dtype, n):
+        return Stream(self.folder, split, suffix, dtype, shard=self.shard_tokens, n=n)
+
+    def pieces_left(self, source):
+        """An iterator of the source's pieces that are not done."""
+        pieces = source.pieces
+        if self.done['file']:
+            return itertools.islice(pieces(self.done['file']), self.done['pieces'], None)
+        return itertools.islice(pieces(), self.done['pieces'], None)
 
     def add(self, piece, encoded):
-        """Append a piece, which `encoded` returns; returns its size in bytes. Whatever stops this,
-        `done` stays true."""
+        """Append a piece; returns its size in bytes. Wherever this is stopped, `done` stays true.
+
+        encoded: a function that returns what an encoder.Encoder makes of the piece.
+        """
         ids, learned, table, remarks = encoded()
-        kept, dropped = np.ones(len(table), bool), 0
-        if self.digests:
-            new = []
-            for i, digest in enumerate(table['digest'].tolist()):
-                if any(digest):  # Parts have none
-                    kept[i] = digest not in self.seen
-                    if kept[i]:
-                        self.seen.add(digest)
-                        new.append(digest)
-            self.digests.append(np.array(new, 'V16'))
-            dropped = int((~kept).sum())
+        is_kept = self._without_duplicates(table)
+        n_dropped = int((~is_kept).sum())
+
         splits = {}
         for i, split in enumerate(self.splits):
-            rows = kept & (table['split'] == i)
+            rows = is_kept & (table['split'] == i)
             tokens = np.repeat(rows, table['tokens'])
             self.bins[split].append(ids[tokens])
+            new = {key: int(table[key][rows].sum()) for key in ('tokens', 'bytes', 'documents')}
+            new['learned'] = 0
             if self.masked:
                 self.masks[split].append(learned[tokens])
-            new = {key: int(table[key][rows].sum()) for key in ('tokens', 'bytes', 'documents')}
-            new['learned'] = int(learned[tokens].sum()) if self.masked else 0
-            splits[split] = {key: self.done['splits'][split][key] + new[key] for key in new}
-        file, size = getattr(piece, 'file', 0), getattr(piece, 'size', None)
-        size = int(table['bytes'].sum()) if size is None else size
+                new['learned'] = int(learned[tokens].sum())
+            before = self.done['splits'][split]
+            splits[split] = {key: before[key] + new[key] for key in new}
+
+        size = getattr(piece, 'size', None)
+        if size is None:
+            size = int(table['bytes'].sum())
+        file = getattr(piece, 'file', 0)
+        pieces = 1
+        if file == self.done['file']:
+            pieces = self.done['pieces'] + 1
+        n_digests = 0
+        if self.digests:
+            n_digests = self.digests.n
         self.done = {
             **self.done,
             'splits': splits,
             'file': file,
             'size': self.done['size'] + size,
-            'pieces': self.done['pieces'] + 1 if file == self.done['file'] else 1,
-            'dropped': self.done['dropped'] + dropped,
-            'kept': self.digests.n if self.digests else 0,
+            'pieces': pieces,
+            'dropped': self.done['dropped'] + n_dropped,
+            'kept': n_digests,
             'remarks': count_remarks(remarks, self.done['remarks']),
         }
-        if time.monotonic() - self.saved > SAVE_SECONDS:
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self.save()
         return size
 
+    def _without_duplicates(self, table):
+        """Whether to keep each document of a table, bool; remembers the new ones."""
+        is_kept = np.ones(len(table), bool)
+        if not self.digests:
+            return is_kept
+        new = []
+        for i, digest in enumerate(table['digest'].tolist()):
+            if not any(digest):  # a part of a large document
+                continue
+            is_kept[i] = digest not in self.seen
+            if is_kept[i]:
+                self.seen.add(digest)
+                new.append(digest)
+        self.digests.append(np.array(new, 'V16'))
+        return is_kept
+
     def save(self):
-        """Write the journal, once what it tells of is on the disk."""
-        self.done['seconds'] = time.monotonic() - self.began
+        """Write the journal, once the bins that it describes are on the disk."""
+        self.done['seconds'] = time.monotonic() - self.began_at
         for stream in self._streams():
             stream.sync()
         with files.replacing(self.folder / 'journal.json') as file:
             file.write(json.dumps(self.done).encode())
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
     def _streams(self):
-        return [
-            *self.bins.values(),
-            *self.masks.values(),
-            *([self.digests] if self.digests else []),
-        ]
+        streams = [*self.bins.values(), *self.masks.values()]
+        if self.digests:
+            streams.append(self.digests)
+        return streams
 
     def close(self):
         for stream in self._streams():
@@ -234,34 +197,36 @@ class Output:
         except BrokenProcessPool:
             self.save()
             raise OSError(
-                "a process was killed while it encoded, by too little memory perhaps: take a smaller "
-                f"--num_proc; {_KEPT}"
+                "a process was killed while it encoded, perhaps for lack of memory: use a smaller "
+                f"--num_proc; {KEPT}"
             ) from None
         except KeyboardInterrupt:
             self.save()
-            print(f"stopped; {_KEPT}", file=sys.stderr)
+            print(f"stopped; {KEPT}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.save()
-            what = f"{error.filename or self.folder}: {error.strerror}" if error.strerror else error
-            raise OSError(f"{what}; {_KEPT}") from None
+            reason = error
+            if error.strerror:
+                reason = f"{error.filename or self.folder}: {error.strerror}"
+            raise OSError(f"{reason}; {KEPT}") from None
         finally:
             self.close()
 
     def finish(self, shares, meta, unit, advice):
-        """All pieces are added: write the meta.json beside them. Raises ValueError where a split
-        has nothing.
+        """All pieces are added: write the meta.json beside the bins. Raises ValueError if a split
+        has no text.
 
         shares: {split: its share} of the splits to which a hash assigns documents. unit, advice:
-        what the documents are called, and what helps where they are too few.
+        what a document is called, and what helps if there are too few.
         """
         n = sum(facts['documents'] for facts in self.done['splits'].values())
         if not n and SKIPPED in self.done['remarks']:
             n_skipped, first = self.done['remarks'][SKIPPED]
             raise ValueError(f"none of the {n_skipped:,} row(s) can be used: {first[0]}")
         if not n:
-            raise ValueError("there is no text in the sources: every document is empty or left out")
+            raise ValueError("there is no text in the sources: every document is empty or skipped")
         for split, facts in self.done['splits'].items():
             if facts['tokens'] >= 2:
                 continue
@@ -282,67 +247,25 @@ class Output:
 
     def _facts(self, split):
         """meta.json's facts about a split. Reads its bins for the sha256."""
-        facts, digest = self.done['splits'][split], hashlib.sha256()
+        done = self.done['splits'][split]
+        digest = hashlib.sha256()
         for path in self.bins[split].paths():
             with open(path, 'rb') as file:
                 while block := file.read(1 << 22):
                     digest.update(block)
-        found = {key: facts[key] for key in ('tokens', 'bytes', 'documents')} | {
-            'sha256': digest.hexdigest()
-        }
-        if shard := self.shard_tokens:
-            found['shards'] = [
-                min(shard, facts['tokens'] - i) for i in range(0, facts['tokens'], shard)
-            ]
-        return found | ({'learned': facts['learned']} if self.masked else {})
-
-
-_NOTHING = {
-    'identity': None,
-    'file': 0,
-    'pieces': 0,
-    'size': 0,
-    'dropped': 0,
-    'kept': 0,
-    'seconds': 0.0,
-    'remarks': {},
-    'splits': {},
-}
+        facts = {key: done[key] for key in ('tokens', 'bytes', 'documents')}
+        facts['sha256'] = digest.hexdigest()
+        if self.shard_tokens:
+            starts = range(0, done['tokens'], self.shard_tokens)
+            facts['shards'] = [min(self.shard_tokens, done['tokens'] - i) for i in starts]
+        if self.masked:
+            facts['learned'] = done['learned']
+        return facts
 
 
 def load(folder):
-    """What was saved last in a folder, or _NOTHING."""
+    """The journal that was saved last in a folder, or NOTHING_DONE."""
     try:
         return json.loads((folder / 'journal.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):
-        return dict(_NOTHING)
-
-
-def switch(folder, new, meta):
-    """Put the bins in `new` in the place of the folder's own. Stopped in between, it can be called
-    again: the meta.json that stands there until then is one that readers refuse."""
-
-    def write_meta(content):
-        with files.replacing(folder / 'meta.json') as file:
-            file.write(json.dumps(content, indent=1).encode())
-
-    write_meta(
-        {'dtype': "of bins that were replaced only in part: prepare them again", 'vocab_size': 0}
-    )
-    is_bin = re.compile(rf'({"|".join(SPLITS)})(-\d+)?\.(bin|mask)').fullmatch
-    moved = {path.name for path in new.iterdir() if is_bin(path.name)}
-    wanted = set()
-    for split, facts in meta['splits'].items():
-        numbers = [f'-{i:05d}' for i in range(len(facts['shards']))] if 'shards' in facts else ['']
-        wanted |= {
-            f'{split}{n}.{kind}'
-            for n in numbers
-            for kind in (['bin', 'mask'] if meta.get('masked') else ['bin'])
-        }
-    for path in folder.iterdir():
-        if is_bin(path.name) and path.name not in wanted:
-            path.unlink()
-    for name in moved:
-        os.replace(new / name, folder / name)
-    files.sync_folder(folder)
-    write_meta(meta)
+        return dict(NOTHING_DONE)

@@ -1,4 +1,4 @@
-"""Reads conversations in the forms that people have, as the messages that chat.Template writes.
+"""Reads conversations in the forms that data sets use, as the messages that chat.Template writes.
 
 A row holds a conversation in one field, in several, or is one itself:
 
@@ -9,10 +9,10 @@ A row holds a conversation in one field, in several, or is one itself:
     [{"role": …, "content": …}, …]
 
 A row's "system" or "system_prompt" becomes a turn in front, and Alpaca's "history", a list of
-[question, answer], earlier turns whose answers are read, not learned.
+[question, answer], becomes earlier turns whose answers are read, not learned.
 
-What says that something is not to be learned is followed ("weight": 0), or is an error where it
-can't be (UNCLEAR_KEYS): nothing that its author may have masked is learned.
+A mark that something is not to be learned is followed ("weight": 0), or is an error if its meaning
+is unclear (UNCLEAR_KEYS): nothing that its author may have masked is learned.
 """
 
 from text.chat import ASSISTANT, USER, Template
@@ -53,17 +53,15 @@ ROLE_KEYS = 'role', 'from'
 CONTENT_KEYS = 'content', 'value'
 # Whether an answer is learned: in OpenAI's format, in Axolotl's (train, training), in ms-swift's.
 WEIGHT_KEYS = 'weight', 'train', 'training', 'loss', 'loss_mask'
-# Of a whole row: 0 leaves it out.
+# Of a whole row: 0 skips it.
 ROW_WEIGHT_KEYS = 'weight', 'loss_mask'
 CALL_KEYS = 'tool_calls', 'function_call'
 
-# Keys of an answer that say what is learned of it, but in a way that can't be followed: a guess
-# would train on what somebody has masked.
+# Keys of an answer that say what is learned of it, but not clearly: a guess could train on what
+# somebody has masked.
 INSTEAD = 'write "weight": 0 (read, not learned) or "weight": 1 (learned) in its place'
 TWO_MEANINGS = "whose 1 means learned in some projects and not learned in others"
-A_PART = (
-    "which tells parts of the answer apart, while an answer is learned as a whole or not at all"
-)
+A_PART = "which masks parts of the answer, while an answer is learned as a whole or not at all"
 UNCLEAR_KEYS = {
     'mask': TWO_MEANINGS,
     'masked': TWO_MEANINGS,
@@ -110,6 +108,7 @@ EMPTY = None, '', [], {}, '[]'  # some datasets keep a list as JSON in a text
 
 
 def is_message(item):
+    """Whether an item of a list is a message: it says whose turn it is."""
     return isinstance(item, dict) and any(key in item for key in ROLE_KEYS)
 
 
@@ -151,14 +150,14 @@ class Conversations:
     def parts(self, row):
         """(parts, unused) of a row. Raises ValueError if the row can't be used.
 
-        parts: [(text, is_learned)], or None for a row with weight 0, which is left out;
+        parts: [(text, is_learned)], or None for a row with weight 0, which is skipped;
         unused: [str], a sentence for each thing that is ignored.
         """
         unused = []
         if isinstance(row, dict):
             self._check_mask(row)
             if self._weight(row, unused) == 0:
-                return None, ["row(s) with weight 0, which are left out"]
+                return None, ["row(s) with weight 0, which are skipped"]
         if isinstance(row, list):
             if len(self.fields) > 1:
                 raise ValueError(
@@ -187,7 +186,7 @@ class Conversations:
 
     def _system(self, row, messages, unused):
         """[the turn to put in front of the messages for a row's system prompt], or []."""
-        there = [message['content'].strip() for message in messages if message['role'] == SYSTEM]
+        present = [message['content'].strip() for message in messages if message['role'] == SYSTEM]
         turns = []
         for key in SYSTEM_KEYS:
             text = self._beside(row, key)
@@ -195,15 +194,15 @@ class Conversations:
                 continue
             if not isinstance(text, str):
                 unused.append(f"row(s) with {key!r} {NOT_USED}: it is not text")
-            elif not text.strip() or text.strip() in there:
+            elif not text.strip() or text.strip() in present:
                 continue
             elif SYSTEM not in self.template.description:
                 unused.append(f"row(s) with {key!r} {NOT_USED}: the template has no {SYSTEM!r}")
-            elif there:
+            elif present:
                 unused.append(f"row(s) with {key!r} {NOT_USED}: there is another system message")
             else:
                 turns.append(_turn(SYSTEM, text, f"its {key!r}"))
-                there.append(text.strip())
+                present.append(text.strip())
         return turns
 
     def _history(self, row, unused):
@@ -237,7 +236,7 @@ class Conversations:
         )
 
     def _weight(self, row, unused):
-        """0 if a row is to be left out, else 1."""
+        """0 if a row is to be skipped, else 1. Appends to `unused`; raises ValueError."""
         for key in ROW_WEIGHT_KEYS:
             weight = self._beside(row, key)
             if weight is None or weight == 1:
@@ -251,8 +250,8 @@ class Conversations:
                 )
                 continue
             raise ValueError(
-                f"the row has {key}={repr(weight)[:40]}: only 0 (the row is left "
-                "out) and 1 (its answers are learned) are supported"
+                f"the row has {key}={repr(weight)[:40]}: only 0 (the row is skipped) "
+                "and 1 (its answers are learned) are supported"
             )
         return 1
 
@@ -295,6 +294,7 @@ class Conversations:
         ]
 
     def _message(self, message, name, unused):
+        """{"role", "content", "weight"} of one message, which errors call `name`."""
         if not isinstance(message, dict):
             raise ValueError(f"{name} has no 'role': it is {str(message)[:40]!r}")
         role_key = _key_of(message, ROLE_KEYS, name)
@@ -406,6 +406,7 @@ def _weight(message, whose):
 
 
 def _text(text, name):
+    """The text of a field. Raises ValueError if it is something else."""
     if not isinstance(text, str):
         raise ValueError(f"its {name!r} is not text but {type(text).__name__}")
     return text

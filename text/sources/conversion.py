@@ -4,9 +4,11 @@ as JSONL.
 Judges by the beginning of a file. `file` is a formats.SourceFile everywhere.
 """
 
+import itertools
 import json
 import re
 import shlex
+from pathlib import Path
 
 from text.sources.compression import split_name
 from text.sources.conversations import is_message
@@ -139,11 +141,19 @@ def _command(file, rows):
     command = f'python -c "{program}[print(json.dumps(row)) {rows}]"'
     if file.name == STANDARD_INPUT:
         return command
+    return f"{command} {_quoted(file.name)} > {_quoted(_unused_name(file))}"
+
+
+def _unused_name(file):
+    """A name for a file's rows as JSONL, which no file has yet: the command would replace that."""
     stem, ending = _stem_and_ending(file)
-    lines = f'{stem}-rows.jsonl'  # what ends in .jsonl already needs another name
-    if ending in TABLES:
-        lines = f'{stem}.jsonl'
-    return f"{command} {_quoted(file.name)} > {_quoted(lines)}"
+    candidates = itertools.chain(
+        [f'{stem}.jsonl', f'{stem}-rows.jsonl'],
+        (f'{stem}-rows-{i}.jsonl' for i in itertools.count(2)),
+    )
+    if ending not in TABLES:  # what ends in .jsonl already needs another name
+        next(candidates)
+    return next(name for name in candidates if not Path(name).exists())
 
 
 def _quoted(name):

@@ -22,6 +22,7 @@ from text.sources.formats import WITH_ROWS, Wanted
 from text.sources.hub_dataset import downloaded
 
 N_FIRST_ROWS = 100  # at the beginning of a file; one of them has to show how all are read
+MARK = re.compile(r'<\|[^|\s]+\|>|\[\|[^|\s]+\|\]')  # how special tokens are spelled
 SPECIAL = 'special token '  # and its text: what Remarks about special tokens are about
 
 
@@ -55,6 +56,7 @@ class Source:
         self.skip_bad_rows = skip_bad_rows
         self.special = None  # the pattern of the tokenizer's special tokens
         self.end_of_text = None  # the text of one of them
+        self.unknown_marks = []  # of the template, spelled like special tokens that it lacks
         self.splits = {file.split for file in source_files if file.split}
         self.has_text = any(not file.has_rows for file in source_files)
 
@@ -282,7 +284,8 @@ class Source:
 
     def look_for_special_tokens(self, tokenizer):
         """From now on `read` remarks on the texts of this tokenizer's special tokens, which are
-        encoded as ordinary text."""
+        encoded as ordinary text; `report` names the marks of the template that are none of them.
+        """
         texts = sorted(tokenizer.special, key=lambda text: (-len(text), text))
         if texts:
             self.special = re.compile('|'.join(map(re.escape, texts)))
@@ -290,6 +293,12 @@ class Source:
             if tokenizer.special[text] == tokenizer.eot:
                 self.end_of_text = text
                 break
+        marks = []
+        for pair in self.facts.get('template', {}).values():
+            marks += MARK.findall(''.join(pair))
+        for mark in dict.fromkeys(marks):
+            if mark not in tokenizer.special and not _is_one_token(tokenizer, mark):
+                self.unknown_marks.append(mark)
 
     def _special_in(self, document):
         """The texts of special tokens in a document, except those that a chat template puts
@@ -311,6 +320,11 @@ class Source:
                 others[about] = counted
         if special:
             yield one_line(self._special_notice(special))
+        if self.unknown_marks:
+            yield one_line(
+                f"notice: the tokenizer has no special tokens {', '.join(self.unknown_marks)}, "
+                "which the template writes: they were encoded as ordinary text"
+            )
         if self.document != 'file' and not self.has_text:
             yield one_line(
                 f"notice: --document={self.document!r} divides text files, and there "
@@ -348,6 +362,13 @@ def _parts(document):
     if isinstance(document, Part):
         return [(document.text, True)]
     return document
+
+
+def _is_one_token(tokenizer, text):
+    try:
+        return len(tokenizer.encode(text)) == 1
+    except ValueError:  # it lacks a character
+        return False
 
 
 def _download_into(future, file):
