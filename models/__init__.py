@@ -53,6 +53,6 @@ def build(name, **fields):
 
 
 def config_fields(name, settings):
-    """The entries of the dict `settings` that are fields of the Config of the model called `name`."""
+    """The entries of the dict `settings` that are fields of this model's Config."""
     fields = dataclasses.fields(architecture(name).Config)
     return {field.name: settings[field.name] for field in fields if field.name in settings}

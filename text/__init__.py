@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizers, chat templates, token files and the dataset that serves them."""
+"""From text to batches: sources, tokenizers, chat templates, bins and the dataset."""
