@@ -13,10 +13,9 @@ import time
 
 from system.errors import begin_script
 
-_start = time.perf_counter()  # before the imports, which are part of what a user waits for
-begin_script()  # also before them: from here on, Ctrl-C ends the script in one line
+_start = time.perf_counter()  # before the imports that take seconds
+begin_script()  # from here on, Ctrl-C ends the script with one line
 
-import contextlib
 import dataclasses
 import math
 import sys
@@ -27,27 +26,24 @@ import models
 from configurator import configure
 from generation.final_sample import print_final_sample
 from models.parts import kernels
-from system.compilation import compile_model, resolve_compile
+from system.compilation import compile_model
 from system.device import (
     autocast,
     library_versions,
     make_profiler,
-    memory_errors,
     peak_flops,
     peak_memory,
     resolve_device,
-    resolve_dtype,
     seed_everything,
-    set_threads,
     to_device,
-    tune_for_speed,
-    use_deterministic_algorithms,
 )
 from system.errors import user_errors
 from text.dataset_option import open_dataset, prepare_if_small
 from training import checkpoint, distributed, lora, pretrained, resume
 from training import guard as guards
 from training.console import Console, evaluation_table, plan, progress_bar
+from training.distributed import one_line_errors
+from training.machine import open_machine
 from training.metrics import Metrics, Stopwatch, logger_names
 from training.schedule import learning_rate_at
 from training.settings import check_settings, out_of_memory_advice
@@ -59,12 +55,12 @@ from training.watch import Watch
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
 init_from = 'scratch'  # scratch, resume, auto (either), gpt2[-medium|-large|-xl], or a folder
 seed = 1337  # of initialization, order of the data and dropout
-eval_interval = 2000  # steps between evaluations; each one saves a checkpoint; 0: only at the end
+eval_interval = 2000  # steps between evaluations, each followed by a save; 0: only at the end
 eval_iters = 200  # batches per evaluation and split; a smaller split is evaluated whole
 eval_only = False  # evaluate once, then exit
-always_save_checkpoint = True  # True: sample.py uses the latest weights; False: the best ones
-save_minutes = 15.0  # also save after so many minutes without a save; 0: only at evaluations
-early_stop = 0  # stop after so many evaluations in a row without a better loss; 0: never
+always_save_checkpoint = True  # sample.py loads: True: the latest weights; False: the best ones
+save_minutes = 15.0  # also save after this many minutes without a save; 0: only at evaluations
+early_stop = 0  # stop after this many evaluations in a row without a better loss; 0: never
 # logs
 log_interval = 1  # steps between lines of the log
 log_to = ''  # besides metrics.jsonl: tensorboard, wandb, or both: tensorboard,wandb
@@ -73,30 +69,30 @@ wandb_project = 'owt'  # the project at Weights & Biases
 wandb_run_name = 'gpt2'  # the name of the run there
 # data
 dataset = 'openwebtext'  # a folder in data/ or a path; several: a:0.7,b:0.3; random: random tokens
-gradient_accumulation_steps = 5 * 8  # micro-batches per step, in all processes together
+gradient_accumulation_steps = 5 * 8  # micro-batches per step, summed over processes
 batch_size = 12  # windows per micro-batch
 block_size = 1024  # tokens per window, the longest context
 document_boundaries = False  # attention and positions start anew at each document
 # model
-model = 'gpt'  # gpt, or NAME for models/NAME.py; its Config's other fields are settings too
+model = 'gpt'  # gpt, or NAME for models/NAME.py; every field of its Config is a setting too
 n_layer = 12  # blocks
 n_head = 12  # attention heads
 n_embd = 768  # channels
 dropout = 0.0  # 0 for pretraining; for finetuning try 0.1
 bias = False  # in Linears and LayerNorms
-lora_rank = 0  # finetuning: train a low-rank update of each matrix instead; 0: all weights
+lora_rank = 0  # finetuning: rank of LoRA updates of the matrices; 0: train all weights
 # optimizer
 optimizer = 'adamw'  # adamw, or sgd, whose momentum is beta1
 learning_rate = 6e-4  # the highest, after the warm-up
-muon_lr = 0.0  # of the matrices, which Muon then trains; 0: the optimizer trains them too
-embed_lr = 0.0  # of embeddings, stated for a model 768 wide; 0: learning_rate
-head_lr = 0.0  # of an untied head, stated for a model 768 wide; 0: learning_rate
-max_iters = 600000  # steps in all
+muon_lr = 0.0  # learning rate of Muon, for the matrices; 0: no Muon
+embed_lr = 0.0  # for embeddings, times sqrt(768 / n_embd); 0: learning_rate
+head_lr = 0.0  # for an untied head, times sqrt(768 / n_embd); 0: learning_rate
+max_iters = 600000  # steps in total
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of the squared gradient's average
 grad_clip = 1.0  # limit on the norm of the gradient; 0: none
-spike_sigmas = 6.0  # skip updates whose loss is so many deviations above its average; 0: NaN only
+spike_sigmas = 6.0  # skip updates if the loss is this many sigmas above average; 0: NaN only
 max_norm = 0.0  # limit on the norm of each row of a matrix (not embeddings); 0: none
 # learning rate
 decay_lr = True  # warm up linearly, then decay to min_lr; False: constant
@@ -107,7 +103,7 @@ warmup_lr = 0.0  # where the warm-up starts
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
 min_lr = 6e-5  # usually learning_rate / 10; muon_lr, embed_lr, head_lr decay in proportion
 # machine
-device = 'auto'  # cpu, cuda, cuda:1, mps, or auto: the fastest; when resuming, the run's own
+device = 'auto'  # cpu, cuda, cuda:1, mps, or auto: the fastest; a resumed run keeps its device
 dtype = 'auto'  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = 'auto'  # True, False, or auto: if the run is long enough for it to save time
 backend = 'auto'  # communication between processes: auto, nccl, gloo
@@ -120,46 +116,26 @@ profile = False  # trace steps 10 to 15 into out_dir/profile, for TensorBoard or
 # --------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def one_line_errors(advice):
-    """A user's mistake, a lost process, or too little memory (with `advice`) ends in one line."""
-    with distributed.exit_on_lost_peer(), user_errors(), memory_errors(advice):
-        yield
-
-
-# The settings come from config files and the command line; those of a run that is resumed fill in
-# what these leave open.
+# Settings come from config files and the command line; a resumed run supplies the rest.
 with user_errors():
-    config, given = configure(dict(globals()), sys.argv[1:], resolve_device, resume.model_config)
+    config, given = configure(
+        dict(globals()),
+        sys.argv[1:],
+        resolve_device=resolve_device,
+        config_class=resume.model_config,
+    )
     config['init_from'], stored = resume.begin(config['init_from'], config['out_dir'])
     if stored:
         resume.adopt_run_settings(config, given, stored, config['out_dir'])
     check_settings(config, distributed.WORLD_SIZE)
-globals().update(config)  # from here on, each setting is the global variable of its name
+globals().update(config)
 
-# ---- the machine ---------------------------------------------------------------------------------
 with one_line_errors("use a smaller model, or a larger machine"):
-    use_deterministic_algorithms(deterministic)
+    machine = open_machine(config, stored.get('resolved', {}) if stored else {})
+    device = machine.device
+    ctx = autocast(device, machine.dtype)
 
-    # A resumed run keeps what 'auto' meant, as far as it is still on the same kind of device.
-    recorded = stored.get('resolved', {}) if stored else {}
-    device = resolve_device(device, recorded.get('device'))
-    device = distributed.init(backend, device, parallel)
-    device_type = device.split(':')[0]
-    if recorded.get('device') != device_type:
-        recorded = {}
-    if dtype == 'auto':
-        dtype = recorded.get('dtype', 'auto')
-    dtype = resolve_dtype(dtype, device)
-    compile_mode = compile
-    if compile_mode == 'auto':
-        compile_mode = recorded.get('compile', 'auto')
-    compile_mode = resolve_compile(compile_mode, device)  # True, False, or auto: decided below
-    threads = set_threads(recorded.get('threads'))
-    tune_for_speed()
-    ctx = autocast(device, dtype)
-
-    # Mistakes that would otherwise show only after the data is prepared.
+    # Find mistakes before the data is prepared, which may take hours.
     kernels.check_attention(attention)
     distributed.check_same_checkpoint(out_dir, stored['iter_num'] if stored else 0)
     wanted_loggers = logger_names(log_to, wandb_log)
@@ -190,7 +166,7 @@ with one_line_errors("use a smaller model, or a larger machine"):
         trained_on = data.tokenizer
     resume.check_tokenizer(network, trained_on, data, out_dir if stored else init_from)
 
-    # What may differ from how the network was trained before.
+    # Options that a trained network may change. An unset one keeps what it was trained with.
     if document_boundaries:
         network.keep_documents_apart(data.eot)
     elif 'document_boundaries' in given:
@@ -200,19 +176,19 @@ with one_line_errors("use a smaller model, or a larger machine"):
     network.gradient_checkpointing = gradient_checkpointing
 
     # ---- optimizer -------------------------------------------------------------------------------
-    wrapped = distributed.wrap_model(network, device, parallel)  # DDP's or FSDP's, if launched
+    wrapped = distributed.wrap_model(network, device, parallel)  # by DDP or FSDP, under torchrun
     opt = network.configure_optimizers(
         weight_decay,
         learning_rate,
         (beta1, beta2),
-        device_type,
+        machine.device_type,
         lrs=dict(matrix=muon_lr, embedding=embed_lr, head=head_lr),
-        bfloat16=dtype == 'bfloat16',
+        bfloat16=machine.dtype == 'bfloat16',
         is_lr_given=given.get('learning_rate') == 'command line',
         name=optimizer,
         max_norm=max_norm,
     )
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    scaler = torch.amp.GradScaler(machine.device_type, enabled=machine.dtype == 'float16')
     iter_num, best_val_loss, progress = resume.load_training_state(stored, network, opt, scaler)
 
 del stored  # its tensors are now in the network and the optimizer
@@ -232,12 +208,13 @@ if network.fit:  # a counted model reads the data once
 def micro_step(step, micro):
     """Forward and backward pass of one micro-batch; returns its part of the step's loss."""
     idx, targets, share = data.train_batch(step + progress.data_offset, micro)
-    # Dropout is a function of seed, step and micro-batch, so a resumed run repeats it.
+    # Dropout depends on seed, step and micro-batch alone, so a resumed run repeats it. (The last
+    # key of seed_everything must not be 0.)
     seed_everything(seed, step + 1, micro + 1, device=device)
     with ctx:
         _, loss = wrapped(*to_device(device, idx, targets))
-    # `share` weights a micro-batch by its targets, so that the micro-batches' losses add up. DDP
-    # averages gradients over the processes; the factor makes that a sum.
+    # share: this micro-batch's part of the step's targets. DDP averages gradients over the
+    # processes; times WORLD_SIZE, the average becomes the sum.
     scaler.scale(loss * share * distributed.WORLD_SIZE).backward()
     return loss.detach() * share
 
@@ -251,10 +228,10 @@ def evaluate(split, limit=None, stop=None):
     network.eval()
     n_batches = data.eval_batches(split, limit)
     # Each process evaluates equally many batches, since FSDP's processes work together on each one.
-    # The surplus ones count nothing.
+    # Surplus batches have weight 0.
     n_rounds = math.ceil(n_batches / distributed.WORLD_SIZE)
     losses = []
-    targets_of = []
+    n_targets_of = []
     for i in progress_bar(range(n_rounds), f'{split} loss'):
         number = i * distributed.WORLD_SIZE + distributed.RANK
         idx, targets, n_targets = data.eval_batch(split, min(number, n_batches - 1), limit)
@@ -263,13 +240,13 @@ def evaluate(split, limit=None, stop=None):
         with ctx:
             _, loss = network(*to_device(device, idx, targets))
         losses.append(loss)
-        targets_of.append(n_targets)
+        n_targets_of.append(n_targets)
         if stop and distributed.any_rank(bool(stop.signal)):
             break
     network.train()
 
-    total = sum(loss.item() * n for loss, n in zip(losses, targets_of))
-    total, n_targets = distributed.sum_over_ranks([total, sum(targets_of)])
+    total = sum(loss.item() * n for loss, n in zip(losses, n_targets_of))
+    total, n_targets = distributed.sum_over_ranks([total, sum(n_targets_of)])
     return total / n_targets if n_targets else math.nan
 
 
@@ -317,7 +294,7 @@ def is_at_end():
 
 
 def save(name):
-    """Write out_dir/ckpt.pt, from which the run can resume, or best.pt, the weights alone."""
+    """Write out_dir/ckpt.pt, from which the run can resume; or best.pt, without the optimizer."""
     global saved_at
     opt_to_save = opt if name == 'ckpt.pt' else None
     # With FSDP, each process takes part in this.
@@ -348,7 +325,7 @@ def state_to_save():
         versions=library_versions(),
         template=data.meta.get('template'),
         tokenizer=data.tokenizer,
-        resolved=dict(device=device_type, dtype=dtype, compile=compile_mode, threads=threads),
+        resolved=machine.resolved(),
     )
 
 
@@ -386,7 +363,7 @@ def roll_back():
 
     stored = guards.skip_data(stored, progress, iter_num, out_dir)
     opt.zero_grad(set_to_none=True)
-    # The best validation loss stays, since best.pt does.
+    # best_val_loss stays, since best.pt is not rolled back.
     iter_num, _, progress = resume.load_training_state(stored, network, opt, scaler)
     guard = guards.Guard(spike_sigmas, loss_of_guessing, progress.guard)
     metrics.rewind(iter_num, progress)
@@ -397,7 +374,15 @@ def roll_back():
 
 # ---- before the loop -----------------------------------------------------------------------------
 distributed.print0(
-    plan(config, network, data, tokens_per_step, max_iters, iter_num, (device_type, dtype, threads))
+    plan(
+        config,
+        network,
+        data,
+        machine,
+        tokens_per_step=tokens_per_step,
+        max_iters=max_iters,
+        iter_num=iter_num,
+    )
 )
 memory_advice = out_of_memory_advice(batch_size, gradient_accumulation_steps)
 
@@ -412,20 +397,20 @@ if eval_only or is_over:
     else:
         advice = '' if network.fit else "; to continue, set a larger --max_iters (or --early_stop)"
         distributed.print0(f"{name}: this run is at its end{advice}")
-    del wrapped  # which shutdown asks for
+    del wrapped  # it keeps the processes' group alive, which shutdown closes
     distributed.shutdown()
     sys.exit()
 
 with one_line_errors(memory_advice):
     if distributed.IS_MASTER:
         lock = checkpoint.make_out_dir(out_dir, init_from)  # held until the process ends
-    if compile_mode and not network.fit:
-        distributed.set_gradient_sync(wrapped, False)  # compile_model runs steps to try
-        compile_mode = compile_model(
+    if machine.compile_mode and not network.fit:
+        distributed.set_gradient_sync(wrapped, False)  # compile_model runs trial steps
+        machine.compile_mode = compile_model(
             network,
             distributed.parts_to_compile(network),
-            mode=compile_mode,
-            is_required=config['compile'] is True,
+            mode=machine.compile_mode,
+            is_required=compile is True,
             try_step=lambda: micro_step(0, micros[0]),
             steps=len(micros) * (max_iters - iter_num),
             device=device,
@@ -437,9 +422,9 @@ with one_line_errors(memory_advice):
         n_params=network.num_params(),
         tokens_per_step=tokens_per_step,
         device=device,
-        dtype=dtype,
-        threads=threads,
-        compile=compile_mode,
+        dtype=machine.dtype,
+        threads=machine.threads,
+        compile=machine.compile_mode,
         processes=distributed.WORLD_SIZE,
         flops_per_token=network.flops_per_token(block_size),
     )
@@ -459,7 +444,7 @@ with one_line_errors(memory_advice):
     if profile and distributed.IS_MASTER:
         trace_folder = f'{out_dir}/profile'
     profiler = make_profiler(trace_folder, device)
-    peak = peak_flops(device, dtype)
+    peak = peak_flops(device, machine.dtype)
 
 # ---- the loop ------------------------------------------------------------------------------------
 stop = StopRequest()  # from here on, a signal is a request that the loop answers
@@ -467,56 +452,58 @@ with one_line_errors(memory_advice):
     clock = Stopwatch(device, progress.train_seconds)
     saved_at = time.monotonic()
     while True:
-        # Between two steps: is anything due? What one process sees, all of them act on.
+        # Between two steps: is anything due? If one process must stop or save, all of them do.
         minutes_unsaved = (time.monotonic() - saved_at) / 60
-        is_stopped, is_save_due = distributed.any_rank_each(
+        stop_asked, save_asked = distributed.any_rank_each(
             [bool(stop.signal), 0 < save_minutes < minutes_unsaved]
         )
         is_eval_step = iter_num >= max_iters or (eval_interval and iter_num % eval_interval == 0)
-        is_eval_due = is_eval_step and progress.evaluated != iter_num and not is_stopped
-        is_pause = is_eval_due or is_stopped or is_save_due
-        if is_pause:
+        # When asked to stop, leave the evaluation to the resumed run.
+        is_eval_due = is_eval_step and progress.evaluated != iter_num and not stop_asked
+        must_pause = is_eval_due or stop_asked or save_asked
+        if must_pause:
             clock.pause()  # train_seconds counts steps only
             report_skipped_update(iter_num - 1)
-            # After a NaN the weights may be bad, which only further steps can tell.
-            can_save = guard.last_was_finite or iter_num >= max_iters
-            is_stopped = is_stopped and can_save
-            with ctx:
+            with ctx:  # batch norm: statistics for evaluation and sampling
                 network.calibrate(data.train_batch(i, 0)[:2] for i in range(eval_iters))
         if guard.has_diverged:
             roll_back()
             continue
 
-        # Evaluate, in the same way wherever the run was interrupted.
+        # Evaluate.
         if is_eval_due:
             is_complete = evaluate_and_log()
             if not is_complete or guard.has_diverged:
                 clock.go_on()
                 continue
 
-        # Save after each evaluation, when it is time, and before stopping.
-        if is_pause:
-            has_news = iter_num > 0 or not is_eval_due
-            if has_news and (guard.last_was_finite or is_at_end()):
+        # Save. After a NaN, neither save nor stop: only later steps show whether the weights are
+        # damaged. The end is saved anyway.
+        can_save = guard.last_was_finite or is_at_end()
+        if must_pause:
+            is_first_evaluation = is_eval_due and iter_num == 0  # nothing is learned yet
+            if can_save and not is_first_evaluation:
                 save('ckpt.pt')
             clock.go_on()
+
+        # Stop: after the last step, after early_stop evaluations, at a signal, or at divergence.
         if is_eval_due and not is_at_end():
             problem = guard.divergence(iter_num)
             if problem:
-                save('ckpt.pt')
+                save('ckpt.pt')  # again: the guard counts anew, for a run that is resumed
                 raise ValueError(
                     f"{problem}; {out_dir}/ckpt.pt has the state of step {iter_num}, best.pt (if "
                     f"there is one) the best weights: {guards.ADVICE}"
                 )
-
-        # Stop: at a signal, after the last step, or early.
+        is_stopped = stop_asked and can_save
         if is_stopped:
             console.stopped(out_dir, iter_num)
             if distributed.IS_MASTER:
                 checkpoint.mark_preempted(out_dir, iter_num)
         if is_stopped or is_at_end():
             break
-        if network.fit:  # a counted model learns from one pass over the data, without gradients
+
+        if network.fit:  # a model that counts learns in one pass over the data
             network.fit(data.epoch())
             iter_num = max_iters
             continue
@@ -547,9 +534,10 @@ with one_line_errors(memory_advice):
         # The host learns about a step one step later, while the device is busy with the next one.
         report_skipped_update(iter_num - 1)
         if guard.has_diverged:
-            continue
+            continue  # roll_back discards the gradients
 
-        # Clip the gradient, then update the weights, unless the guard finds the step bad.
+        # Clip the gradient, then update the weights. The guard marks a bad step, and then
+        # scaler.step leaves the weights as they are. Without grad_clip, the norm is only measured.
         is_logged = iter_num % log_interval == 0
         scaler.unscale_(opt)
         watcher.before_step(is_logged)
@@ -557,7 +545,7 @@ with one_line_errors(memory_advice):
         if grad_clip or is_logged:
             grad_norm = distributed.clip_gradients(network, grad_clip or math.inf)
             watcher.count_clipped(grad_norm)
-        guard.skip_if_bad(opt, scaler, loss, grad_norm)
+        guard.mark_if_bad(opt, scaler, loss, grad_norm)
         scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
@@ -565,7 +553,7 @@ with one_line_errors(memory_advice):
         iter_num += 1
         clock.step()
 
-        # Log. Reading the numbers waits for the device, so it is not done at each step.
+        # Log. Reading the numbers waits for the device; a larger log_interval waits less often.
         record = None
         if is_logged:
             seconds_per_step = clock.lap()
@@ -599,4 +587,10 @@ stop.release()  # everything is saved: Ctrl-C ends the sample
 has_whole_network = not (distributed.IS_LAUNCHED and parallel == 'fsdp')
 if distributed.IS_MASTER and has_whole_network:
     with ctx:
-        print_final_sample(lora.merge(network), data.tokenizer, data.opening(), out_dir, data.meta)
+        print_final_sample(
+            lora.merge(network),
+            data.tokenizer,
+            start=data.opening(),
+            out_dir=out_dir,
+            meta=data.meta,
+        )

@@ -70,7 +70,7 @@ def test_looking_for_signals_and_bad_steps_costs_less_than_half_a_percent_of_a_s
     )
     timed = Timed(
         monkeypatch,
-        (guard.Guard, 'skip_if_bad'),
+        (guard.Guard, 'mark_if_bad'),
         (guard.Guard, 'last_skipped'),
         (distributed, 'any_rank_each'),
         (distributed, 'all_reduce_sum'),

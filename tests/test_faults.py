@@ -859,7 +859,7 @@ def test_all_processes_leave_it_out(text_folder, tmp_path):
 
 
 def no_guard():
-    guard.Guard.skip_if_bad = lambda self, *args: None
+    guard.Guard.mark_if_bad = lambda self, *args: None
 
 
 def test_that_without_the_guard_the_weights_are_lost(text_folder, tmp_path):
@@ -994,7 +994,7 @@ def test_a_loss_that_stays_high_is_let_through_and_ends_no_run(text_folder, tmp_
 
 def diverge(step, factor):
     """Hook: in front of this step the weights are multiplied, as by an update far too large."""
-    real = guard.Guard.skip_if_bad
+    real = guard.Guard.mark_if_bad
     calls = itertools.count()
 
     def spoil(self, optimizer, *args):
@@ -1005,7 +1005,7 @@ def diverge(step, factor):
                         p.mul_(factor)
         return real(self, optimizer, *args)
 
-    guard.Guard.skip_if_bad = spoil
+    guard.Guard.mark_if_bad = spoil
     guard.LEAST_STEPS = 10
 
 
@@ -1071,7 +1071,7 @@ def test_a_run_that_memorises_its_text_is_not_ended(tmp_path):
 
 def widest(path):
     """Hook: write the largest z of a loss that the guard has judged."""
-    real, found = guard.Guard.skip_if_bad, [0.0]
+    real, found = guard.Guard.mark_if_bad, [0.0]
 
     def judge(self, optimizer, scaler, loss, grad_norm=None):
         if self.now.seen >= guard.MEMORY:
@@ -1080,7 +1080,7 @@ def widest(path):
             path.write_text(str(found[0]))
         return real(self, optimizer, scaler, loss, grad_norm)
 
-    guard.Guard.skip_if_bad = judge
+    guard.Guard.mark_if_bad = judge
 
 
 CLEAN = [

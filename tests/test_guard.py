@@ -48,7 +48,7 @@ def step(watch, optimizer, scaler, params, loss, gradient=1.0, grad_norm=None):
         p.grad = torch.full_like(p, gradient)
     scaler.scale(torch.zeros(()))  # which makes an enabled scaler ready
     scaler.unscale_(optimizer)
-    watch.skip_if_bad(optimizer, scaler, torch.tensor(float(loss)), grad_norm)
+    watch.mark_if_bad(optimizer, scaler, torch.tensor(float(loss)), grad_norm)
     scaler.step(optimizer)
     scaler.update()
     skipped = watch.last_skipped()
@@ -96,7 +96,7 @@ def test_without_the_guard_the_weights_are_lost():
     """The check above fails where the flag does not reach the optimizer."""
     optimizer, scaler, params = made()
     watch = Guard(SIGMAS, GUESSING)
-    watch.skip_if_bad(optimizer, scaler, torch.tensor(math.nan))
+    watch.mark_if_bad(optimizer, scaler, torch.tensor(math.nan))
     del optimizer.found_inf
     for p in params:
         p.grad = torch.full_like(p, math.nan)

@@ -110,11 +110,11 @@ def progress_bar(items, what):
     return tqdm(items, what, leave=False, dynamic_ncols=True, disable=is_off)
 
 
-def plan(config, model, data, tokens_per_step, max_iters, iter_num, machine):
+def plan(config, model, data, machine, *, tokens_per_step, max_iters, iter_num):
     """What a run with the settings `config` will do: its model, data, steps and machine, a line
     each.
 
-    machine: (type of the device, dtype, threads).
+    data: the opened dataset. machine: the Machine of the run. iter_num: the step it begins with.
     """
     n_params = f"{short(model.num_params())} parameters"
     if config.get('lora_rank'):
@@ -138,14 +138,14 @@ def plan(config, model, data, tokens_per_step, max_iters, iter_num, machine):
         steps = _steps(config, batch, tokens_per_step, max(0, max_iters - iter_num))
         steps += f", {data.epochs(max_iters * tokens_per_step)} in all"
 
-    device_type, dtype, threads = machine
     n_processes = os.environ.get('WORLD_SIZE', 1)
     return '\n'.join(
         [
             f"model: {config['model']}, {n_params}, from {config['init_from']}",
             f"data: {config['dataset']}, {n_tokens}, {data.tokens['val']:,} to validate on",
             steps,
-            f"machine: {n_processes} x {device_type}, {dtype}, {threads} threads",
+            f"machine: {n_processes} x {machine.device_type}, {machine.dtype}, "
+            f"{machine.threads} threads",
         ]
     )
 

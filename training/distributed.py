@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from system import errors
+from system.device import memory_errors
+from system.errors import user_errors
 
 RANK = int(os.environ.get('RANK', 0))
 WORLD_SIZE = int(os.environ.get('WORLD_SIZE', 1))
@@ -252,6 +254,16 @@ def barrier():
     """Wait until all processes have arrived here."""
     if dist.is_initialized():
         sum_over_ranks([0])
+
+
+@contextlib.contextmanager
+def one_line_errors(advice):
+    """A user's mistake, a lost process, or too little memory ends the script with one line.
+
+    advice: what to do about the memory.
+    """
+    with exit_on_lost_peer(), user_errors(), memory_errors(advice):
+        yield
 
 
 @contextlib.contextmanager

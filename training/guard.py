@@ -125,7 +125,7 @@ class Guard:
         return self.now.not_finite == 0
 
     @torch.no_grad()
-    def skip_if_bad(self, optimizer, scaler, loss, grad_norm=None):
+    def mark_if_bad(self, optimizer, scaler, loss, grad_norm=None):
         """Have `optimizer` skip the coming update if the step is bad.
 
         Call it before scaler.step(optimizer), and after `last_skipped`. loss, grad_norm:

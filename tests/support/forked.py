@@ -186,7 +186,7 @@ def run_here(script, words, hook=None, has_sample=False):
     """
     if not has_sample:
         final_sample = importlib.import_module('generation.final_sample')
-        final_sample.print_final_sample = lambda *args: None
+        final_sample.print_final_sample = lambda *args, **options: None
     sys.argv = [script, *words]
     try:
         try:

@@ -1,0 +1,63 @@
+"""What a run computes on: the values of the settings that may be 'auto', and this process's part."""
+
+from dataclasses import dataclass
+
+from system.compilation import resolve_compile
+from system.device import (
+    resolve_device,
+    resolve_dtype,
+    set_threads,
+    tune_for_speed,
+    use_deterministic_algorithms,
+)
+from training import distributed
+
+
+@dataclass
+class Machine:
+    """What a run computes on."""
+
+    device: str  # of this process: cpu, mps, cuda or cuda:N
+    device_type: str  # cpu, mps or cuda
+    dtype: str  # of activations: float32, bfloat16 or float16
+    compile_mode: bool | str  # True, False, or 'auto', which compile_model decides
+    threads: int
+
+    def resolved(self):
+        """What a checkpoint keeps, for `open_machine` of a resumed run."""
+        return dict(
+            device=self.device_type,
+            dtype=self.dtype,
+            compile=self.compile_mode,
+            threads=self.threads,
+        )
+
+
+def open_machine(config, recorded):
+    """Join the other processes of the run, and resolve train.py's settings; returns the Machine.
+
+    recorded: `resolved` of the run that is resumed, which keeps these values while it is on the
+    same kind of device; or {}. Raises ValueError for a setting that is not possible here.
+    """
+    use_deterministic_algorithms(config['deterministic'])
+    device = resolve_device(config['device'], recorded.get('device'))
+    device = distributed.init(config['backend'], device, config['parallel'])
+    device_type = device.split(':')[0]
+    if recorded.get('device') != device_type:
+        recorded = {}
+
+    dtype = config['dtype']
+    if dtype == 'auto':
+        dtype = recorded.get('dtype', 'auto')
+    compile_mode = config['compile']
+    if compile_mode == 'auto':
+        compile_mode = recorded.get('compile', 'auto')
+    machine = Machine(
+        device=device,
+        device_type=device_type,
+        dtype=resolve_dtype(dtype, device),
+        compile_mode=resolve_compile(compile_mode, device),
+        threads=set_threads(recorded.get('threads')),
+    )
+    tune_for_speed()
+    return machine
