@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from support.generated import HealthCheck, Phase, given, settings, st
 from support.scripts import ROOT
 from support.settings import gpt, train_settings
 

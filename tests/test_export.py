@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.exporting import export, exported, saved
+from support.generated import given, settings, st
 from support.mistakes import check
+from support.needs import needs
 from support.outcomes import same
 from support.scripts import ROOT, TINY, run
 from torch import nn
@@ -703,7 +703,15 @@ def test_gpt2s_own_files_need_neither_tiktoken_nor_tokenizers(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    'text', ['', '[]', '{"model": 3}', '{"model": {"type": "BPE", "vocab": {}, "merges": [3]}}']
+    'text',
+    [
+        '',
+        '[]',
+        '{"model": 3}',
+        pytest.param(
+            '{"model": {"type": "BPE", "vocab": {}, "merges": [3]}}', marks=needs('tokenizers')
+        ),
+    ],
 )
 def test_a_damaged_tokenizer_json(tmp_path, text):
     folder = exported(tmp_path, random_model())

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.needs import MIRROR, needs_gpt2, needs_shakespeare
+from support.needs import MIRROR, needs, needs_gpt2, needs_shakespeare
 from support.preparing import COMMAND, failure, interrupt_at, prepare
 from support.scripts import ROOT
 from support.servers import COMMIT
@@ -1206,7 +1206,9 @@ FILES = {
         (['deep.jsonl'], r"deep\.jsonl, line 10000: its 'text' is not text but 5"),
         (['broken.txt.gz'], r'broken\.txt\.gz is damaged'),
         (['not.txt.gz'], r'not\.txt\.gz is damaged'),
-        (['not.parquet'], r"not\.parquet can't be read as parquet"),
+        pytest.param(
+            ['not.parquet'], r"not\.parquet can't be read as parquet", marks=needs('pyarrow')
+        ),
         (['chat.jsonl'], r"chat\.jsonl, line 1: message 1 has the role 'robot'"),
         (
             ['one.jsonl'],

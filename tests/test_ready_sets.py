@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.datasets import assert_meta_is_true, bin_of, contents
-from support.needs import MIRROR, needs_gpt2, needs_shakespeare
+from support.needs import MIRROR, needs, needs_gpt2, needs_shakespeare
 from support.ready_sets import copied, definitions, prepared
 from support.scripts import ROOT, run
 from support.servers import COMMIT, FileServer
@@ -148,7 +148,7 @@ def test_shakespeare_is_what_tiktoken_says(shakespeare, tmp_path):
 
 
 @needs_shakespeare
-@pytest.mark.parametrize('name', ['byte', 'train:bpe:400'])
+@pytest.mark.parametrize('name', ['byte', pytest.param('train:bpe:400', marks=needs('tokenizers'))])
 def test_shakespeare_by_another_tokenizer_has_a_folder_of_its_own(
     shakespeare, tmp_path, monkeypatch, name
 ):

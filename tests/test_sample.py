@@ -89,9 +89,12 @@ def test_stops_are_repeated_or_a_list(sample):
     assert sample('--start=def', '--seed=2', f"--stop={['no|such|text', whole[5]]}")[0] == cut
 
 
-MARKS = HuggingFaceTokenizer(
-    byte_level({**BYTE_OF, '<|im_end|>': 256, '[|end|]': 257}, [], ['<|im_end|>', '[|end|]'])
-)
+@pytest.fixture(scope='module')
+def marks():
+    """A tokenizer with two special tokens."""
+    pytest.importorskip('tokenizers')
+    vocabulary = {**BYTE_OF, '<|im_end|>': 256, '[|end|]': 257}
+    return HuggingFaceTokenizer(byte_level(vocabulary, [], ['<|im_end|>', '[|end|]']))
 
 
 @pytest.mark.parametrize(
@@ -112,8 +115,8 @@ MARKS = HuggingFaceTokenizer(
         (['<|', ''], ['<|']),
     ],
 )
-def test_how_stops_are_said(value, texts):
-    assert prompts.parse_stops(value, MARKS) == texts
+def test_how_stops_are_said(marks, value, texts):
+    assert prompts.parse_stops(value, marks) == texts
 
 
 @pytest.mark.parametrize(
@@ -129,17 +132,17 @@ def test_how_stops_are_said(value, texts):
         ('<|a|b|>', ['<', 'a', 'b', '>']),
     ],
 )
-def test_stops_that_may_mean_two_things_are_an_error_with_both_as_lists(value, parts):
+def test_stops_that_may_mean_two_things_are_an_error_with_both_as_lists(marks, value, parts):
     with pytest.raises(
         ValueError, match=re.escape(f'as a list, --stop="{[value]}" or --stop="{parts}"')
     ):
-        prompts.parse_stops(value, MARKS)
+        prompts.parse_stops(value, marks)
 
 
-def test_a_stop_that_is_a_special_token_ends_a_sample_at_its_id(warm, tmp_path):
+def test_a_stop_that_is_a_special_token_ends_a_sample_at_its_id(warm, marks, tmp_path):
     """A bigram that has learned `ab<|im_end|>c` over and over."""
     model = models.build('bigram', block_size=8, vocab_size=258)
-    ids = torch.tensor(MARKS.encode('ab<|im_end|>c' * 50))
+    ids = torch.tensor(marks.encode('ab<|im_end|>c' * 50))
     model.fit([(ids[None, :-1], ids[None, 1:])])
     checkpoint.save(
         tmp_path,
@@ -148,7 +151,7 @@ def test_a_stop_that_is_a_special_token_ends_a_sample_at_its_id(warm, tmp_path):
             model=model.state_dict(),
             model_name='bigram',
             model_args=vars(model.config),
-            tokenizer=MARKS.describe(),
+            tokenizer=marks.describe(),
         ),
     )
     words = [

@@ -4,6 +4,7 @@ what a lossy kind loses is not counted."""
 
 import base64
 import functools
+import importlib
 import io
 import json
 import math
@@ -13,8 +14,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.generated import given, settings, st
+from support.needs import needs
 from support.scripts import ROOT
 from support.servers import COMMIT, Hub
 
@@ -392,7 +393,13 @@ def test_names(tmp_path):
     assert vocabulary.open(tmp_path).describe() == make('bpe').describe()
 
 
-@pytest.mark.parametrize('name', ['train:bpe:400', 'train:sentencepiece:400'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param('train:bpe:400', marks=needs('tokenizers')),
+        pytest.param('train:sentencepiece:400', marks=needs('sentencepiece')),
+    ],
+)
 def test_a_text_trains_the_same_vocabulary_again(name, monkeypatch):
     pieces = [TEXT[i : i + 5000] for i in range(0, 40_000, 5000)]
     first, again = (vocabulary.open(name, lambda: iter(pieces)) for _ in range(2))
@@ -430,10 +437,11 @@ def test_a_trained_vocabulary_is_the_users(capsys):
     'name, options, message',
     [
         ('train:bpe:256', {}, 'has at least 257 entries, the bytes and'),
-        (
+        pytest.param(
             'train:sentencepiece:257',
             {},
             r'at least \d+ entries, for its characters, the bytes, <unk> and </s>',
+            marks=needs('sentencepiece'),
         ),
         ('train:bpe:many', {}, 'say train:bpe:VOCAB or train:sentencepiece:VOCAB'),
         ('train:words:300', {}, 'say train:bpe:VOCAB or train:sentencepiece:VOCAB'),
@@ -443,7 +451,12 @@ def test_a_trained_vocabulary_is_the_users(capsys):
             'has no option model_type, but max_piece_length',
         ),
         ('train:sentencepiece:300', {'model_type': 'word'}, 'use bpe or unigram'),
-        ('train:sentencepiece:300', {'character_coverage': 7}, 'character_coverage'),
+        pytest.param(
+            'train:sentencepiece:300',
+            {'character_coverage': 7},
+            'character_coverage',
+            marks=needs('sentencepiece'),
+        ),
         (
             'byte',
             {'max_piece_length': 9},
@@ -464,14 +477,21 @@ def test_a_name_that_stands_for_nothing(monkeypatch, tmp_path, name, options, me
     assert '\n' not in str(caught.value)
 
 
-def test_what_is_wrong_with_the_text_is_said_as_it_is():
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param('train:bpe:300', marks=needs('tokenizers')),
+        pytest.param('train:sentencepiece:300', marks=needs('sentencepiece')),
+        'char',
+    ],
+)
+def test_what_is_wrong_with_the_text_is_said_as_it_is(name):
     def broken():
         yield 'some words ' * 50
         raise ValueError('line 7 is not UTF-8')
 
-    for name in ('train:bpe:300', 'train:sentencepiece:300', 'char'):
-        with pytest.raises(ValueError, match='^line 7 is not UTF-8$'):
-            vocabulary.open(name, broken)
+    with pytest.raises(ValueError, match='^line 7 is not UTF-8$'):
+        vocabulary.open(name, broken)
 
 
 @pytest.mark.parametrize(
@@ -501,12 +521,14 @@ def hub(monkeypatch, tmp_path):
     """The folder whose files a server answers for as the Hub does."""
     with Hub(tmp_path / 'served') as server:
         monkeypatch.setenv('NANOGPT_MIRROR', server.url)
-        constants = pytest.importorskip('huggingface_hub').constants
+        constants = importlib.import_module('huggingface_hub.constants')
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
         yield server.models
 
 
+@needs('tokenizers')
+@needs('sentencepiece')
 def test_a_models_tokenizer_on_the_hub(hub, capsys):
     hub.mkdir()
     bert = written(hub / 'bert-of-a-kind', make('as BERT'))

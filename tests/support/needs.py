@@ -1,5 +1,7 @@
-"""Marks of tests that need what is not on every machine: the files that tests may not download."""
+"""Marks of tests that need what is not on every machine: optional packages, and files that tests may
+not download."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -14,3 +16,9 @@ needs_shakespeare = pytest.mark.skipif(
 needs_gpt2 = pytest.mark.skipif(
     not VOCABULARY.is_dir(), reason="TIKTOKEN_CACHE_DIR has no vocabulary"
 )
+
+
+def needs(package):
+    """A mark: the test is skipped where an optional package is not installed."""
+    is_missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(is_missing, reason=f"could not import '{package}'")
