@@ -78,7 +78,7 @@ class Context:
         one. Returns logits (B, 1, V)."""
         self._slide_full_rows()
         if self.cache is not None:
-            self.room = self.block_size  # the room that was asked for is used up
+            self.room = self.block_size  # after a slide, the cache may fill the whole context
         prompts = [tuple(row[start:]) for row, start in zip(self.rows, self.starts)]
         dtype = self._cache_dtype()
         caches = {
@@ -90,8 +90,8 @@ class Context:
             if len({len(prompt) for prompt in prompts}) == 1:
                 return self.model(torch.tensor(prompts, device=self.device))[0]
 
-        # Equal prompts are read once. model.forward is never the compiled model, which would be
-        # compiled again for each prompt's length.
+        # Equal prompts are read once. This calls model.forward, which is never compiled: a compiled
+        # model would be compiled again for each length.
         logits = {}
         for prompt, cache in caches.items():
             idx = torch.tensor([prompt], device=self.device)
@@ -182,9 +182,9 @@ def beam_search(context, max_new_tokens, num_beams, length_penalty=1.0, is_end=l
     best first.
 
     A score is the sum of log-probabilities over length ** length_penalty: above 0, longer texts are
-    preferred. is_end(ids) says whether a continuation is complete. The search ends with num_beams
-    complete ones when the best open one would score, at its present length, below all of them
-    (although it might still overtake them): transformers' early_stopping=False.
+    preferred. is_end(ids) says whether a continuation is complete. The search stops when num_beams
+    are complete and the best open one scores no higher than the worst of them, at its present
+    length: transformers' early_stopping=False.
     """
     if max_new_tokens < 1:
         return [(0.0, [])]
@@ -193,7 +193,7 @@ def beam_search(context, max_new_tokens, num_beams, length_penalty=1.0, is_end=l
     totals = torch.zeros(1, device=context.device)  # sums of log-probabilities, (beams,)
     for n in range(1, max_new_tokens + 1):
         sums = context.logits().float().log_softmax(-1) + totals[:, None]  # (beams, V)
-        # Half of the candidates may be complete: of twice as many, num_beams stay open.
+        # Twice as many candidates as beams, since up to half of them may be complete.
         n_candidates = min(2 * num_beams, sums.numel())
         best, places = sums.flatten().topk(n_candidates)
         beams = []  # the open ones: (total, row, ids), the best first

@@ -97,9 +97,9 @@ INFORMS = {  # by the beginning of its name
     'template': "is taken from the data again; sample.py wants it",
     'resolved.': "is what 'auto' meant, and this run says all it wants; the next test is about it",
     **{
-        f'progress.{field.name}': field.metadata['informative']
+        f'progress.{field.name}': field.metadata['without_effect']
         for field in dataclasses.fields(checkpoint.Progress)
-        if 'informative' in field.metadata
+        if 'without_effect' in field.metadata
     },
     **dict.fromkeys(
         GUARD_NOW,
@@ -115,7 +115,7 @@ GUARD = [
 PROGRESS = [
     f'progress.{field.name}'
     for field in dataclasses.fields(checkpoint.Progress)
-    if 'informative' not in field.metadata and field.name != 'guard'
+    if 'without_effect' not in field.metadata and field.name != 'guard'
 ]
 MATTERS = [  # the others, settings apart
     'model.*',

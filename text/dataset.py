@@ -28,10 +28,15 @@ SCAN_LIMIT = 100_000_000
 class Dataset:
     """The splits of data/NAME, or of any folder, and the batches of them.
 
-    tokenizer: its description, or None; vocab_size: ids are below it; eot: the id after each
-    document; tokens: {split: number of tokens}; masks: {split: Shards of a byte per token}, or
-    empty: targets whose byte is 0 are -1, as padding is; windows: how many an epoch has. Raises
-    ValueError or OSError that says what is missing or wrong.
+    tokenizer: description of the tokenizer, or None.
+    vocab_size: all token ids are below it.
+    eot: the id after each document.
+    tokens: {split: number of tokens}.
+    masks: {split: Shards of one byte per token}; a target whose byte is 0 becomes -1, which is not
+        scored. Empty if every token is a target.
+    windows: number of windows in an epoch.
+
+    Raises ValueError or OSError that says what is missing or wrong.
     """
 
     def __init__(self, name, block_size, batch_size, batches_per_step=1, seed=1337):
@@ -190,8 +195,8 @@ class Dataset:
         return np.array(counts)
 
     def _spans(self, split, places):
-        """(len(places), 3): for each window its start, the first token whose next one is a target
-        that counts, and its last target.
+        """(len(places), 3): for each window the positions of its first token, of the first token
+        whose successor is scored, and of its last target.
 
         places: what `_train_places` and `_eval_places` return, here the windows' starts.
         """

@@ -50,9 +50,9 @@ SUMS_KEPT = 16  # sums per file; those of interrupted saves are among them
 # ---- what a checkpoint says about the run --------------------------------------------------------
 
 
-def informative(default, why):
-    """A field of `Progress` that does not affect the losses of a resumed run, and why not."""
-    return dataclasses.field(default=default, metadata={'informative': why})
+def without_effect(default, why):
+    """A field of `Progress` that the losses of a resumed run do not depend on. why: the reason."""
+    return dataclasses.field(default=default, metadata={'without_effect': why})
 
 
 @dataclasses.dataclass
@@ -62,14 +62,14 @@ class Progress:
     A new field needs one line here and one in train.py, where it is set. The rest follows from the
     line: the field is saved and loaded, its type is checked when a run resumes, a checkpoint
     without it gives the default, and tests/test_resume.py shows that a resumed run needs it,
-    unless it is `informative`.
+    unless it is `without_effect`.
     """
 
     evaluated: int = -1  # step of the last evaluation
     bad_evals: int = 0  # evaluations since the one with the best validation loss
-    wall_seconds: int | float = informative(0.0, "is a time")
-    train_seconds: int | float = informative(0.0, "is a time")
-    wandb_id: str | None = informative(None, "belongs to wandb, which the test does not use")
+    wall_seconds: int | float = without_effect(0.0, "is a time")
+    train_seconds: int | float = without_effect(0.0, "is a time")
+    wandb_id: str | None = without_effect(None, "belongs to wandb, which the test does not use")
     clipped: int = 0  # steps whose gradient was longer than grad_clip, counted with --watch
     data_offset: int = 0  # steps that the data are ahead of the run (guard.skip_data)
     diverged_at: int = -1  # step at which the run last diverged
@@ -240,12 +240,14 @@ def _check_readable(path):
 
 
 def _load_verified(path):
-    """torch.load after the checks that need no unpickling. Raises any error that they or torch
-    do."""
+    """The content of a checkpoint file, after checks that need no unpickling.
+
+    Raises whatever the checks, the file system or torch raise.
+    """
     with zipfile.ZipFile(path) as archive:
         _check_directory(archive.infolist(), path)
 
-    # ckpt.prev.pt and the unfinished file have been ckpt.pt, or were to be.
+    # The sums of ckpt.prev.pt and of an unfinished save are listed under ckpt.pt.
     name = 'best.pt' if path.name == 'best.pt' else 'ckpt.pt'
     sums = _read_sums(path.parent).get(name)
     if sums and path.name in FILES:
@@ -319,7 +321,7 @@ def _has_all(values, types):
 
 
 def _has_sound(values, types):
-    """Whether `values` is a dict in which those keys of `types` that it has are of their type."""
+    """Whether `values` is a dict whose entries have the right types, as far as `types` has them."""
     if not isinstance(values, dict):
         return False
     return all(isinstance(values[key], kind) for key, kind in types.items() if key in values)

@@ -1,4 +1,4 @@
-"""What a run computes on: the values of the settings that may be 'auto', and this process's part."""
+"""What a run computes on: the device, and the values of the settings that may be 'auto'."""
 
 from dataclasses import dataclass
 

@@ -13,7 +13,7 @@ from interop import huggingface
 from training import checkpoint, pretrained
 from training.optimizer import load_optimizer_state
 
-# Settings that the noise of the losses depends on, which the guard measures.
+# Settings that change how noisy the loss is. The guard's statistics are dropped when one changes.
 NOISE = {
     'dataset',
     'block_size',
@@ -78,11 +78,9 @@ def adopt_settings(config, given, trained, source, free):
     """Change `config` to the settings `trained` of a model or run, except those that were given.
 
     given: {key: where it was set}. source: whose settings they are, for messages. free: keys that
-    may be given another value than the trained one; with others that is a ValueError.
-
-    Returns the changed {key: value}.
+    the user may override; overriding another one raises ValueError.
     """
-    for key in given.keys() & trained.keys() - free:
+    for key in (given.keys() & trained.keys()) - free:
         if config[key] != trained[key]:
             raise ValueError(
                 f"{source} has {key}={trained[key]!r}, not {config[key]!r} ({given[key]}): "
@@ -95,11 +93,10 @@ def adopt_settings(config, given, trained, source, free):
                 raise ValueError(f"{source} is damaged: its {key} is {str(value)[:40]!r}")
             changes[key] = value
     config.update(changes)
-    return changes
 
 
 def _types_like(value):
-    """The types that a setting may have whose value so far is `value`."""
+    """The types allowed for a setting that now has `value`."""
     if value == 'auto':
         return str, bool, int, float
     if type(value) is float:
@@ -111,7 +108,7 @@ def adopt_run_settings(config, given, state, out_dir):
     """Change `config` to that of the run in out_dir, whose checkpoint has the content `state`.
 
     The settings of its model can't be given another value, except models.FREE; all others can.
-    Returns the changed {key: value}. Raises ValueError.
+    Raises ValueError.
     """
     trained = state['config']
     for key in NOISE & given.keys():
@@ -120,14 +117,13 @@ def adopt_run_settings(config, given, state, out_dir):
             state.get('progress', {}).pop('guard', None)
 
     name = state.get('model_name', 'gpt')
-    changes = adopt_settings(config, given, {'model': name}, out_dir, models.FREE)
+    adopt_settings(config, given, {'model': name}, source=out_dir, free=models.FREE)
 
     # A checkpoint lacks the fields that are newer than it: they have their defaults.
     fields = dataclasses.fields(models.architecture(name).Config)
     args = {field.name: field.default for field in fields} | state['model_args']
-    changes |= adopt_settings(config, given, args, out_dir, models.FREE)
-    changes |= adopt_settings(config, given, run_settings(state), out_dir, config.keys())
-    return changes
+    adopt_settings(config, given, args, source=out_dir, free=models.FREE)
+    adopt_settings(config, given, run_settings(state), source=out_dir, free=config.keys())
 
 
 def adopt_model_settings(config, given, model, source):
@@ -136,7 +132,7 @@ def adopt_model_settings(config, given, model, source):
     They can't be given another value, except models.FREE and block_size. Raises ValueError.
     """
     trained = {'model': models.name_of(model)} | dataclasses.asdict(model.config)
-    adopt_settings(config, given, trained, source, models.FREE | {'block_size'})
+    adopt_settings(config, given, trained, source, free=models.FREE | {'block_size'})
 
 
 def model_config(settings):
