@@ -1,12 +1,11 @@
-"""Finished runs side by side: a table, and a picture of their validation loss against parameters
-and training time.
+"""Finished runs side by side: a table, and a picture of validation loss over parameters and time.
 
-    python compare.py out-zoo-*                                         # the table, as Markdown, and ./compare.png
+    python compare.py out-zoo-*              # prints a Markdown table and writes ./compare.png
     python compare.py out-a out-b --names="small, large" --out=two.svg
 
-It needs each run's metrics.jsonl and config.json, no more. The loss is that of the last
-evaluation, which a finished run makes over the whole validation split; time is what the steps took,
-without start-up and evaluations.
+Only metrics.jsonl and config.json of each run are needed. The loss is that of the last evaluation,
+which a finished run makes over the whole validation split. The time is that of the steps, without
+start-up and evaluations.
 """
 
 from system.errors import begin_script
@@ -14,13 +13,11 @@ from system.errors import begin_script
 begin_script()  # before the imports, which take seconds
 
 import json
-import os
 import sys
-from pathlib import Path
 
 from configurator import Texts, configure, divided
-from system import files
-from system.errors import fail, user_errors
+from system.errors import user_errors
+from training import figures
 from training.console import seconds, short
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -28,134 +25,129 @@ out = 'compare.png'  # the picture, .png, .svg or .pdf
 names = Texts()  # labels of the runs, with commas between, or as a list; default: folder names
 # --------------------------------------------------------------------------------------------------
 
-COLOURS = '#1f5fa8', '#d1602c', '#3a8a4d', '#8a4fa3', '#a8842c', '#3f98a0', '#b0476a', '#666666'
-
 
 def read(folder):
-    """What a run came to: its settings, and {parameters, tokens, seconds, loss, bpb}. Raises
-    ValueError."""
+    """Return (config, result) of a run: its config.json, and what its last evaluation logged.
+
+    result: {parameters, tokens, seconds, loss, bpb}. Raises ValueError if there is no evaluation.
+    """
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        lines = (
-            (folder / 'metrics.jsonl').read_text(encoding='utf-8', errors='replace').splitlines()
-        )
-        last = json.loads(
-            [line for line in lines if '"val_loss"' in line and line.endswith('}')][-1]
-        )
-        return config, dict(
-            parameters=config['resolved']['n_params'],
-            tokens=last['tokens'],
-            seconds=last['train_seconds'],
-            loss=float(last['val_loss']),
-            bpb=last['val_bpb'],
-        )
+        log = (folder / 'metrics.jsonl').read_text(encoding='utf-8', errors='replace')
+        evaluations = [
+            line for line in log.splitlines() if '"val_loss"' in line and line.endswith('}')
+        ]
+        last = json.loads(evaluations[-1])
+        result = {
+            'parameters': config['resolved']['n_params'],
+            'tokens': last['tokens'],
+            'seconds': last['train_seconds'],
+            'loss': float(last['val_loss']),
+            'bpb': last['val_bpb'],
+        }
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(
-            f"{folder} holds no evaluated run of train.py: metrics.jsonl or config.json is missing, damaged "
-            "or has no validation loss"
+            f"{folder} holds no evaluated run of train.py: metrics.jsonl or config.json is "
+            "missing, damaged or has no validation loss"
         ) from None
+    return config, result
 
 
 def table(runs):
-    """Markdown: a row for each of {name: what `read` found}, the lowest loss last."""
+    """Return a Markdown table of runs, {label: what `read` returned}, the lowest loss last."""
     rows = [
         "| run | model | parameters | tokens | time | tokens/s | validation loss | bits per byte |",
         '|---' * 8 + '|',
     ]
-    for name, (config, found) in sorted(runs.items(), key=lambda item: -item[1][1]['loss']):
-        bpb = f"{found['bpb']:.4f}" if found['bpb'] else ''
-        rows.append(
-            f"| {name} | {config['model']} | {short(found['parameters'])} | {short(found['tokens'])} | "
-            f"{seconds(found['seconds'])} | {short(found['tokens'] / max(found['seconds'], 1e-9))} | "
-            f"{found['loss']:.4f} | {bpb} |"
-        )
+    for label, (config, result) in sorted(runs.items(), key=lambda item: -item[1][1]['loss']):
+        bpb = ''
+        if result['bpb']:
+            bpb = f"{result['bpb']:.4f}"
+        cells = [
+            label,
+            config['model'],
+            short(result['parameters']),
+            short(result['tokens']),
+            seconds(result['seconds']),
+            short(result['tokens'] / max(result['seconds'], 1e-9)),
+            f"{result['loss']:.4f}",
+            bpb,
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return '\n'.join(rows)
 
 
 def draw(runs):
-    """The figure: a point for each run, twice."""
-    import matplotlib.figure  # without pyplot, which would look for a display
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    matplotlib.rcParams.update({'font.size': 12, 'axes.grid': True, 'grid.color': '#e4e4e4'})
-    figure = matplotlib.figure.Figure(figsize=(14, 7), dpi=150, layout='constrained')
-    models = list(dict.fromkeys(config['model'] for config, _ in runs.values()))
-    labels, least = (
-        [],
-        min((found['parameters'] for _, found in runs.values() if found['parameters']), default=4)
-        / 4,
-    )
-    for axes, key, label in zip(
-        figure.subplots(1, 2, sharey=True),
-        ('parameters', 'seconds'),
-        ('parameters (counted models have none: at the left edge)', 'training time (seconds)'),
-    ):
-        for name, (config, found) in runs.items():
-            x, colour = (
-                max(found[key], least if key == 'parameters' else 0.1),
-                COLOURS[models.index(config['model']) % 8],
-            )
-            axes.plot(x, found['loss'], 'o', color=colour, ms=7)
-            labels.append(
-                axes.annotate(
-                    name,
-                    (x, found['loss']),
-                    (8, 0),
-                    textcoords='offset points',
-                    color=colour,
-                    arrowprops=dict(arrowstyle='-', color=colour, lw=0.6, shrinkA=0, shrinkB=4),
-                    fontsize=10,
-                    va='center',
-                    parse_math=False,
-                    in_layout=False,
-                )
-            )
-        axes.set(xscale='log', xlabel=label)
-        axes.spines[['top', 'right']].set_visible(False)
-        low, high = axes.get_xlim()
-        axes.set_xlim(low, high * (high / low) ** 0.25)  # room for the names
-    figure.axes[0].set_ylabel('validation loss (nats per token)')
-    figure.draw_without_rendering()  # now the texts have a size
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    points = [text.axes.transData.transform(text.xy) for text in labels]
-    taken = [matplotlib.transforms.Bbox([point - 10, point + 10]) for point in points]
-    for text in labels:  # as near to its point as there is no other text and no point
-        for up in sorted(range(-150, 151, 3), key=abs):
-            text.set_position((14, up))
-            text.update_positions(renderer)
-            box = matplotlib.text.Text.get_window_extent(text, renderer)  # without its line
-            if (
-                not any(map(box.overlaps, taken))
-                and text.axes.bbox.y0 < box.y0
-                and box.y1 < text.axes.bbox.y1
-            ):
-                break
-        taken.append(box)
+    """Return the figure: each run is a point over its parameters, and one over its time."""
+    figure = figures.new_figure(width=14, height=7, style={'axes.grid.axis': 'both'})
+    by_size, by_time = figure.subplots(1, 2, sharey=True)
+    n_params = [result['parameters'] for _, result in runs.values() if result['parameters']]
+    labels = draw_points(by_size, runs, 'parameters', least=min(n_params, default=4) / 4)
+    labels += draw_points(by_time, runs, 'seconds', least=0.1)
+    by_size.set_xlabel('parameters (counted models have none: at the left edge)')
+    by_size.set_ylabel('validation loss (nats per token)')
+    by_time.set_xlabel('training time (seconds)')
+    place_labels(figure, labels)
     return figure
 
 
-with user_errors():
-    folders = [
-        word
-        for word in sys.argv[1:]
-        if os.path.isdir(word) or ('=' not in word and word[:1] != '-')
-    ]
-    configure(globals(), [word for word in sys.argv[1:] if word not in folders])
-    labels = divided(names, ',') or [folder.rstrip('/') for folder in folders]
-    # a folder's name may be no text
-    labels = [label.encode(errors='replace').decode() for label in labels]
-    if len(set(labels)) != len(folders) or not folders:
-        raise ValueError(
-            "give the out_dir of at least one run"
-            if not folders
-            else f"{len(folders)} runs, {len(set(labels))} names: names= takes one for each, with commas between"
+def draw_points(axes, runs, key, least):
+    """Draw each run's loss over result[key], or over `least` where that is less.
+
+    Runs of one model have one colour. Returns the labels of the points.
+    """
+    models = list(dict.fromkeys(config['model'] for config, _ in runs.values()))
+    labels = []
+    for name, (config, result) in runs.items():
+        colour = figures.COLOURS[models.index(config['model']) % len(figures.COLOURS)]
+        point = (max(result[key], least), result['loss'])
+        axes.plot(*point, 'o', color=colour, ms=7)
+        leader = {'arrowstyle': '-', 'color': colour, 'lw': 0.6, 'shrinkA': 0, 'shrinkB': 4}
+        labels.append(
+            figures.add_label(
+                axes, name, point=point, offset=8, colour=colour, arrowprops=leader, fontsize=10
+            )
         )
-    runs = {label: read(Path(folder)) for label, folder in zip(labels, folders)}
+    axes.set_xscale('log')
+    axes.spines[['top', 'right']].set_visible(False)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.25)  # room for the labels
+    return labels
+
+
+def place_labels(figure, labels):
+    """Move each label as near to its point as no point and no other label lies."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # from here on the labels have a size
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    points = [label.axes.transData.transform(label.xy) for label in labels]
+
+    def box_of(label):
+        label.update_positions(renderer)
+        return Text.get_window_extent(label, renderer)  # without the line to its point
+
+    def is_free(label, box):
+        axes_box = label.axes.bbox
+        return axes_box.y0 < box.y0 and box.y1 < axes_box.y1
+
+    figures.spread_labels(
+        labels,
+        offset=14,
+        heights=range(-150, 151, 3),
+        box_of=box_of,
+        is_free=is_free,
+        taken=[Bbox([point - 10, point + 10]) for point in points],
+    )
+
+
+with user_errors():
+    folders, words = figures.split_command_line(sys.argv[1:])
+    configure(globals(), words)
+    labelled = figures.label_runs(folders, divided(names, ','))
+
+    runs = {label: read(folder) for label, folder in labelled.items()}
     print(table(runs))
-    try:
-        figure = draw(runs)
-    except ImportError as error:
-        fail(f"{error}: pip install matplotlib")
-    with files.replacing(out) as file:
-        figure.savefig(file, format=Path(out).suffix[1:] or 'png')
-    print(f"picture: {out}")
+    figures.save(draw(runs), out)
