@@ -1,12 +1,14 @@
 # python train.py config/baseline_shakespeare_char.py: nanoGPT's recipe for tiny Shakespeare, as it
 # was, never retuned.
 out_dir = 'out-baseline-shakespeare-char'
+
 eval_interval = 250
 log_interval = 10
 always_save_checkpoint = False
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
 dataset = 'shakespeare_char'
+
 gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 256
@@ -14,6 +16,7 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 dropout = 0.2
+
 learning_rate = 1e-3
 max_iters = 5000
 lr_decay_iters = 5000

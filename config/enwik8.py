@@ -3,10 +3,12 @@
 out_dir = 'out-enwik8'
 model = 'modern'
 dataset = 'enwik8'
+
 eval_interval = 1000
 eval_iters = 50
 log_interval = 10
 always_save_checkpoint = False
+
 gradient_accumulation_steps = 1
 if device == 'cpu':
     batch_size = 16
@@ -24,6 +26,7 @@ else:
     max_iters = 20_000
     dropout = 0.1
 lr_decay_iters = max_iters
+
 muon_lr = 0.02
 embed_lr = 0.012
 head_lr = 0.008

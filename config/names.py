@@ -2,10 +2,12 @@
 # pairs; or any other
 out_dir = f'out-names-{model}'
 dataset = 'names'
+
 eval_interval = 0
 eval_iters = 100_000
 log_interval = 100
 always_save_checkpoint = False
+
 gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 16
@@ -28,6 +30,7 @@ else:
     n_head = 4
     n_embd = 64
     max_iters = 3000
+
 learning_rate = 5e-3
 min_lr = 0.0
 beta2 = 0.99

@@ -3,12 +3,15 @@
 out_dir = 'out-speedrun-124M'
 model = 'modern'
 dataset = 'python'
+
 eval_interval = 250
 eval_iters = 40
 log_interval = 10
+
 batch_size = 32  # 32 x 6 x 1024 = 196,608 tokens a step
 gradient_accumulation_steps = 6
 n_head = 6
+
 max_iters = 1500  # 295 million tokens
 lr_decay_iters = max_iters
 muon_lr = 0.02

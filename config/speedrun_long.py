@@ -3,15 +3,18 @@
 out_dir = 'out-speedrun-long'
 model = 'modern'
 dataset = 'shakespeare_char'
+
 eval_interval = 0  # at the end only
 eval_iters = 5
 log_interval = 10
+
 gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 512
 n_layer = 4
 n_head = 1
 n_embd = 128
+
 max_iters = 750
 lr_decay_iters = max_iters
 ngram = 5

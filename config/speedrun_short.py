@@ -3,16 +3,19 @@
 out_dir = 'out-speedrun-short'
 model = 'modern'
 dataset = 'shakespeare_char'
+
 eval_interval = 0  # at the end only
 compile = False
 eval_iters = 1
 log_interval = 5
+
 gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 128
 n_layer = 1
 n_head = 1
 n_embd = 128
+
 max_iters = 44
 lr_decay_iters = max_iters
 ngram = 5

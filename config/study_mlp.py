@@ -3,10 +3,12 @@
 out_dir = 'out-study-mlp'
 model = 'mlp'
 dataset = 'names'
+
 eval_interval = 200
 eval_iters = 50
 log_interval = 50
 always_save_checkpoint = False
+
 gradient_accumulation_steps = 1
 batch_size = 100
 block_size = 16
@@ -14,6 +16,7 @@ context = 10
 n_embd = 10
 n_hidden = 200
 optimizer = 'sgd'
+
 beta1 = 0.9
 weight_decay = 0.0
 grad_clip = 0.0

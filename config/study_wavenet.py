@@ -2,10 +2,12 @@
 out_dir = 'out-study-wavenet'
 model = 'wavenet'
 dataset = 'names'
+
 eval_interval = 200
 eval_iters = 50
 log_interval = 50
 always_save_checkpoint = False
+
 gradient_accumulation_steps = 1
 batch_size = 200
 block_size = 16
@@ -13,6 +15,7 @@ n_layer = 4
 kernel = 2
 n_embd = 32
 init = 'xavier'
+
 learning_rate = 3e-3
 min_lr = 0.0
 weight_decay = 0.1

@@ -3,11 +3,14 @@
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
+
 batch_size = 12  # 12 x 1024 x 40 = 491,520 tokens a step
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
+
 max_iters = 600000  # 295 billion tokens
 lr_decay_iters = 600000
+
 eval_interval = 1000
 eval_iters = 200
 log_interval = 10

@@ -1,5 +1,6 @@
 # python train.py config/train_shakespeare.py: tiny Shakespeare by GPT-2's tokens, from scratch
 out_dir = 'out-shakespeare'
+
 eval_interval = 100
 eval_iters = 20
 log_interval = 10
@@ -7,6 +8,7 @@ always_save_checkpoint = False  # 300,000 tokens: it overfits soon
 wandb_project = 'shakespeare'
 wandb_run_name = 'bpe'
 dataset = 'shakespeare'
+
 gradient_accumulation_steps = 1
 learning_rate = 1e-3
 min_lr = 1e-4

@@ -3,12 +3,14 @@
 out_dir = 'out-shakespeare-char'
 model = 'modern'
 dataset = 'shakespeare_char'
+
 eval_interval = 110
 eval_iters = 5
 log_interval = 10
 always_save_checkpoint = False  # it overfits: keep the best
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
+
 gradient_accumulation_steps = 1
 if device == 'cpu':
     batch_size = 16
@@ -27,6 +29,7 @@ else:
 lr_decay_iters = max_iters
 ngram = 5
 ngram_dropout = 0.4
+
 muon_lr = 0.04
 embed_lr = 0.006
 head_lr = 0.008

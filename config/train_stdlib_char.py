@@ -3,9 +3,11 @@
 out_dir = 'out-stdlib-char'
 model = 'modern'
 dataset = 'stdlib_char'
+
 eval_interval = 100
 eval_iters = 5
 log_interval = 10
+
 gradient_accumulation_steps = 1
 if device == 'cpu':
     batch_size = 16
@@ -25,6 +27,7 @@ lr_decay_iters = max_iters
 # a small part of an epoch: there is little to overfit
 ngram = 5
 ngram_dropout = 0.1
+
 muon_lr = 0.04
 embed_lr = 0.012
 head_lr = 0.008

@@ -2,13 +2,16 @@
 # each on two CPU cores
 out_dir = f'out-zoo-{model}'
 dataset = 'shakespeare_char'
+
 eval_interval = 250
 eval_iters = 20
 log_interval = 50
 always_save_checkpoint = False
+
 gradient_accumulation_steps = 1
 batch_size = 8
 block_size = 256
+
 min_lr = 0.0
 weight_decay = 0.1
 dropout = 0.0
