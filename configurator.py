@@ -185,7 +185,9 @@ def parse(argv):
 
 def _parse(argv):
     """Like `parse`, with {key: [text]}: a setting may be repeated."""
-    files, wishes, wants_help = [], {}, False
+    files = []
+    wishes = {}
+    wants_help = False
     words = iter(argv)
     for word in words:
         if word in ('-h', '--help'):

@@ -130,8 +130,9 @@ def wall_times(records):
             share = (step - last_step) / max(1, upcoming['iter'] - last_step)
             times.append(wall + share * (upcoming['train_seconds'] - trained))
         else:
-            wall += (step + 1 - last_step) * record['ms'] / 1e3
-            last_step = step + 1
+            if 'ms' in record:  # a step, not a skipped update or a rollback
+                wall += (step + 1 - last_step) * record['ms'] / 1e3
+                last_step = step + 1
             times.append(wall)
     return times
 

@@ -53,14 +53,14 @@ from training.watch import Watch
 # ---- settings: the defaults train GPT-2 124M on OpenWebText --------------------------------------
 # start, evaluation, checkpoints
 out_dir = 'out'  # where checkpoints, metrics.jsonl and config.json go
-init_from = 'scratch'  # scratch, resume, auto (either), gpt2[-medium|-large|-xl], or a folder
+init_from = 'scratch'  # scratch, resume, auto: either; gpt2[-medium|-large|-xl], a folder or file
 seed = 1337  # of initialization, order of the data and dropout
 eval_interval = 2000  # steps between evaluations, each followed by a save; 0: only at the end
 eval_iters = 200  # batches per evaluation and split; a smaller split is evaluated whole
 eval_only = False  # evaluate once, then exit
-always_save_checkpoint = True  # sample.py loads: True: the latest weights; False: the best ones
+always_save_checkpoint = True  # True: sample.py loads the latest weights; False: the best
 save_minutes = 15.0  # also save after this many minutes without a save; 0: only at evaluations
-early_stop = 0  # stop after this many evaluations in a row without a better loss; 0: never
+early_stop = 0  # stop after this many evaluations without a better validation loss; 0: never
 # logs
 log_interval = 1  # steps between lines of the log
 log_to = ''  # besides metrics.jsonl: tensorboard, wandb, or both: tensorboard,wandb
@@ -80,7 +80,7 @@ n_head = 12  # attention heads
 n_embd = 768  # channels
 dropout = 0.0  # 0 for pretraining; for finetuning try 0.1
 bias = False  # in Linears and LayerNorms
-lora_rank = 0  # finetuning: rank of LoRA updates of the matrices; 0: train all weights
+lora_rank = 0  # finetuning: rank of LoRA updates of the blocks' matrices; 0: train all weights
 # optimizer
 optimizer = 'adamw'  # adamw, or sgd, whose momentum is beta1
 learning_rate = 6e-4  # the highest, after the warm-up
@@ -92,12 +92,12 @@ weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # decay rate of the gradient's average
 beta2 = 0.95  # decay rate of the squared gradient's average
 grad_clip = 1.0  # limit on the norm of the gradient; 0: none
-spike_sigmas = 6.0  # skip updates if the loss is this many sigmas above average; 0: NaN only
+spike_sigmas = 6.0  # skip updates this many sigmas above the average loss; 0: only NaN, infinity
 max_norm = 0.0  # limit on the norm of each row of a matrix (not embeddings); 0: none
 # learning rate
 decay_lr = True  # warm up linearly, then decay to min_lr; False: constant
 lr_schedule = 'cosine'  # shape of the decay: cosine; step: drops to min_lr at lr_decay_iters
-cooldown = 0.0  # final share of lr_decay_iters that decays linearly; 0: cosine
+cooldown = 0.0  # final share of lr_decay_iters that decays linearly; 0: none
 warmup_iters = 2000  # steps of the warm-up
 warmup_lr = 0.0  # where the warm-up starts
 lr_decay_iters = 600000  # step at which min_lr is reached; usually max_iters
@@ -387,7 +387,7 @@ distributed.print0(
 memory_advice = out_of_memory_advice(batch_size, gradient_accumulation_steps)
 
 # Some runs have nothing to train.
-is_over = progress.evaluated == iter_num and max_iters > 0 and is_at_end()
+is_over = progress.evaluated == iter_num and is_at_end() and max_iters > 0
 if eval_only or is_over:
     name = f'{out_dir}, step {iter_num}' if init_from == 'resume' else init_from
     if eval_only:
@@ -525,11 +525,11 @@ with one_line_errors(memory_advice):
 
         # Forward and backward. Gradients add up over the micro-batches; only the last one's
         # backward pass exchanges them between processes.
-        losses = []
+        micro_losses = []
         for micro in micros:
             distributed.set_gradient_sync(wrapped, micro == micros[-1])
-            losses.append(micro_step(iter_num, micro))
-        loss = distributed.all_reduce_sum(sum(losses))
+            micro_losses.append(micro_step(iter_num, micro))
+        loss = distributed.all_reduce_sum(sum(micro_losses))
 
         # The host learns about a step one step later, while the device is busy with the next one.
         report_skipped_update(iter_num - 1)

@@ -300,13 +300,11 @@ def tokenizer_for(asked, source, folder):
     options = {key: getattr(asked, key) for key in TRAINING if getattr(asked, key) is not None}
     if asked.byte_fallback:
         options['byte_fallback'] = asked.byte_fallback == 'True'
-    is_char = asked.tokenizer == 'char'
-    if not is_char and not asked.tokenizer.startswith('train:'):
+    if not vocabulary.reads_text(asked.tokenizer):
         return vocabulary.open(asked.tokenizer, **options)
 
-    n_bytes = asked.train_bytes
-    if is_char:
-        n_bytes = None  # all of them
+    is_trained = asked.tokenizer.startswith('train:')
+    n_bytes = asked.train_bytes if is_trained else None  # None: all of the text
     kept = files.workplace(folder) / 'tokenizer.json'
     key = [asked.tokenizer, options, n_bytes, asked.separator, source.fingerprint]
     if kept.is_file():
@@ -316,9 +314,9 @@ def tokenizer_for(asked, source, folder):
     print(f"tokenizer {asked.tokenizer}: reading the text for its vocabulary", flush=True)
 
     def texts():
-        if is_char:
-            return [_characters(source, asked.separator)]
-        return source.texts(n_bytes)
+        if is_trained:
+            return source.texts(n_bytes)
+        return _texts_and_separators(source, asked.separator)
 
     made = vocabulary.open(asked.tokenizer, texts, **options)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -327,14 +325,11 @@ def tokenizer_for(asked, source, folder):
     return made
 
 
-def _characters(source, separator):
-    """A text of each character once that the bins need: the texts may be many."""
-    characters = set()
+def _texts_and_separators(source, separator):
+    """Iterate over all that the bins will hold: the separator of documents, and the texts."""
     if source.has_ends:
-        characters.update('\n' if separator is None else separator)
-    for text in source.texts():
-        characters.update(text)
-    return ''.join(characters)
+        yield '\n' if separator is None else separator
+    yield from source.texts()
 
 
 def main(words):

@@ -199,18 +199,21 @@ def _fetch(url, part, digest):
     """
     tries_left = 0  # a connection that never sends anything is not tried again
     has_older_bytes = part.is_file()  # from before this call: they may be of another file
+    furthest = _size(part)  # a server that breaks at the same byte each time makes no progress
     while True:
         size_before = _size(part)
         try:
             source, first, size = _open(url, start=size_before)
-            if first == 0:
+            if first == 0 and has_older_bytes:  # this server starts again: the old bytes are gone
                 has_older_bytes = False
+                furthest = 0
             if not sys.stderr.isatty() and (size or 0) - first > 10e6:
                 print(f"downloading {url}: {(size - first) / 1e6:,.0f} MB", flush=True)
             with source:
                 found = _append(source, part, first, size)
         except ConnectionError:
-            has_progressed = _size(part) > size_before
+            has_progressed = _size(part) > furthest
+            furthest = max(furthest, _size(part))
             if part.is_file() and _size(part) == 0:
                 part.unlink()
             tries_left = TRIES if has_progressed else tries_left - 1

@@ -104,6 +104,15 @@ def test_a_server_that_always_starts_anew_and_breaks_is_given_up(server, path, p
     assert pauses == [1, 2, 4, 8, 16]
 
 
+def test_older_bytes_do_not_count_against_a_server_that_starts_anew(server, path):
+    """A part from before is longer than what comes until the connection breaks."""
+    path.with_name('input.txt.part').write_bytes(TEXT[:700_000])
+    server.most, server.broken, server.knows_ranges = 600_000, 1, False
+    files.download(server.url, path, DIGEST, NAME)
+    assert path.read_bytes() == TEXT and left(path) == WHOLE
+    assert len(server.requests) == 2
+
+
 def test_pauses_grow_while_nothing_comes_and_what_came_is_kept_for_the_next_call(
     server, path, pauses, monkeypatch
 ):

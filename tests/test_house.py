@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.scripts import ROOT, run
 
+FOREIGN = {'NAME.py', 'convert_hf_to_gguf.py'}  # on pages; the second is llama.cpp's
+PAGES = [*sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('docs/*.md'))]
 SCRIPTS = ['train', 'sample', 'evaluate', 'export', 'bench', 'plot', 'compare']
 
 # Each folder may import itself and what is to the left; `scripts` are the other files of the root.
@@ -155,7 +157,7 @@ def test_every_script_begins_as_one():
     for path in scripts:
         before, call, _ = path.read_text(encoding='utf-8').partition('begin_script()')
         imported = set(
-            re.findall(r'^(?:import|from) ([\w]+)(?:\.\w+)?(?: import .*)?$', before, re.MULTILINE)
+            re.findall(r'^(?:import|from) ([\w.]+)(?: import .*)?$', before, re.MULTILINE)
         )
         assert call and imported <= {
             'argparse',
@@ -174,14 +176,26 @@ def test_every_script_begins_as_one():
             'shutil',
             'signal',
             'pathlib',
-            'system',
+            'system.errors',
         }, path
 
 
 def test_no_text_has_a_gap_left_to_fill():
-    assert not [
-        path.name for path in ROOT.glob('*.md') if '@' * 2 in path.read_text(encoding='utf-8')
-    ]
+    assert not [path.name for path in PAGES if '@' * 2 in path.read_text(encoding='utf-8')]
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
+def test_every_path_on_a_page_exists(page):
+    text = page.read_text(encoding='utf-8')
+    folders = '|'.join(
+        path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != '.'
+    )
+    named = set(
+        re.findall(rf'(?<![\w./-])((?:{folders})/[\w/.-]*\w\.(?:py|c|md|sh|yaml|ipynb|png))', text)
+    )
+    named |= {name for name in re.findall(r'`(\w+\.py)`', text) if name not in FOREIGN}
+    missing = [name for name in named if not (ROOT / name).exists() and 'NAME' not in name]
+    assert not [name for name in missing if not list(ROOT.glob(f'*/**/{name}'))]
 
 
 def test_data_that_was_prepared_is_not_committed():

@@ -225,15 +225,15 @@ def test_a_run_that_begins_with_what_another_learned_so_may_have_another_rank(
         ),
         (
             ['--lora_rank=4', '--init_from=resume', '--out_dir=lora'],
-            'the run has lora_rank=2, not 4: leave it out',
+            'the run has lora_rank=2, not 4: remove this setting',
         ),
         (
             ['--lora_rank=0', '--init_from=resume', '--out_dir=lora'],
-            'the run has lora_rank=2, not 0: leave it out',
+            'the run has lora_rank=2, not 0: remove this setting',
         ),
         (
             ['--lora_rank=4', '--init_from=resume', '--out_dir=base'],
-            'the run has lora_rank=0, not 4: leave it out',
+            'the run has lora_rank=0, not 4: remove this setting',
         ),
         (['--lora_rank=-1', '--init_from=base'], 'lora_rank=-1 must be at least 0'),
         (['--lora_rank=4', '--init_from=base', '--muon_lr=0.1'], 'muon_lr is for whole matrices'),

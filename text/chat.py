@@ -164,7 +164,8 @@ def encode(tokenizer, parts):
     Each part is encoded on its own, so that a prompt has the same ids in training and in sampling.
     The names of special tokens become these tokens only in a Marker.
     """
-    ids, learned = [], []
+    ids = []
+    learned = []
     for text, is_learned in parts:
         encode_text = tokenizer.encode if isinstance(text, Marker) else tokenizer.encode_ordinary
         new = encode_text(text)

@@ -55,6 +55,8 @@ class Tokenizer:
 
     # The names by which vocabulary.open finds this kind without a file: see `open`.
     names = ()
+    # Whether `open` needs the text, as it does where the vocabulary comes from it.
+    reads_text = False
     # train:NAME:SIZE trains one of this kind on a text: see `train`.
     trained_as = None
 
@@ -122,6 +124,7 @@ class CharTokenizer(Tokenizer):
     kind = 'char'
     required = ('chars',)
     names = ('char',)
+    reads_text = True
 
     def __init__(self, chars):
         self.chars = list(chars)
@@ -142,7 +145,10 @@ class CharTokenizer(Tokenizer):
     def open(cls, name, texts):
         if texts is None:
             raise ValueError("tokenizer='char' has to see the text")
-        return cls(sorted(set().union(*map(set, texts()))))
+        chars = set()
+        for text in texts():
+            chars.update(text)
+        return cls(sorted(chars))
 
     def encode(self, text):
         return self.encode_ordinary(text).tolist()

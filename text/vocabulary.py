@@ -77,6 +77,13 @@ def _describe(name):
     return _describe_in_folder(folder)
 
 
+def reads_text(name):
+    """Whether `open` needs the text for the tokenizer `name`."""
+    if name.startswith('train:'):
+        return True
+    return any(name in kind.names and kind.reads_text for kind in tokenizer.KINDS.values())
+
+
 def _known_names():
     """The names that need neither a file nor the Hub."""
     names = []

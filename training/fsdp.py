@@ -53,7 +53,7 @@ def shard_model(model, device):
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            f"parallel='fsdp': {type(model).__name__} has no parameters to train: leave it out"
+            f"parallel='fsdp': {type(model).__name__} has no parameters to train: use ddp"
         )
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     attributes = {name: dict(vars(p)) for name, p in model.named_parameters()}
@@ -213,9 +213,16 @@ def load_state(state, model, optimizer):
     load_optimizer_state(optimizer, optimizer_state)
 
 
+def _params_of(optimizer):
+    params = []
+    for group in optimizer.param_groups:
+        params += group['params']
+    return params
+
+
 def _load_shards(index, model, optimizer):
     """Read the weights into the model; returns the optimizer's state dict, sharded like it."""
-    params = [p for group in optimizer.param_groups for p in group['params']]
+    params = _params_of(optimizer)
     reader = _Reader(index['out_dir'], index)
     keys_by_param = index['optimizer']['state']
     unknown = keys_by_param.keys() - set(range(len(params)))
@@ -240,7 +247,7 @@ def _load_whole(state, model, optimizer):
 
     Without one, as in a checkpoint of weights, returns None.
     """
-    params = [p for group in optimizer.param_groups for p in group['params']]
+    params = _params_of(optimizer)
     optimizer_state = state['optimizer']
     with _one_line_errors(
         ValueError, "the checkpoint's weights or moments are those of another model, or damaged"

@@ -29,7 +29,7 @@ def add(model, rank, init_from=''):
     own_rank = rank_of(model.state_dict())
     is_existing_run = own_rank > 0 or init_from == 'resume'
     if rank != own_rank and is_existing_run:
-        raise ValueError(f"the run has lora_rank={own_rank}, not {rank}: leave it out")
+        raise ValueError(f"the run has lora_rank={own_rank}, not {rank}: remove this setting")
     if rank == own_rank:
         return
     if init_from == 'scratch':
@@ -41,7 +41,7 @@ def add(model, rank, init_from=''):
     if not linears:
         raise ValueError(
             f"lora_rank={rank}: {type(model).__name__} has no matrices in blocks (transformer.h): "
-            "leave it out"
+            "remove this setting"
         )
 
     model.requires_grad_(False)

@@ -18,10 +18,14 @@ class Machine:
     """What a run computes on."""
 
     device: str  # of this process: cpu, mps, cuda or cuda:N
-    device_type: str  # cpu, mps or cuda
     dtype: str  # of activations: float32, bfloat16 or float16
     compile_mode: bool | str  # True, False, or 'auto', which compile_model decides
     threads: int
+
+    @property
+    def device_type(self):
+        """The device without its number: cpu, mps or cuda."""
+        return self.device.partition(':')[0]
 
     def resolved(self):
         """What a checkpoint keeps, for `open_machine` of a resumed run."""
@@ -42,8 +46,7 @@ def open_machine(config, recorded):
     use_deterministic_algorithms(config['deterministic'])
     device = resolve_device(config['device'], recorded.get('device'))
     device = distributed.init(config['backend'], device, config['parallel'])
-    device_type = device.split(':')[0]
-    if recorded.get('device') != device_type:
+    if recorded.get('device') != device.partition(':')[0]:
         recorded = {}
 
     dtype = config['dtype']
@@ -54,7 +57,6 @@ def open_machine(config, recorded):
         compile_mode = recorded.get('compile', 'auto')
     machine = Machine(
         device=device,
-        device_type=device_type,
         dtype=resolve_dtype(dtype, device),
         compile_mode=resolve_compile(compile_mode, device),
         threads=set_threads(recorded.get('threads')),

@@ -137,10 +137,13 @@ def _parameter_groups(params_by_role, weight_decay, learning_rate, lrs):
 
     parameter_groups = []
     for roles in roles_by_group:
+        params = []
+        for role in roles:
+            params += params_by_role.get(role, [])
         own_lr = lrs.get(roles[0])
         parameter_groups.append(
             dict(
-                params=[p for role in roles for p in params_by_role.get(role, ())],
+                params=params,
                 muon=roles == ['matrix'] and 'matrix' in lrs,
                 lr_ratio=own_lr / learning_rate if own_lr else 1.0,
                 weight_decay=0.0 if roles == ['vector'] else weight_decay,

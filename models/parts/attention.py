@@ -30,8 +30,7 @@ class AttentionConfig:
     The model's own Config adds n_head, n_embd and vocab_size.
     """
 
-    # mha, gqa, mqa, sliding, banded, differential, mla, gated, sinks, alibi
-    attention_kind: str = 'mha'
+    attention_kind: str = 'mha'  # gqa, mqa, sliding, banded, differential, mla, gated, sinks, alibi
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     n_kv_head: int = 0  # gqa: heads of keys and values; 0: a quarter of n_head, or the next divisor
     window: int = 128  # sliding, banded: tokens that a token sees, itself among them

@@ -1,5 +1,6 @@
 """What a run leaves behind, and whether two runs left the same, to the bit."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -61,8 +62,11 @@ def learned(out_dir):
 
         state |= fsdp.read_whole_state(shards['out_dir'], shards)
     kept = {k: state[k] for k in ('model', 'optimizer', 'scaler', 'iter_num', 'best_val_loss')}
-    times = ('wall_seconds', 'train_seconds', 'wandb_id')
-    return kept | {'progress': {k: v for k, v in state['progress'].items() if k not in times}}
+    progress = dict(state['progress'])
+    for field in dataclasses.fields(checkpoint.Progress):
+        if 'without_effect' in field.metadata:
+            progress.pop(field.name, None)
+    return kept | {'progress': progress}
 
 
 def outcome(out_dir):
