@@ -83,7 +83,8 @@ def draw(texts):
     for sample in samples[1:]:
         print(f'{sample}\n{_RULE}')
     sys.stdout.flush()
-    n_tokens = sum(len(row) for row in context.rows) - sum(len(row) for row in rows)
+    n_prompts = sum(len(row) for row in rows)
+    n_tokens = sum(len(row) for row in context.rows) - n_prompts
     report(
         f"prompts in {prompts_read - began:.2f} s; {n_tokens} tokens in {seconds:.2f} s, "
         f"{n_tokens / seconds:.1f} tokens/s",

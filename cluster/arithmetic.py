@@ -65,25 +65,34 @@ def activation_bytes(o):
 
 
 def memory(o, n_params, kind, recompute):
-    """{what: bytes on each GPU}. Weights, gradients and moments are float32; autocast keeps weights
-    in bfloat16 beside them while it needs them: all with DDP, which has a second copy of the
-    gradients too, in buckets; with FSDP those of a block and the next, which it collects ahead, and
-    what is in no block."""
-    n_gpus, tokens = o.nodes * o.gpus, o.batch_size * o.block_size
-    block, start, rest = activation_bytes(o)
-    share = 1 / n_gpus if kind == 'FSDP' else 1
-    of_block = 12 * o.n_embd**2  # the parameters of a block
-    # and those outside: FSDP keeps them whole through the step
-    root = n_params - o.n_layer * of_block
-    whole = root + 2 * of_block
+    """{what: bytes on each GPU}, for kind 'DDP' or 'FSDP'.
+
+    Weights, gradients and moments are float32. Autocast also keeps the weights that it uses in
+    bfloat16: with DDP, those of the whole model, which has a second copy of the gradients too, in
+    buckets; with FSDP, those of a block, of the next block, which is collected ahead, and those
+    outside of blocks, which stay collected through the step.
+    """
+    per_param = FP32 * n_params
+    if kind == 'FSDP':
+        per_param /= o.nodes * o.gpus
+        params_of_block = 12 * o.n_embd**2
+        params_outside = n_params - o.n_layer * params_of_block
+        collected = params_outside + 2 * params_of_block
+        buffers = (FP32 + BF16 + FP32) * collected
+    else:
+        buffers = (FP32 + BF16) * n_params
+
+    block, block_input, rest = activation_bytes(o)
+    if recompute:
+        per_token = rest + o.n_layer * block_input + block
+    else:
+        per_token = rest + o.n_layer * block
     return {
-        'weights': FP32 * n_params * share,
-        'gradients': FP32 * n_params * share,
-        'moments': 2 * FP32 * n_params * share,
-        'buffers': (FP32 + BF16) * (whole if kind == 'FSDP' else n_params)
-        + (FP32 * whole if kind == 'FSDP' else 0),
-        'activations': tokens
-        * (rest + (o.n_layer * start + block if recompute else o.n_layer * block)),
+        'weights': per_param,
+        'gradients': per_param,
+        'moments': 2 * per_param,
+        'buffers': buffers,
+        'activations': o.batch_size * o.block_size * per_token,
     }
 
 
@@ -93,7 +102,8 @@ def traffic(o, n_params, kind):
     the gradients. That is also what a node sends: the rings of its GPUs share the bytes, and each
     leaves the node once."""
     n = o.nodes * o.gpus
-    return (n - 1) / n * FP32 * n_params * (3 if kind == 'FSDP' else 2)
+    rounds = 3 if kind == 'FSDP' else 2
+    return (n - 1) / n * FP32 * n_params * rounds
 
 
 def step_seconds(o, model):

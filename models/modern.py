@@ -126,7 +126,7 @@ class NgramEmbedding(nn.Embedding):
         for i in range(1, self.n):
             earlier = ids[:, self.n - 1 - i :][:, :T] + 1  # the token i places before; 0: none
             if isinstance(positions, torch.Tensor):
-                earlier = earlier * (positions >= i)  # 0 for another document's
+                earlier = earlier.masked_fill(positions < i, 0)  # it is another document's
             # Factors and results are below 2^31, so that no product overflows.
             key = (key * 0x5851F42D + earlier * 0x14057B7F) % 0x7FFFFFFF
             keys.append((key ^ (key >> 15)) % self.rows)

@@ -213,11 +213,14 @@ def whole(module, config, model, state):
         | state
     )
     own = model.state_dict()
-    state = {
-        f'model.{a}' + '.weight' * ('lambda' not in a): own[f'{b}.weight'] if type(b) is str else b
-        for a, b in state.items()
-    } | {'lm_head.weight': own['lm_head.weight']}
-    theirs.load_state_dict(state)
+    weights = {'lm_head.weight': own['lm_head.weight']}
+    for their_name, value in state.items():
+        if 'lambda' not in their_name:
+            their_name += '.weight'
+        if type(value) is str:
+            value = own[f'{value}.weight']
+        weights[f'model.{their_name}'] = value
+    theirs.load_state_dict(weights)
     for m in theirs.modules():
         if type(m).__name__ == f'{prefix}RMSNorm':
             m.forward = lambda x, m=m: F.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)

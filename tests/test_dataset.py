@@ -350,10 +350,9 @@ def test_the_loss_of_a_mixture_is_the_mean_of_theirs(three, limit):
         total = weight = 0
         for i in range(data.eval_batches('val', limit)):
             idx, targets, valid = data.eval_batch('val', i, limit)
-            total, weight = (
-                total + valid * (targets[targets >= 0] ** 2).mean() if valid else total,
-                weight + valid,
-            )
+            weight += valid
+            if valid:
+                total = total + valid * (targets[targets >= 0] ** 2).mean()
         return total / weight, weight
 
     data = open_dataset(three, 8, 4)
